@@ -1,0 +1,112 @@
+"""Checks of what users pass in, each ending in a sentence that says how to put it right."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def as_index(index: Tensor | Sequence[int], num_samples: int | None = None) -> Tensor:
+    """Check sample indices and return them as a tensor.
+
+    Args:
+        index: Positions of the samples in the data set, shape (B,), integers in [0, num_samples).
+        num_samples: Size of the data set, or None where it isn't known. The range is checked only
+            for an index on the CPU, where looking at it costs no device synchronisation.
+
+    Returns:
+        The indices (B,) as int64, on the device they came on.
+
+    Raises:
+        TypeError: If the index isn't made of integers.
+        ValueError: If it isn't one-dimensional or is empty.
+        IndexError: If a position lies outside the data set.
+    """
+    index = torch.as_tensor(index)
+    if index.dim() != 1:
+        raise ValueError(
+            f"index has shape {tuple(index.shape)}; expected (B,), one data-set position per sample"
+        )
+    if index.numel() == 0:
+        raise ValueError("the batch is empty: index has no entries; skip empty batches")
+    if index.dtype == torch.bool or index.is_floating_point() or index.is_complex():
+        raise TypeError(
+            f"index has dtype {index.dtype}; expected integer data-set positions, "
+            "for instance those that comet_meta.IndexedDataset yields"
+        )
+    if num_samples is not None and index.device.type == "cpu":
+        low, high = int(index.min()), int(index.max())
+        if low < 0 or high >= num_samples:
+            outside = low if low < 0 else high
+            raise IndexError(
+                f"index {outside} is out of range for {num_samples} samples; "
+                "expected positions in the data set that num_samples counts"
+            )
+    return index.to(torch.int64)
+
+
+def check_losses(losses: Tensor, size: int | None = None) -> None:
+    """Check that losses come one per sample.
+
+    Args:
+        losses: What should be per-sample losses, shape (B,).
+        size: The number of samples they belong to, where known.
+
+    Raises:
+        TypeError: If it isn't a floating-point tensor.
+        ValueError: If it isn't of shape (B,), is empty, or B differs from ``size``.
+    """
+    if not isinstance(losses, Tensor) or not losses.is_floating_point():
+        kind = losses.dtype if isinstance(losses, Tensor) else type(losses).__name__
+        raise TypeError(f"losses is {kind}; expected a floating-point tensor of shape (B,)")
+    if losses.dim() != 1:
+        raise ValueError(
+            f"losses has shape {tuple(losses.shape)}; expected (B,), one loss per sample: use "
+            "reduction='none' and average over all dimensions but the first"
+        )
+    if losses.numel() == 0:
+        raise ValueError("the batch is empty: losses has no entries; skip empty batches")
+    if size is not None and losses.numel() != size:
+        raise ValueError(f"got {losses.numel()} losses for {size} samples; expected one for each")
+
+
+class FiniteCheck:
+    """Refuses losses that are not finite, without stalling an accelerator.
+
+    On the CPU a bad loss is refused at once. Elsewhere looking at a value means waiting for the
+    device, so each batch is looked at when the next one arrives (or on :meth:`flush`).
+    """
+
+    def __init__(self) -> None:
+        self._pending: tuple[Tensor, Tensor | None] | None = None
+
+    def __call__(self, losses: Tensor, index: Tensor | None) -> None:
+        """Check ``losses (B,)`` of the samples ``index (B,)``, or queue them for the next call.
+
+        Raises:
+            ValueError: If a loss is NaN or infinite; the message names the samples.
+        """
+        self.flush()
+        self._pending = (losses.detach(), index)
+        if losses.device.type == "cpu":
+            self.flush()
+
+    def flush(self) -> None:
+        """Check what is queued.
+
+        Raises:
+            ValueError: If a loss is NaN or infinite; the message names the samples.
+        """
+        if self._pending is None:
+            return
+        (losses, index), self._pending = self._pending, None
+        if torch.isfinite(losses).all():
+            return
+        rows = (~torch.isfinite(losses)).nonzero().flatten().cpu()
+        where = f"rows {rows.tolist()[:8]} of the batch"
+        if index is not None:
+            where += f" (samples {index.cpu()[rows].tolist()[:8]})"
+        raise ValueError(
+            f"{rows.numel()} of {losses.numel()} losses are NaN or infinite: {where}; look at "
+            "these samples, lower the learning rate, or leave autocast for the loss"
+        )

@@ -1,0 +1,104 @@
+"""Loader helpers: batches that know which samples they hold, and the scores of a whole set."""
+
+from collections.abc import Callable, Iterable, Sized
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset
+
+from comet_meta import distributed
+from comet_meta.checks import as_index
+
+T = TypeVar("T")
+
+
+class IndexedDataset(Dataset[tuple[int, T]], Generic[T]):
+    """A data set whose items carry their own position.
+
+    Weights belong to samples, not to places in a batch: with this, every batch of a DataLoader,
+    shuffled or not, is ``(index, item)``.
+
+    Args:
+        dataset: A map-style data set (with ``__len__`` and ``__getitem__``).
+
+    Raises:
+        TypeError: If the data set has no length or is an IterableDataset.
+
+    Example:
+        >>> from torch.utils.data import DataLoader, TensorDataset
+        >>> pictures = IndexedDataset(torch.arange(6.0) * 10)
+        >>> for index, batch in DataLoader(pictures, batch_size=3):
+        ...     print(index.tolist(), batch.tolist())
+        [0, 1, 2] [0.0, 10.0, 20.0]
+        [3, 4, 5] [30.0, 40.0, 50.0]
+    """
+
+    def __init__(self, dataset: Dataset[T]) -> None:
+        if isinstance(dataset, IterableDataset) or not isinstance(dataset, Sized):
+            raise TypeError(
+                f"{type(dataset).__name__} has no positions to index; expected a map-style data "
+                "set with __len__ and __getitem__"
+            )
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[int, T]:
+        """The position and the item at it."""
+        return index, self.dataset[index]
+
+
+@torch.no_grad()
+def collect_scores(
+    score_fn: Callable[[Any], Tensor], loader: Iterable[tuple[Tensor, Any]]
+) -> Tensor:
+    """Anomaly scores of a whole data set, by sample.
+
+    Put the model in eval mode first. With several processes, each scores the part that its loader
+    has, and all of them get all scores.
+
+    Args:
+        score_fn: Scores of a batch: what the loader yields behind the index -> (B,).
+        loader: Yields ``(index, batch)``, for instance a DataLoader over an
+            :class:`IndexedDataset`, in any order. It must reach every sample.
+
+    Returns:
+        Scores on the CPU, float32, shape (N,), sample i at position i.
+
+    Raises:
+        TypeError: If the loader has no data set with a length.
+        ValueError: If ``score_fn`` doesn't return one score per sample, or samples were left out.
+
+    Example:
+        >>> from torch.utils.data import DataLoader
+        >>> loader = DataLoader(IndexedDataset(torch.tensor([3.0, 1.0, 2.0])), shuffle=True)
+        >>> collect_scores(lambda batch: -batch, loader)
+        tensor([-3., -1., -2.])
+    """
+    dataset = getattr(loader, "dataset", None)
+    if not isinstance(dataset, Sized):
+        raise TypeError(
+            "the loader has no data set of known length; expected a DataLoader over "
+            "comet_meta.IndexedDataset"
+        )
+    scores = torch.full((len(dataset),), torch.nan)
+    for index, batch in loader:
+        positions = as_index(index, len(scores)).cpu()
+        found = score_fn(batch)
+        if found.shape != positions.shape:
+            raise ValueError(
+                f"score_fn returned shape {tuple(found.shape)} for {len(positions)} samples; "
+                "expected (B,), one anomaly score per sample"
+            )
+        scores[positions] = found.detach().to("cpu", torch.float32)
+    scores = distributed.merge_by_index(scores)
+    missing = scores.isnan().nonzero().flatten().tolist()
+    if missing:
+        raise ValueError(
+            f"{len(missing)} of {len(scores)} samples have no score (first: {missing[:5]}): either "
+            "the loader left them out (drop_last=True?) or their score is NaN"
+        )
+    return scores
