@@ -30,7 +30,7 @@ def loss_covariance(pairs: Tensor, valid: Tensor | None = None) -> Tensor:
     centred = (pairs - (pairs * mask).sum(dim=0) / mask.sum().clamp_min(1)) * mask
     deviation = (centred.square().sum(dim=0) / degrees).sqrt()
     # Below rounding error of the losses themselves, a variation is no variation.
-    tiny = 4 * torch.finfo(pairs.dtype).eps * (pairs * mask).abs().amax(dim=0)
+    tiny = 4 * torch.finfo(pairs.dtype).eps * (pairs * mask).abs().sum(dim=0)
     z = torch.where(deviation > tiny, centred / deviation, 0.0)
     return z.T @ z / degrees
 
@@ -118,8 +118,14 @@ class CovarianceMetaRegularizer(nn.Module):
         Args:
             train_loss: Loss on the samples that the step trained on, shape ().
             validation_loss: Loss on other samples, shape ().
+
+        Raises:
+            ValueError: If a loss on the CPU is NaN or infinite (elsewhere looking at it would mean
+                waiting for the device; the optimizer wrapper checks the losses themselves).
         """
         pair = torch.stack([train_loss.detach().float(), validation_loss.detach().float()])
+        if pair.device.type == "cpu" and not torch.isfinite(pair).all():
+            raise ValueError(f"training and validation loss are {pair.tolist()}; expected finite")
         # Roll instead of a ring pointer: no host-side position to keep in step with the buffer.
         self.pairs.copy_(self.pairs.roll(-1, dims=0))
         self.pairs[-1].copy_(pair.reshape(2))
@@ -148,8 +154,9 @@ class CovarianceMetaRegularizer(nn.Module):
         chosen = [p for p in parameters if p.dim() > 1 or not self.exclude_1d]
         if not chosen:
             return self.pairs.new_zeros(())
-        norms = torch.stack(torch._foreach_norm(chosen))
-        return self.strength.to(norms.device) * norms.square().sum()
+        # Squares rather than norms: a norm has no second derivative at 0, which MAML would need.
+        squares = torch.stack([parameter.square().sum() for parameter in chosen])
+        return self.strength.to(squares.device) * squares.sum()
 
     def extra_repr(self) -> str:
         """The settings, for ``repr``."""

@@ -1,0 +1,284 @@
+"""Meta-gradients by hand and against an explicitly unrolled inner loop."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from comet_meta import CoMetOptimizerWrapper, CovarianceMetaRegularizer, SoftConfidentWeighter
+from comet_meta.inner_loop import AdamDirection, first_order, second_order, split_tasks
+
+FIRST_ORDER = ("fomaml", "mldg", "reptile")
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    batch_size=st.integers(2, 60),
+    tasks=st.integers(1, 8),
+    query_fraction=st.floats(0.01, 0.99),
+)
+def test_support_and_query_are_disjoint_and_use_every_row(batch_size, tasks, query_fraction):
+    dealt = split_tasks(batch_size, tasks, query_fraction)
+    assert len(dealt) == min(tasks, batch_size // 2)
+    parts = [part for task in dealt for part in task]
+    assert all(len(part) >= 1 for part in parts)
+    assert sorted(torch.cat(parts).tolist()) == list(range(batch_size))
+
+
+def test_seventy_thirty():
+    (task,) = split_tasks(10, 1, 0.3)
+    assert (len(task.support), len(task.query)) == (7, 3)
+
+
+class Point(nn.Module):
+    """L_i(theta) = (theta - x_i)^2 / 2: the gradient at theta is theta - x_i."""
+
+    def __init__(self, theta: float) -> None:
+        super().__init__()
+        self.theta = nn.Parameter(torch.tensor([theta], dtype=torch.float64))
+
+    def losses(self, x: torch.Tensor) -> torch.Tensor:
+        return 0.5 * (self.theta - x).square()
+
+
+X = torch.tensor([1.0, 2.0, 3.0, 7.0, 11.0], dtype=torch.float64)
+# One inner step of 0.1 from theta = 0 on the support 1, 2, 3: theta' = 0 + 0.1 * 2 = 0.2.
+# The query 7, 11 has gradient 0.2 - 9 = -8.8 there; two of five rows are query rows.
+BY_HAND = {
+    "fomaml": -8.8,
+    "maml": -8.8 * (1 - 0.1),  # d theta' / d theta = 1 - 0.1
+    "mldg": 0.6 * (0 - 2) + 0.4 * -8.8,
+    "reptile": -2.0,  # (0 - 0.2) / 0.1
+}
+
+
+def one_task(mode: str, inner: str = "sgd", steps: int = 1):
+    model = Point(0.0)
+    rows = split_tasks(5, 1, 0.4)[0]
+    task = type(rows)(support=torch.tensor([0, 1, 2]), query=torch.tensor([3, 4]))
+    settings = {"inner": inner, "inner_lr": 0.1, "inner_steps": steps}
+    if mode == "maml":
+        result = second_order(
+            lambda rows: model.losses(X[rows]),
+            lambda losses, rows, parameters: losses.mean(),
+            model,
+            [model.theta],
+            [task],
+            **settings,
+        )
+    else:
+        result = first_order(
+            lambda rows: model.losses(X[rows]).mean(), [model.theta], [task], mode=mode, **settings
+        )
+    assert model.theta.item() == 0.0
+    return result
+
+
+@pytest.mark.parametrize("mode", BY_HAND)
+def test_one_inner_step_by_hand(mode):
+    result = one_task(mode)
+    assert result.gradients[0].item() == pytest.approx(BY_HAND[mode])
+    assert result.support_loss.item() == pytest.approx((1 + 4 + 9) / 6)
+    assert result.query_loss.item() == pytest.approx((6.8**2 + 10.8**2) / 4)
+
+
+@pytest.mark.parametrize("mode", BY_HAND)
+def test_the_meta_update_moves_towards_the_adapted_weights(mode):
+    # All data lie above theta = 0, so theta' > 0: descending along the gradient must increase it.
+    assert one_task(mode, steps=3).gradients[0].item() < 0
+    assert one_task(mode, inner="adam", steps=3).gradients[0].item() < 0
+
+
+def test_adam_direction_equals_torch():
+    start, lr = torch.randn(4, dtype=torch.float64), 0.01
+    parameter = start.clone().requires_grad_()
+    reference = torch.optim.Adam([parameter], lr=lr)
+    direction, moved = AdamDirection(), start.clone()
+    for gradient in torch.randn(5, 4, dtype=torch.float64):
+        parameter.grad = gradient.clone()
+        reference.step()
+        moved = moved - lr * direction([gradient])[0]
+    torch.testing.assert_close(moved, parameter.detach())
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+
+    def losses(self, x: torch.Tensor) -> torch.Tensor:
+        return (self.body(x) - x).square().mean(dim=1)
+
+
+def forward_by_hand(values: list[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    w1, b1, w2, b2 = values
+    return (torch.tanh(x @ w1.T + b1) @ w2.T + b2 - x).square().mean(dim=1)
+
+
+@pytest.mark.parametrize("inner", ["sgd", "adam"])
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("tasks", [1, 2])
+def test_maml_equals_an_explicitly_unrolled_inner_loop(inner, steps, tasks):
+    torch.manual_seed(0)
+    model, data, weights = Net(), torch.randn(12, 3).double(), torch.rand(12).double()
+    dealt = split_tasks(12, tasks, 0.3)
+    values = [p.detach().clone().requires_grad_() for p in model.parameters()]
+    lr, decay = 0.05, 0.01
+
+    def objective(at, rows):
+        penalty = decay * sum(p.square().sum() for p in at)
+        return (weights[rows] * forward_by_hand(at, data[rows])).mean() + penalty
+
+    total = 0
+    for support, query in dealt:
+        fast, first, second = list(values), [0] * 4, [0] * 4
+        for k in range(1, steps + 1):
+            gradients = torch.autograd.grad(objective(fast, support), fast, create_graph=True)
+            for i, g in enumerate(gradients):
+                if inner == "sgd":
+                    fast[i] = fast[i] - lr * g
+                else:
+                    first[i] = 0.9 * first[i] + 0.1 * g
+                    second[i] = 0.999 * second[i] + 0.001 * g * g
+                    m, v = first[i] / (1 - 0.9**k), second[i] / (1 - 0.999**k)
+                    fast[i] = fast[i] - lr * m / (v.sqrt() + 1e-8)
+        total = total + objective(fast, query) / tasks
+    expected = torch.autograd.grad(total, values)
+
+    result = second_order(
+        lambda rows: model.losses(data[rows]),
+        lambda losses, rows, at: (
+            (weights[rows] * losses).mean() + decay * sum(p.square().sum() for p in at)
+        ),
+        model,
+        list(model.parameters()),
+        dealt,
+        inner=inner,
+        inner_lr=lr,
+        inner_steps=steps,
+    )
+    for found, reference in zip(result.gradients, expected, strict=True):
+        torch.testing.assert_close(found, reference, rtol=1e-9, atol=1e-12)
+
+
+def test_mldg_becomes_the_plain_gradient_as_the_inner_step_vanishes():
+    torch.manual_seed(0)
+    model, data = Net(), torch.randn(10, 3).double()
+    plain = torch.autograd.grad(model.losses(data).mean(), list(model.parameters()))
+    result = first_order(
+        lambda rows: model.losses(data[rows]).mean(),
+        list(model.parameters()),
+        split_tasks(10, 1, 0.3),
+        mode="mldg",
+        inner="sgd",
+        inner_lr=1e-12,
+        inner_steps=1,
+    )
+    for found, reference in zip(result.gradients, plain, strict=True):
+        torch.testing.assert_close(found, reference, rtol=1e-9, atol=1e-11)
+
+
+class BatchNormNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
+        self.unused = nn.Parameter(torch.ones(2))
+
+    def losses(self, x: torch.Tensor) -> torch.Tensor:
+        return (self.body(x) - x).square().mean(dim=1)
+
+
+@pytest.mark.parametrize("meta", [*FIRST_ORDER, "maml"])
+def test_parameters_are_bit_equal_after_inner_steps(meta):
+    torch.manual_seed(0)
+    model, data = BatchNormNet(), torch.randn(16, 3)
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer = CoMetOptimizerWrapper(
+        torch.optim.SGD(model.parameters(), lr=0.0),
+        meta=meta,
+        inner_lr=0.5,
+        inner_steps=3,
+        tasks=2,
+        model=model,
+        regularizer=CovarianceMetaRegularizer(),
+    )
+    optimizer.step(lambda rows: model.losses(data[rows]), torch.arange(16))
+    for parameter, saved in zip(model.parameters(), before, strict=True):
+        assert torch.equal(parameter, saved)
+
+
+@pytest.mark.parametrize("meta", [*FIRST_ORDER, "maml"])
+def test_batch_norm_sees_only_the_pass_at_theta(meta):
+    torch.manual_seed(0)
+    model, data = BatchNormNet(), torch.randn(16, 3)
+    optimizer = CoMetOptimizerWrapper(
+        torch.optim.SGD(model.parameters(), lr=0.1), meta=meta, inner_steps=3, model=model
+    )
+    calls = []
+
+    def losses(rows):
+        found = model.losses(data[rows])
+        calls.append({k: v.clone() for k, v in model.named_buffers()})
+        return found
+
+    optimizer.step(losses, torch.arange(16))
+    assert len(calls) == 4
+    for name, value in model.named_buffers():
+        assert torch.equal(value, calls[0][name])
+        assert not torch.equal(value, calls[-1][name])
+
+
+@pytest.mark.parametrize("meta", [*FIRST_ORDER, "maml", "none"])
+def test_a_closure_that_raises_leaves_everything_as_it_was(meta):
+    torch.manual_seed(0)
+    model, data = BatchNormNet(), torch.randn(16, 3)
+    optimizer = CoMetOptimizerWrapper(
+        torch.optim.AdamW(model.parameters()),
+        meta=meta,
+        inner_lr=0.5,
+        model=model,
+        weighter=SoftConfidentWeighter(16),
+    )
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    calls = []
+
+    def losses(rows):
+        calls.append(rows)
+        if len(calls) == (1 if meta == "none" else 2):
+            raise RuntimeError("the camera fell over")
+        return model.losses(data[rows])
+
+    with pytest.raises(RuntimeError, match="camera"):
+        optimizer.step(losses, torch.arange(16))
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+    assert not optimizer.state
+
+
+@pytest.mark.parametrize("meta", [*FIRST_ORDER, "maml", "none"])
+def test_an_unused_parameter_gets_no_gradient_and_no_weight_decay(meta):
+    torch.manual_seed(0)
+    model, data = BatchNormNet(), torch.randn(16, 3)
+    optimizer = CoMetOptimizerWrapper(
+        torch.optim.AdamW(model.parameters(), weight_decay=0.5), meta=meta, model=model
+    )
+    optimizer.step(lambda rows: model.losses(data[rows]), torch.arange(16))
+    assert model.unused.grad is None
+    assert model.unused.tolist() == [1.0, 1.0]
+
+
+def test_inner_steps_are_seen_inside_autocast():
+    # Autocast keeps low-precision copies of the weights; a copy of theta used at theta' would
+    # make query and support losses of equal rows agree.
+    torch.manual_seed(0)
+    model, data = nn.Linear(8, 8), torch.randn(1, 8).repeat(4, 1)
+    optimizer = CoMetOptimizerWrapper(
+        torch.optim.SGD(model.parameters(), lr=0.1), meta="fomaml", inner_lr=1.0
+    )
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        report = optimizer.step(
+            lambda rows: (model(data[rows]).float() - data[rows]).square().mean(dim=1),
+            torch.arange(4),
+        )
+    assert report.query_loss < 0.9 * report.support_loss

@@ -1,0 +1,91 @@
+"""The uncertainty penalty against numpy and by hand."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from comet_meta import CovarianceMetaRegularizer
+from comet_meta.regularization import loss_covariance, model_uncertainty
+
+losses = st.floats(-100, 100, width=32)
+
+
+@settings(max_examples=80, deadline=None)
+@given(pairs=st.lists(st.tuples(losses, losses), min_size=0, max_size=8))
+def test_sigma_is_symmetric_and_positive_semi_definite(pairs):
+    sigma = loss_covariance(torch.tensor(pairs, dtype=torch.float64).reshape(-1, 2))
+    assert torch.equal(sigma, sigma.T)
+    assert torch.linalg.eigvalsh(sigma).min() >= -1e-9
+
+
+def test_sigma_equals_numpy():
+    pairs = np.random.default_rng(0).normal(size=(5, 2))
+    z = (pairs - pairs.mean(axis=0)) / pairs.std(axis=0, ddof=1)
+    expected = np.cov(z.T)
+    np.testing.assert_allclose(loss_covariance(torch.from_numpy(pairs)).numpy(), expected)
+
+
+def test_lambda_by_hand():
+    # z of (1, 2, 3) is (-1, 0, 1) and of (1, 3, 2) is (-1, 1, 0): r = 1/2, det = 1 - 1/4 = 3/4.
+    regularizer = CovarianceMetaRegularizer(strength=0.1, gamma=0.5, window=3)
+    for pair in [(9.0, 9.0), (1.0, 1.0), (2.0, 3.0), (3.0, 2.0)]:  # the first leaves the window
+        regularizer.update(torch.tensor(pair[0]), torch.tensor(pair[1]))
+    torch.testing.assert_close(regularizer.covariance, torch.tensor([[1.0, 0.5], [0.5, 1.0]]))
+    expected = 0.1 * (1 + 0.5 * math.log(1.75) / math.log(101))
+    assert float(regularizer.strength) == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_penalty_by_hand():
+    regularizer = CovarianceMetaRegularizer(strength=0.5, gamma=0.0)
+    parameters = [torch.tensor([[3.0, 4.0]], requires_grad=True), torch.tensor([2.0])]
+    assert regularizer.penalty(parameters).item() == pytest.approx(0.5 * (9 + 16 + 4))
+    regularizer.penalty(parameters).backward()
+    torch.testing.assert_close(parameters[0].grad, torch.tensor([[3.0, 4.0]]))  # 2 * 0.5 * theta
+    without_biases = CovarianceMetaRegularizer(strength=0.5, gamma=0.0, exclude_1d=True)
+    assert without_biases.penalty(parameters).item() == pytest.approx(0.5 * 25)
+    assert float(without_biases.penalty([])) == 0
+
+
+@settings(max_examples=50, deadline=None)
+@given(a=st.floats(0, 1e4), b=st.floats(0, 1e4))
+def test_uncertainty_is_bounded_and_monotone_in_det_sigma(a, b):
+    low, high = sorted((a, b))
+    d_low, d_high = (
+        float(model_uncertainty(torch.diag(torch.tensor([1.0, x])))) for x in (low, high)
+    )
+    assert 0 < d_low <= d_high <= 1 + 1e-6
+
+
+def test_strength_starts_at_its_base_and_stays_bounded():
+    regularizer = CovarianceMetaRegularizer(strength=0.005, gamma=0.5)
+    assert float(regularizer.strength) == pytest.approx(0.005, rel=1e-6)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        regularizer.update(*torch.randn(2, generator=generator))
+        assert 0.005 <= float(regularizer.strength) <= 0.005 * (1 + 0.5 * 0.151)
+
+
+def test_losses_that_do_not_vary_are_certain():
+    regularizer = CovarianceMetaRegularizer()
+    for _ in range(6):
+        regularizer.update(torch.tensor(0.7), torch.tensor(0.3))
+    assert torch.equal(regularizer.covariance, torch.zeros(2, 2))
+
+
+def test_state_survives_saving():
+    saved = CovarianceMetaRegularizer()
+    for pair in torch.randn(7, 2, generator=torch.Generator().manual_seed(0)):
+        saved.update(*pair)
+    restored = CovarianceMetaRegularizer()
+    restored.load_state_dict(saved.state_dict())
+    assert torch.equal(restored.strength, saved.strength)
+    assert float(restored.covariance.det()) > 0
+
+
+def test_a_loss_that_is_not_finite_is_refused_not_swallowed():
+    with pytest.raises(ValueError, match="expected finite"):
+        CovarianceMetaRegularizer().update(torch.tensor(torch.nan), torch.tensor(1.0))

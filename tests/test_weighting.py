@@ -1,0 +1,189 @@
+"""Weights: golden values, invariants, and agreement with an independent mixture fit."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.mixture import GaussianMixture
+
+from comet_meta import SoftConfidentWeighter
+from comet_meta.weighting import iqr_threshold, posterior_weights, quantile, ratio_weights
+
+NAMED = ("posterior", "hard", "ratio")
+AFFINE = ("posterior", "hard")
+
+
+def fitted(scores: torch.Tensor, rule: str = "posterior", **settings: float) -> torch.Tensor:
+    weighter = SoftConfidentWeighter(len(scores), rule=rule, **settings)
+    weighter.fit(scores)
+    return weighter()
+
+
+# Scores on a grid: an affine map then keeps distinct scores distinct in float32.
+score_lists = st.lists(st.integers(-500, 500), min_size=8, max_size=60).map(
+    lambda xs: torch.tensor(xs, dtype=torch.float32) / 8
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(scores=score_lists, rule=st.sampled_from(NAMED))
+def test_weights_are_in_the_unit_interval_and_never_rise_with_the_score(scores, rule):
+    weights = fitted(scores, rule)
+    assert weights.min() >= 0
+    assert weights.max() <= 1
+    in_order = weights[scores.argsort()]
+    assert (in_order.diff() <= 1e-6).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(scores=score_lists, rule=st.sampled_from(NAMED), seed=st.integers(0, 99))
+def test_weights_follow_the_sample_under_permutation(scores, rule, seed):
+    order = torch.randperm(len(scores), generator=torch.Generator().manual_seed(seed))
+    torch.testing.assert_close(fitted(scores[order], rule), fitted(scores, rule)[order])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    scores=score_lists,
+    rule=st.sampled_from(AFFINE),
+    scale=st.sampled_from([0.125, 1.0, 64.0]),
+    shift=st.sampled_from([-256.0, 0.0, 128.0]),
+)
+def test_weights_do_not_depend_on_offset_and_scale(scores, rule, scale, shift):
+    expected = fitted(scores, rule)
+    torch.testing.assert_close(fitted(scale * scores + shift, rule), expected, atol=1e-3, rtol=0)
+
+
+def test_the_ratio_rule_by_hand():
+    # Q1 = 2, Q3 = 4, tau = 4 + 1.5 * 2 = 7; 7 / 14 = 0.5.
+    scores = torch.tensor([1.0, 2.0, 3.0, 4.0, 14.0])
+    weights, tau = ratio_weights(scores)
+    assert float(tau) == 7.0
+    assert weights.tolist() == [1, 1, 1, 1, 0.5]
+    # kappa = 0: tau = 4.
+    assert ratio_weights(scores, kappa=0.0).weights.tolist() == pytest.approx([1, 1, 1, 1, 4 / 14])
+
+
+def test_the_ratio_rule_measures_negative_scores_from_a_robust_lower_end():
+    # Shifted by -20 the plain ratio tau / s would be -13 / -6 at the outlier and, clipped, 0 for
+    # the most normal samples. Lower fence 2 - 3 = -1, minimum 1: measured from 1 (-19 shifted).
+    scores = torch.tensor([1.0, 2.0, 3.0, 4.0, 14.0]) - 20
+    assert ratio_weights(scores).weights.tolist() == pytest.approx([1, 1, 1, 1, 6 / 13])
+
+
+def test_one_very_negative_score_does_not_flatten_the_ratio():
+    scores = torch.cat([torch.linspace(-1, 1, 99), torch.tensor([30.0])])
+    with_stray = torch.cat([scores, torch.tensor([-1e6])])
+    assert ratio_weights(with_stray).weights[99] < 0.3
+
+
+def test_the_hard_rule_by_hand():
+    scores = torch.tensor([1.0, 2.0, 1.5, 1.2, 9.0, 1.1, 1.7, 1.3, 1.6, 1.4])
+    # Q1 = 1.225, Q3 = 1.675: tau = 2.35.
+    assert float(iqr_threshold(scores)) == pytest.approx(2.35)
+    assert fitted(scores, "hard").tolist() == [1, 1, 1, 1, 0, 1, 1, 1, 1, 1]
+
+
+def test_the_posterior_equals_an_independent_mixture_fit():
+    generator = np.random.default_rng(0)
+    scores = np.concatenate([generator.normal(0, 1, 400), generator.normal(6, 2, 60)])
+    reference = GaussianMixture(
+        2, means_init=[[0.0], [6.0]], tol=1e-9, max_iter=1000, random_state=0
+    ).fit(scores[:, None])
+    normal = int(np.argmin(reference.means_[:, 0]))
+    expected = reference.predict_proba(scores[:, None])[:, normal]
+    found = posterior_weights(torch.from_numpy(scores)).weights.numpy()
+    above = scores > reference.means_[normal, 0]
+    np.testing.assert_allclose(found[above], expected[above], atol=0.02)
+    # Below the normal mean, the wide component would win again; a lower score is never suspect.
+    assert found[~above].min() >= expected[above].max() - 0.02
+
+
+@pytest.mark.parametrize("share", [0.1, 0.2, 0.4])
+def test_the_posterior_separates_two_modes_up_to_forty_per_cent(share):
+    generator = torch.Generator().manual_seed(1)
+    bad = int(share * 500)
+    scores = torch.randn(500, generator=generator)
+    scores[:bad] += 6
+    weights = fitted(scores)
+    assert weights[:bad].mean() < 0.1
+    assert weights[bad:].mean() > 0.9
+
+
+@pytest.mark.parametrize("rule", NAMED)
+def test_equal_or_too_few_scores_tell_nothing(rule):
+    assert fitted(torch.full((50,), 3.0), rule).tolist() == [1] * 50
+    assert fitted(torch.tensor([0.0, 1.0, 2.0, 1.0, 0.5, 99.0, 1.5]), rule).tolist() == [1] * 7
+
+
+def test_streaming_equals_batch():
+    scores = torch.randn(40, generator=torch.Generator().manual_seed(0))
+    batch = SoftConfidentWeighter(40)
+    batch.fit(scores)
+    streaming = SoftConfidentWeighter(40)
+    for index in torch.randperm(40).split(7):
+        streaming.update(index, scores[index])
+    assert torch.equal(streaming(), batch())
+    assert torch.equal(streaming.threshold, batch.threshold)
+
+
+def test_streaming_grows_with_a_data_set_of_unknown_size():
+    scores = torch.randn(40, generator=torch.Generator().manual_seed(0))
+    streaming = SoftConfidentWeighter()
+    for index in torch.arange(40).split(8):
+        streaming.update(index, scores[index])
+    streaming.fit()
+    batch = SoftConfidentWeighter()
+    batch.fit(scores)
+    assert torch.equal(streaming(), batch())
+
+
+def test_never_seen_samples_have_weight_one_and_rank_last():
+    weighter = SoftConfidentWeighter(20, rule="hard")
+    weighter.update(torch.arange(10), torch.tensor([1.0] * 4 + [1.1] * 5 + [9.0]))
+    weighter.fit()
+    assert weighter(torch.arange(10, 20)).tolist() == [1] * 10
+    assert weighter().tolist().count(0) == 1
+    assert weighter.ranking(1).tolist() == [9]
+    assert sorted(weighter.ranking()[-10:].tolist()) == list(range(10, 20))
+
+
+def test_momentum_keeps_a_share_of_the_old_score():
+    weighter = SoftConfidentWeighter(10, momentum=0.75)
+    weighter.fit(torch.full((10,), 4.0))
+    weighter.fit(torch.full((10,), 8.0))
+    assert weighter.scores.tolist() == [5.0] * 10  # 0.75 * 4 + 0.25 * 8
+
+
+def test_ranking_puts_the_least_confident_first_and_breaks_ties_by_score():
+    scores = torch.tensor([1.0, 8.0, 1.5, 1.2, 9.0, 1.1, 1.7, 1.3, 1.6, 1.4])
+    weighter = SoftConfidentWeighter(10, rule="hard")
+    weighter.fit(scores)
+    assert weighter.ranking(4).tolist() == [4, 1, 6, 8]
+    assert len(weighter.ranking()) == 10
+
+
+def test_a_rule_can_be_any_function():
+    assert fitted(torch.arange(10.0), lambda s: (s < 5).float()).tolist() == [1] * 5 + [0] * 5
+    with pytest.raises(ValueError, match="outside"):
+        fitted(torch.arange(10.0), lambda s: s)
+
+
+def test_state_survives_saving_also_into_a_weighter_of_unknown_size():
+    saved = SoftConfidentWeighter(30)
+    saved.fit(torch.randn(30))
+    saved.update(torch.tensor([3, 4]), torch.tensor([0.1, 0.2]))
+    for restored in (SoftConfidentWeighter(30), SoftConfidentWeighter()):
+        restored.load_state_dict(saved.state_dict())
+        assert torch.equal(restored.scores, saved.scores)
+        assert torch.equal(restored(), saved())
+        assert torch.equal(restored.threshold, saved.threshold)
+        assert restored._updates == 2
+
+
+@settings(max_examples=50, deadline=None)
+@given(values=st.lists(st.floats(-1e3, 1e3, width=32), min_size=1, max_size=50), q=st.floats(0, 1))
+def test_quantile_equals_numpy(values, q):
+    found = float(quantile(torch.tensor(values, dtype=torch.float64), q))
+    assert found == pytest.approx(float(np.quantile(values, q)), abs=1e-6)
