@@ -1,0 +1,1 @@
+"""Detectors, data sets, metrics and reports that the example scripts and benchmarks share."""

@@ -1,0 +1,321 @@
+"""The command line that the example scripts share."""
+
+import argparse
+import json
+import logging
+import platform
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, get_args
+
+import timm
+import torch
+
+import comet_meta
+from comet_examples import report
+from comet_examples.backbones import DEFAULT_BACKBONE, PAPER_BACKBONE, BackboneError, load_backbone
+from comet_examples.datasets import (
+    DATASETS,
+    DatasetError,
+    Split,
+    Transform,
+    bad_samples,
+    contaminate,
+    load_image,
+    load_mask,
+    oracle,
+)
+from comet_examples.detectors import DETECTORS, Detector
+from comet_examples.features import FeatureStore, PatchFeatures
+from comet_examples.metrics import curation_metrics, image_metrics, pixel_metrics
+from comet_examples.training import (
+    FeatureRows,
+    Method,
+    ResumeError,
+    Training,
+    TrainingSettings,
+    predict,
+    train,
+)
+from comet_meta.optimizer import MetaMode
+
+_DEMO = (
+    "DEMO: no --data-root, so this trains on solar cells from the elpv-dataset package "
+    "(mono, 10 % of the training pictures defective), plain against CoMet"
+)
+
+
+def main(detector: str, dataset: str, argv: Sequence[str] | None = None) -> int:
+    """Train and judge a detector on the categories of a data set.
+
+    Args:
+        detector: Name in ``DETECTORS``.
+        dataset: Name in ``DATASETS``.
+        argv: Arguments; by default the process's.
+
+    Returns:
+        The exit status: 0 done, 1 a category failed, 2 wrong arguments or data, 130 interrupted.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    options = _parser(detector, dataset).parse_args(argv)
+    if options.data_root is None and dataset != "elpv":
+        print(_DEMO)
+        dataset = "elpv"
+        options.plain = True
+        options.category = options.category or ["mono"]
+        options.noise = 0.1 if options.noise is None else options.noise
+    try:
+        return _run(options, detector, dataset)
+    except (BackboneError, DatasetError, ResumeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(
+            f"\ninterrupted: the last whole epoch is in {options.out}; the same command with "
+            "--resume goes on from there",
+            file=sys.stderr,
+        )
+        return 130
+
+
+def _parser(detector: str, dataset: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=f"Train {detector} on {dataset}, robustly, on data that nobody has cleaned. "
+        "Without --data-root it runs a demo on pictures that a package ships.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    data = parser.add_argument_group("data")
+    data.add_argument("--data-root", type=Path, help="folder of the data set")
+    data.add_argument("--category", nargs="+", help="one or several, or all (default: all)")
+    data.add_argument("--noise", type=_share, help="share of bad training pictures, in [0, 1)")
+    data.add_argument(
+        "--overlap", action="store_true", help="bad training pictures stay in the test set too"
+    )
+    data.add_argument("--resize", type=_size, help="shorter side of the pictures, in pixels")
+    data.add_argument("--crop", type=_size, help="side of the centre crop, in pixels")
+    model = parser.add_argument_group("model")
+    model.add_argument("--backbone", default=DEFAULT_BACKBONE, help="name of a timm model")
+    model.add_argument("--weights", help=".pth or .safetensors file of the backbone, or 'random'")
+    method = parser.add_argument_group("training")
+    method.add_argument("--epochs", type=_count, help="passes over the training set")
+    method.add_argument("--batch-size", type=_count, default=8)
+    method.add_argument("--seed", type=int, default=0)
+    method.add_argument("--meta", choices=get_args(MetaMode), help="meta-step of CoMet")
+    method.add_argument(
+        "--strength", type=float, default=0.0, help="lambda_0 of CoMet's uncertainty penalty"
+    )
+    for name, what in (
+        ("plain", "without CoMet"),
+        ("oracle", "on the training set without its bad pictures"),
+        ("paper", "with the formulas of the paper"),
+    ):
+        method.add_argument(f"--{name}", action="store_true", help=f"for comparison, also {what}")
+    method.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    output = parser.add_argument_group("output")
+    output.add_argument("--out", type=Path, default=Path("runs") / detector)
+    output.add_argument("--resume", action="store_true", help="continue an interrupted run")
+    return parser
+
+
+@dataclass(frozen=True)
+class _Preset:
+    """Picture size, epochs and detector settings that belong to a kind of backbone."""
+
+    transform: Transform
+    epochs: int
+    detector: dict[str, Any]
+
+
+def _preset(backbone: str, dataset: str) -> _Preset:
+    if backbone == PAPER_BACKBONE:
+        return _Preset(Transform(329, 288), 160, {})
+    # Features of other backbones differ in scale: they are standardised, and the noise with them.
+    standardized = {"standardize": True, "noise_std": 0.25}
+    if dataset == "elpv":
+        return _Preset(Transform(192), 15, standardized)
+    return _Preset(Transform(256, 256), 40, standardized)
+
+
+def _run(options: argparse.Namespace, detector: str, dataset: str) -> int:
+    source = DATASETS[dataset]
+    preset = _preset(options.backbone, dataset)
+    if options.resize or options.crop:
+        preset = replace(
+            preset, transform=Transform(options.resize or preset.transform.resize, options.crop)
+        )
+    names = options.category or ["all"]
+    categories = source.categories(options.data_root) if names == ["all"] else names
+    splits = [source.load(options.data_root, name) for name in categories]
+    extractor = PatchFeatures(load_backbone(options.backbone, options.weights))
+    store = FeatureStore()
+    rows: list[dict[str, str | float]] = []
+    failed = []
+    for split in splits:
+        try:
+            rows += _category(options, detector, preset, split, extractor, store)
+        except ResumeError:
+            raise
+        except (DatasetError, ValueError) as error:
+            print(f"error: {split.category}: {error}", file=sys.stderr)
+            failed.append(split.category)
+    if len(failed) == len(splits):
+        return 1
+    print("\n" + report.table(rows))
+    print(f"\nresults, pictures and checkpoints: {options.out}")
+    if failed:
+        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _category(
+    options: argparse.Namespace,
+    detector: str,
+    preset: _Preset,
+    clean: Split,
+    extractor: PatchFeatures,
+    store: FeatureStore,
+) -> list[dict[str, str | float]]:
+    """Train and judge every method on one category; the rows of the final table."""
+    split = contaminate(clean, options.noise or 0.0, seed=options.seed, overlap=options.overlap)
+    paths = [sample.path for sample in (*clean.train, *clean.test)]
+    features = store.get(
+        extractor,
+        paths,
+        partial(load_image, transform=preset.transform),
+        transform_key=str(preset.transform),
+        device=options.device,
+    )
+    row_of = {path: row for row, path in enumerate(paths)}
+
+    def rows_of(part: Split, name: str) -> FeatureRows:
+        samples = getattr(part, name)
+        return FeatureRows(features, torch.tensor([row_of[sample.path] for sample in samples]))
+
+    size = load_image(paths[0], preset.transform).shape[-2:]
+
+    def build() -> Detector:
+        return DETECTORS[detector](extractor.dim, tuple(size), **preset.detector)
+
+    folder = options.out / split.category
+    folder.mkdir(parents=True, exist_ok=True)
+    bad = int(bad_samples(split.train).sum())
+    print(
+        f"{split.category}: {len(split.train)} training pictures ({bad} bad), "
+        f"{len(split.test)} test pictures"
+    )
+    methods: list[Method] = [m for m in ("plain", "oracle", "paper") if getattr(options, m)]
+    table: list[dict[str, str | float]] = []
+    results: dict[str, Any] = {"settings": _settings(options, preset, extractor), "methods": {}}
+    test = rows_of(split, "test")
+    for method in [*methods, "comet"]:
+        part = oracle(split) if method == "oracle" else split
+        settings = TrainingSettings(
+            method,
+            options.epochs or preset.epochs,
+            options.batch_size,
+            options.seed,
+            options.meta,
+            options.strength,
+        )
+        trained = train(
+            build,
+            rows_of(part, "train"),
+            settings,
+            device=options.device,
+            checkpoint=folder / f"{method}.pt",
+            identity=f"{split.category} {options.noise or 0.0} {options.overlap} {preset} "
+            f"{extractor.fingerprint}",
+            resume=options.resume,
+        )
+        scores, maps = predict(trained.detector, test, options.device)
+        labels = bad_samples(split.test)
+        figures = image_metrics(scores, labels)
+        if split.has_masks:
+            masks = torch.stack([load_mask(s, preset.transform) for s in split.test])
+            figures |= pixel_metrics(maps, masks)
+        entry: dict[str, Any] = {"test": figures, "history": trained.history}
+        if trained.optimizer.weighter is not None:
+            entry |= _curation(trained, split, method, preset.transform, folder)
+        title = f"{split.category}, {method}: test pictures, defects outlined; anomaly maps"
+        report.draw_heat_maps(
+            split.test, scores, maps, preset.transform, title, folder / f"{method}_maps.png"
+        )
+        results["methods"][method] = entry
+        curation = {f"curation {k}": v for k, v in entry.get("curation", {}).items()}
+        table.append({"category": split.category, "method": method, **figures, **curation})
+    (folder / "results.json").write_text(json.dumps(results, indent=1))
+    return table
+
+
+def _curation(
+    trained: Training, split: Split, method: Method, transform: Transform, folder: Path
+) -> dict[str, Any]:
+    """The pictures and figures of the training set's ranking."""
+    weighter = trained.optimizer.weighter
+    if weighter is None:
+        return {}
+    heading = f"{split.category}, {method}"
+    report.draw_weights(
+        weighter, split.train, f"{heading}: the training set", folder / f"{method}_weights.png"
+    )
+    report.draw_suspects(
+        weighter,
+        split.train,
+        transform,
+        f"{heading}: the training pictures that fit in least",
+        folder / f"{method}_suspects.png",
+    )
+    bad = bad_samples(split.train)
+    order = weighter.ranking()
+    suspects = [
+        {
+            "path": str(split.train[i].path),
+            "weight": round(float(weighter.weights[i]), 6),
+            "score": round(float(weighter.scores[i]), 6),
+        }
+        for i in order.tolist()
+    ]
+    if not bad.any():
+        return {"suspects": suspects}
+    # By rank: weights alone are tied at both ends.
+    suspicion = torch.empty(len(order))
+    suspicion[order] = torch.arange(len(order), 0, -1).float()
+    return {"curation": curation_metrics(suspicion, bad), "suspects": suspects}
+
+
+def _settings(
+    options: argparse.Namespace, preset: _Preset, extractor: PatchFeatures
+) -> dict[str, Any]:
+    return {
+        "options": {k: str(v) for k, v in vars(options).items()},
+        "epochs": options.epochs or preset.epochs,
+        "transform": asdict(preset.transform),
+        "detector": preset.detector,
+        "features": extractor.fingerprint,
+        "versions": {
+            "comet_meta": comet_meta.__version__,
+            "torch": torch.__version__,
+            "timm": timm.__version__,
+            "python": platform.python_version(),
+        },
+    }
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a share in [0, 1)")
+    return value
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a number >= 1")
+    return value
+
+
+_size = _count

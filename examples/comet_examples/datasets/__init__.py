@@ -1,0 +1,41 @@
+"""Data sets by name. A new one is a module with ``categories`` and ``load``, and a line here."""
+
+from pathlib import Path
+from typing import Protocol
+
+from comet_examples.datasets import elpv, mvtec
+from comet_examples.datasets.base import DatasetError, Sample, Split
+from comet_examples.datasets.contamination import bad_samples, contaminate, oracle
+from comet_examples.datasets.images import Transform, load_image, load_mask
+
+
+class Source(Protocol):
+    """Where the splits of a data set come from."""
+
+    def categories(self, root: Path | None) -> list[str]:
+        """Names of the categories below ``root``."""
+        ...
+
+    def load(self, root: Path | None, category: str) -> Split:
+        """Training and test set of one category."""
+        ...
+
+
+DATASETS: dict[str, Source] = {
+    "elpv": elpv,
+    "mvtec": mvtec,
+}
+
+__all__ = [
+    "DATASETS",
+    "DatasetError",
+    "Sample",
+    "Source",
+    "Split",
+    "Transform",
+    "bad_samples",
+    "contaminate",
+    "load_image",
+    "load_mask",
+    "oracle",
+]

@@ -1,0 +1,62 @@
+"""What every data set yields: samples, and one category's split into training and test set."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
+
+
+class DatasetError(ValueError):
+    """Data that can't be used; the message is one for the user."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One picture.
+
+    Attributes:
+        path: The picture's file.
+        label: 0 normal, 1 anomalous, None unknown. In a training set it is hidden from training
+            and serves only to judge the outcome.
+        mask: Ground-truth picture (> 0 where defective); None where there is none to have (normal
+            pictures) or none was made.
+        defect: Name of the kind of defect, ``"good"`` for none.
+    """
+
+    path: Path
+    label: int | None
+    mask: Path | None = None
+    defect: str = "good"
+
+
+@dataclass(frozen=True)
+class Split:
+    """Training and test set of one category.
+
+    Attributes:
+        category: Its name.
+        train: Training pictures, mostly normal.
+        test: Test pictures, normal and anomalous.
+        has_masks: Whether anomalous test pictures have ground-truth masks.
+    """
+
+    category: str
+    train: tuple[Sample, ...]
+    test: tuple[Sample, ...]
+    has_masks: bool
+
+
+def image_files(folder: Path) -> list[Path]:
+    """Picture files of a folder by name, hidden ones left out.
+
+    Args:
+        folder: An existing folder; it is not searched recursively.
+
+    Returns:
+        The files, sorted by name.
+    """
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if path.suffix.lower() in _SUFFIXES and not path.name.startswith(".") and path.is_file()
+    )

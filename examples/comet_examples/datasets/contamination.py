@@ -1,0 +1,66 @@
+"""The contamination protocol: bad pictures in the training set, a known number of them."""
+
+from dataclasses import replace
+
+import numpy as np
+
+from comet_examples.datasets.base import DatasetError, Sample, Split
+
+
+def contaminate(split: Split, noise: float, *, seed: int, overlap: bool = False) -> Split:
+    """Move anomalous test pictures into the training set.
+
+    All normal training pictures stay; of the anomalous test pictures as many are drawn, uniformly,
+    as make up the share ``noise`` of the new training set (to the nearest picture). For one seed
+    the draw at a lower share is part of the draw at a higher one. The training set is shuffled,
+    so its order tells nothing.
+
+    Args:
+        split: A split with a clean training set.
+        noise: Share of bad pictures in the new training set, in [0, 1).
+        seed: Of the draw and the shuffle.
+        overlap: Whether the drawn pictures stay in the test set too.
+
+    Returns:
+        The contaminated split; ``noise`` 0 returns the split itself.
+
+    Raises:
+        DatasetError: If the share is out of range, or there are too few anomalous pictures.
+    """
+    if not 0 <= noise < 1:
+        raise DatasetError(f"the noise is {noise}; expected a share in [0, 1), for instance 0.1")
+    if noise == 0:
+        return split
+    anomalous = [sample for sample in split.test if sample.label == 1]
+    available = len(anomalous) if overlap else len(anomalous) - 1
+    wanted = round(noise / (1 - noise) * len(split.train))
+    if wanted > available:
+        most = max(available, 0) / (max(available, 0) + len(split.train))
+        kept = "" if overlap else ", of which one must stay in the test set"
+        raise DatasetError(
+            f"noise {noise} of {split.category} takes {wanted} anomalous pictures, but there are "
+            f"{len(anomalous)}{kept}; the most is noise {np.floor(most * 1000) / 1000:.3f}"
+        )
+    generator = np.random.default_rng(seed)
+    drawn = [anomalous[i] for i in generator.permutation(len(anomalous))[:wanted]]
+    train = [*split.train, *drawn]
+    order = np.random.default_rng([seed, len(train)]).permutation(len(train))
+    test = split.test if overlap else tuple(s for s in split.test if s not in set(drawn))
+    return replace(split, train=tuple(train[i] for i in order), test=test)
+
+
+def oracle(split: Split) -> Split:
+    """The same split as if somebody had removed the bad training pictures.
+
+    Args:
+        split: A contaminated split.
+
+    Returns:
+        The split with normal training pictures only, in their order.
+    """
+    return replace(split, train=tuple(s for s in split.train if s.label != 1))
+
+
+def bad_samples(samples: tuple[Sample, ...]) -> np.ndarray:
+    """Which samples are anomalous, bool (N,), for judging a ranking after the fact."""
+    return np.array([sample.label == 1 for sample in samples], dtype=bool)

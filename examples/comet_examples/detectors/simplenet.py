@@ -1,0 +1,169 @@
+"""SimpleNet: a discriminator between adapted features and the same features with noise.
+
+Liu, Zhou, Xu, Wang: SimpleNet, a simple network for image anomaly detection and localization,
+CVPR 2023.
+"""
+
+import math
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Adam, AdamW, Optimizer
+from torchvision.transforms.v2 import functional as tvf
+
+
+class SimpleNet(nn.Module):
+    """The trained part of SimpleNet, on frozen patch features.
+
+    A linear adaptor maps the features; Gaussian noise on the adapted features stands in for
+    anomalies; a discriminator with a hinge loss learns D > margin on the features and
+    D < -margin on the noisy ones. The anomaly score of a patch is -D, of a picture the maximum
+    over its patches. Score pictures in eval mode (batch norm).
+
+    The noise must fit the scale of the features. The paper's 0.015 belongs to raw WRN50 features.
+    For any other backbone use ``standardize=True``: every channel is then brought to mean 0 and
+    standard deviation 1 over the training set (:meth:`fit_statistics`), and a noise of 0.25 is a
+    quarter of a standard deviation whatever the backbone.
+
+    Args:
+        dim: Channels of the features.
+        map_size: Height and width of the anomaly maps, in pixels of the pictures.
+        hidden: Width of the discriminator.
+        noise_std: Standard deviation of the noise on the adapted features, > 0.
+        margin: Of the hinge loss, > 0.
+        standardize: Whether features are standardised first.
+        blur_sigma: Of the Gaussian that smooths the maps, in pixels, >= 0.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        dim: int,
+        map_size: tuple[int, int],
+        *,
+        hidden: int = 1024,
+        noise_std: float = 0.015,
+        margin: float = 0.5,
+        standardize: bool = False,
+        blur_sigma: float = 4.0,
+    ) -> None:
+        super().__init__()
+        self.map_size = map_size
+        self.noise_std = noise_std
+        self.margin = margin
+        self.standardize = standardize
+        self.blur_sigma = blur_sigma
+        self.adaptor = nn.Linear(dim, dim)
+        self.discriminator = nn.Sequential(
+            nn.Linear(dim, hidden),
+            nn.BatchNorm1d(hidden),
+            nn.LeakyReLU(0.2, inplace=True),
+            nn.Linear(hidden, 1, bias=False),
+        )
+        for layer in self.modules():
+            if isinstance(layer, nn.Linear):
+                nn.init.xavier_normal_(layer.weight)
+        self.register_buffer("mean", torch.zeros(dim, 1, 1))
+        self.register_buffer("std", torch.ones(dim, 1, 1))
+
+    @torch.no_grad()
+    def fit_statistics(self, batches: Iterable[Tensor]) -> None:
+        """Learn mean and standard deviation of each channel; no effect without ``standardize``.
+
+        Args:
+            batches: The training set's features, each of shape (B, dim, h, w).
+        """
+        if not self.standardize:
+            return
+        count = 0
+        total = torch.zeros(self.adaptor.in_features, dtype=torch.float64)
+        squares = torch.zeros_like(total)
+        for batch in batches:
+            count += batch.numel() // batch.shape[1]
+            total += batch.sum(dim=(0, 2, 3), dtype=torch.float64).cpu()
+            squares += batch.double().square().sum(dim=(0, 2, 3)).cpu()
+        mean = total / count
+        variance = (squares / count - mean.square()).clamp_min(1e-12)
+        self.mean.copy_(mean.reshape(-1, 1, 1))
+        self.std.copy_(variance.sqrt().reshape(-1, 1, 1))
+
+    def losses(self, features: Tensor) -> Tensor:
+        """Mean hinge loss over the patches of each picture.
+
+        Args:
+            features: Patch features, shape (B, dim, h, w).
+
+        Returns:
+            Losses, shape (B,), >= 0.
+        """
+        adapted = self._adapted(features)
+        noisy = adapted + self.noise_std * torch.randn_like(adapted)
+        # Both halves in one batch, so that batch norm can't tell them apart by their statistics.
+        confidence = self.discriminator(torch.cat([adapted, noisy]))
+        real, fake = confidence.reshape(2, len(features), -1)
+        return (F.relu(self.margin - real) + F.relu(self.margin + fake)).mean(dim=1)
+
+    def patch_scores(self, features: Tensor) -> Tensor:
+        """Anomaly scores of the patches.
+
+        Args:
+            features: Patch features, shape (B, dim, h, w).
+
+        Returns:
+            Scores, higher = more anomalous, any sign, shape (B, h, w).
+        """
+        confidence = self.discriminator(self._adapted(features))
+        height, width = features.shape[-2:]
+        return -confidence.reshape(len(features), height, width)
+
+    def scores(self, features: Tensor) -> Tensor:
+        """Anomaly scores of the pictures: the highest of their patches'.
+
+        Args:
+            features: Patch features, shape (B, dim, h, w).
+
+        Returns:
+            Scores, shape (B,).
+        """
+        return self.patch_scores(features).amax(dim=(1, 2))
+
+    def maps(self, features: Tensor) -> Tensor:
+        """Anomaly maps: the patches' scores, resized bilinearly and smoothed.
+
+        Args:
+            features: Patch features, shape (B, dim, h, w).
+
+        Returns:
+            Maps, shape (B, H, W).
+        """
+        patches = self.patch_scores(features).unsqueeze(1)
+        maps = F.interpolate(patches, size=self.map_size, mode="bilinear")
+        if self.blur_sigma > 0:
+            # Four standard deviations either way, as scipy.ndimage.gaussian_filter does.
+            radius = min(math.ceil(4 * self.blur_sigma), *(side - 1 for side in self.map_size))
+            maps = tvf.gaussian_blur(maps, [2 * radius + 1] * 2, [self.blur_sigma] * 2)
+        return maps.squeeze(1)
+
+    def optimizers(self) -> list[Optimizer]:
+        """The paper's: AdamW 1e-4 for the adaptor, Adam 2e-4 for the discriminator."""
+        return [
+            AdamW(self.adaptor.parameters(), lr=1e-4),
+            Adam(self.discriminator.parameters(), lr=2e-4, weight_decay=1e-5),
+        ]
+
+    def _adapted(self, features: Tensor) -> Tensor:
+        """Adapted features of all patches, (B * h * w, dim)."""
+        if features.dim() != 4 or features.shape[1] != self.adaptor.in_features:
+            raise ValueError(
+                f"features have shape {tuple(features.shape)}; expected "
+                f"(B, {self.adaptor.in_features}, h, w)"
+            )
+        if self.standardize:
+            features = (features - self.mean) / self.std
+        patches = features.permute(0, 2, 3, 1).reshape(-1, features.shape[1])
+        adapted: Tensor = self.adaptor(patches)
+        return adapted

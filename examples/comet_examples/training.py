@@ -1,0 +1,252 @@
+"""One training loop for every detector and method, with checkpoints that resume bit-exactly."""
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+from typing_extensions import override
+
+from comet_examples.detectors import Detector
+from comet_meta import (
+    CoMetOptimizerWrapper,
+    CovarianceMetaRegularizer,
+    IndexedDataset,
+    SoftConfidentWeighter,
+    collect_scores,
+)
+from comet_meta.optimizer import MetaMode
+
+Method = Literal["plain", "oracle", "paper", "comet"]
+_SCORING_BATCH = 32
+
+
+class ResumeError(ValueError):
+    """A checkpoint that this run can't continue; the message is one for the user."""
+
+
+class FeatureRows(Dataset[Tensor]):
+    """Some rows of the cached features of a category, without copying them.
+
+    Args:
+        features: Of all pictures, shape (M, dim, h, w).
+        rows: Which of them, shape (N,).
+    """
+
+    def __init__(self, features: Tensor, rows: Tensor) -> None:
+        self.features = features
+        self.rows = rows
+
+    def __len__(self) -> int:
+        """N."""
+        return len(self.rows)
+
+    @override
+    def __getitem__(self, index: int) -> Tensor:
+        """Features of one picture, (dim, h, w)."""
+        return self.features[self.rows[index]]
+
+    def batches(self, device: torch.device | str = "cpu") -> Iterator[Tensor]:
+        """All features in order, in batches (B, dim, h, w)."""
+        for rows in self.rows.split(_SCORING_BATCH):
+            yield self.features[rows].to(device)
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """What decides how a detector is trained.
+
+    Attributes:
+        method: ``"plain"`` and ``"oracle"`` (all weights 1), ``"comet"`` (the library's defaults)
+            or ``"paper"`` (the published formulas).
+        epochs: Passes over the training set, >= 1. The last one is the result.
+        batch_size: Pictures in a batch, >= 2.
+        seed: Of initialisation, order and noise.
+        meta: Meta-step of ``"comet"``; None for the library's default.
+        strength: lambda_0 of ``"comet"``; 0 for no penalty.
+    """
+
+    method: Method
+    epochs: int
+    batch_size: int = 8
+    seed: int = 0
+    meta: MetaMode | None = None
+    strength: float = 0.0
+
+
+@dataclass(frozen=True)
+class Training:
+    """A trained detector and what became known of the training set on the way.
+
+    Attributes:
+        detector: In eval mode.
+        optimizer: The wrapper, with the weighter where the method has one.
+        history: One entry for each epoch: mean loss, mean weight, lambda(Sigma).
+    """
+
+    detector: Detector
+    optimizer: CoMetOptimizerWrapper
+    history: list[dict[str, float]]
+
+
+def wrap(detector: Detector, num_samples: int, settings: TrainingSettings) -> CoMetOptimizerWrapper:
+    """The optimizer of a method.
+
+    Args:
+        detector: What to train.
+        num_samples: Size of the training set.
+        settings: Choose the method.
+
+    Returns:
+        The wrapped optimizers; for ``"plain"`` and ``"oracle"`` the wrapper does nothing.
+    """
+    optimizers = detector.optimizers()
+    model = cast("nn.Module", detector)
+    if settings.method in ("plain", "oracle"):
+        return CoMetOptimizerWrapper(optimizers, meta="none")
+    if settings.method == "paper":
+        return CoMetOptimizerWrapper.paper(optimizers, num_samples, model=model)
+    options: dict[str, Any] = {} if settings.meta is None else {"meta": settings.meta}
+    if settings.strength > 0:
+        options["regularizer"] = CovarianceMetaRegularizer(settings.strength)
+    return CoMetOptimizerWrapper(
+        optimizers, weighter=SoftConfidentWeighter(num_samples), model=model, **options
+    )
+
+
+def train(
+    build: Callable[[], Detector],
+    data: FeatureRows,
+    settings: TrainingSettings,
+    *,
+    device: torch.device | str = "cpu",
+    checkpoint: Path | None = None,
+    identity: str = "",
+    resume: bool = False,
+) -> Training:
+    """Train a detector.
+
+    Every epoch starts from random numbers of its own, made from the seed and its number, and ends
+    with a checkpoint; a run that was stopped at any point and resumed ends in the same bits as one
+    that wasn't.
+
+    Args:
+        build: Makes the untrained detector.
+        data: Features of the training set. No label comes with them.
+        settings: How to train.
+        device: Where to train.
+        checkpoint: File to write after every epoch (atomically); None for none.
+        identity: Names the data; a checkpoint of other data or settings is refused.
+        resume: Continue from the checkpoint if there is one.
+
+    Returns:
+        The detector after the last epoch, and the state of its training.
+
+    Raises:
+        ResumeError: If the checkpoint is damaged or belongs to another run.
+    """
+    torch.manual_seed(settings.seed)
+    detector = build()
+    module = cast("nn.Module", detector)
+    detector.fit_statistics(data.batches())
+    module.to(device)
+    optimizer = wrap(detector, len(data), settings)
+    history: list[dict[str, float]] = []
+    run = {"identity": identity, **asdict(settings), "epochs": 0}
+    if resume and checkpoint is not None and checkpoint.exists():
+        state = _read(checkpoint, run)
+        module.load_state_dict(state["detector"])
+        optimizer.load_state_dict(state["optimizer"])
+        history = state["history"]
+    loader = DataLoader(IndexedDataset(data), settings.batch_size, shuffle=True)
+    scoring = DataLoader(IndexedDataset(data), _SCORING_BATCH)
+    epochs = range(len(history), settings.epochs)
+    for epoch in tqdm(
+        epochs, desc=settings.method, initial=len(history), total=settings.epochs, unit="epoch"
+    ):
+        torch.manual_seed(settings.seed * 1_000_003 + epoch)
+        module.train()
+        reports = []
+        for index, features in loader:
+            if len(index) == 1:
+                continue  # nothing to split, and batch norm needs two
+            batch = features.to(device)
+            reports.append(optimizer.step(_rows_of(batch, detector), index))
+        module.eval()
+        if optimizer.weighter is not None:
+            optimizer.weighter.fit(collect_scores(lambda x: detector.scores(x.to(device)), scoring))
+        means = torch.tensor(
+            [[r.objective, r.mean_weight, r.strength] for r in reports], device="cpu"
+        ).mean(dim=0)
+        history.append(dict(zip(("loss", "mean_weight", "strength"), means.tolist(), strict=True)))
+        if checkpoint is not None:
+            _write(
+                checkpoint,
+                {
+                    "run": run,
+                    "detector": module.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "history": history,
+                },
+            )
+    module.eval()
+    return Training(detector, optimizer, history)
+
+
+@torch.no_grad()
+def predict(
+    detector: Detector, data: FeatureRows, device: torch.device | str = "cpu"
+) -> tuple[Tensor, Tensor]:
+    """Scores and maps of some pictures.
+
+    Args:
+        detector: In eval mode.
+        data: Their features.
+        device: Where the detector is.
+
+    Returns:
+        Scores (N,) and maps (N, H, W), on the CPU.
+    """
+    scores, maps = [], []
+    for batch in data.batches(device):
+        scores.append(detector.scores(batch).cpu())
+        maps.append(detector.maps(batch).cpu())
+    return torch.cat(scores), torch.cat(maps)
+
+
+def _rows_of(batch: Tensor, detector: Detector) -> Callable[[Tensor], Tensor]:
+    return lambda rows: detector.losses(batch[rows])
+
+
+def _write(path: Path, state: dict[str, Any]) -> None:
+    """Write aside and move into place: a run killed while writing leaves the old checkpoint."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    try:
+        torch.save(state, partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _read(path: Path, run: dict[str, Any]) -> dict[str, Any]:
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        found = state["run"]
+    except Exception as error:  # a damaged file raises many kinds of errors
+        raise ResumeError(
+            f"can't read the checkpoint {path}: {error}; remove it to start from the beginning"
+        ) from error
+    changed = [key for key in run if found.get(key) != run[key]]
+    if changed:
+        raise ResumeError(
+            f"the checkpoint {path} is of another run: "
+            + ", ".join(f"{key} was {found.get(key)!r}, is {run[key]!r}" for key in changed)
+            + "; give another --out, or remove it to start from the beginning"
+        )
+    return state
