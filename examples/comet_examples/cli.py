@@ -6,7 +6,7 @@ import logging
 import platform
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
@@ -16,7 +16,7 @@ import torch
 
 import comet_meta
 from comet_examples import report
-from comet_examples.backbones import DEFAULT_BACKBONE, PAPER_BACKBONE, BackboneError, load_backbone
+from comet_examples.backbones import DEFAULT_BACKBONE, BackboneError, load_backbone
 from comet_examples.datasets import (
     DATASETS,
     DatasetError,
@@ -31,6 +31,7 @@ from comet_examples.datasets import (
 from comet_examples.detectors import DETECTORS, Detector
 from comet_examples.features import FeatureStore, PatchFeatures
 from comet_examples.metrics import curation_metrics, image_metrics, pixel_metrics
+from comet_examples.presets import Preset, preset_for
 from comet_examples.training import (
     FeatureRows,
     Method,
@@ -120,28 +121,9 @@ def _parser(detector: str, dataset: str) -> argparse.ArgumentParser:
     return parser
 
 
-@dataclass(frozen=True)
-class _Preset:
-    """Picture size, epochs and detector settings that belong to a kind of backbone."""
-
-    transform: Transform
-    epochs: int
-    detector: dict[str, Any]
-
-
-def _preset(backbone: str, dataset: str) -> _Preset:
-    if backbone == PAPER_BACKBONE:
-        return _Preset(Transform(329, 288), 160, {})
-    # Features of other backbones differ in scale: they are standardised, and the noise with them.
-    standardized = {"standardize": True, "noise_std": 0.25}
-    if dataset == "elpv":
-        return _Preset(Transform(192), 15, standardized)
-    return _Preset(Transform(256, 256), 40, standardized)
-
-
 def _run(options: argparse.Namespace, detector: str, dataset: str) -> int:
     source = DATASETS[dataset]
-    preset = _preset(options.backbone, dataset)
+    preset = preset_for(options.backbone, dataset)
     if options.resize or options.crop:
         preset = replace(
             preset, transform=Transform(options.resize or preset.transform.resize, options.crop)
@@ -173,7 +155,7 @@ def _run(options: argparse.Namespace, detector: str, dataset: str) -> int:
 def _category(
     options: argparse.Namespace,
     detector: str,
-    preset: _Preset,
+    preset: Preset,
     clean: Split,
     extractor: PatchFeatures,
     store: FeatureStore,
@@ -287,7 +269,7 @@ def _curation(
 
 
 def _settings(
-    options: argparse.Namespace, preset: _Preset, extractor: PatchFeatures
+    options: argparse.Namespace, preset: Preset, extractor: PatchFeatures
 ) -> dict[str, Any]:
     return {
         "options": {k: str(v) for k, v in vars(options).items()},

@@ -51,8 +51,7 @@ def test_the_order_of_training_tells_nothing():
 
 def test_seeds_draw_different_pictures():
     first, second = (
-        {s for s in contaminate(a_split(), 0.1, seed=seed).train if s.label == 1}
-        for seed in (0, 1)
+        {s for s in contaminate(a_split(), 0.1, seed=seed).train if s.label == 1} for seed in (0, 1)
     )
     assert first != second
 
@@ -64,7 +63,7 @@ def test_no_noise_is_the_split_itself():
 
 def test_too_few_anomalies_says_how_much_is_possible():
     # 90 good and 9 of the 10 anomalous ones: 9 / 99 = 0.0909.
-    with pytest.raises(DatasetError, match="the most is noise 0.090"):
+    with pytest.raises(DatasetError, match=r"the most is noise 0\.090"):
         contaminate(a_split(anomalous=10), 0.5, seed=0)
     contaminate(a_split(anomalous=10), 0.09, seed=0)
     contaminate(a_split(anomalous=10), 0.1, seed=0, overlap=True)

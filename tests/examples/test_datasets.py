@@ -92,7 +92,7 @@ def test_an_empty_training_folder_is_an_error(root):
 def ramp(mode: str) -> Image.Image:
     values = np.tile(np.linspace(0, 255, 16, dtype=np.uint8), (16, 1))
     if mode == "I;16":
-        return Image.fromarray((values.astype(np.uint16) * 257))
+        return Image.fromarray(values.astype(np.uint16) * 257)
     image = Image.fromarray(values)
     if mode == "RGBA":
         image = image.convert("RGBA")
@@ -136,7 +136,7 @@ def test_an_unreadable_picture_is_named(tmp_path, content):
         Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)).save(path)
         content = path.read_bytes()[:3000]
     path.write_bytes(content)
-    with pytest.raises(DatasetError, match="broken.png"):
+    with pytest.raises(DatasetError, match=r"broken\.png"):
         load_image(path, Transform(16))
 
 
@@ -158,7 +158,7 @@ def test_a_mask_of_another_size_is_an_error(tmp_path):
     sample = Sample(
         picture(tmp_path / "x.png", size=(40, 20)), 1, picture(tmp_path / "m.png", size=(20, 20))
     )
-    with pytest.raises(DatasetError, match="20 x 20 pixels .* 40 x 20"):
+    with pytest.raises(DatasetError, match=r"20 x 20 pixels .* 40 x 20"):
         load_mask(sample, Transform(20))
 
 

@@ -1,5 +1,7 @@
 """Metrics by hand and against an independent slow implementation."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from comet_examples.metrics import aupro, curation_metrics, image_metrics, pixel_metrics
@@ -32,7 +34,7 @@ def slow_aupro(maps: np.ndarray, masks: np.ndarray, limit: float) -> float:
         shares = [sum(found[n, r, c] for r, c in region) / len(region) for n, region in regions]
         points.append((fpr, sum(shares) / len(shares)))
     area = 0.0
-    for (x0, y0), (x1, y1) in zip(points, points[1:], strict=False):
+    for (x0, y0), (x1, y1) in pairwise(points):
         if x0 >= limit or x1 == x0:
             continue
         end = min(x1, limit)

@@ -1,0 +1,128 @@
+"""SimpleNet by hand and on a toy problem."""
+
+import numpy as np
+import pytest
+import torch
+from comet_examples.detectors import SimpleNet
+from scipy.ndimage import gaussian_filter
+from sklearn.metrics import roc_auc_score
+from torch import nn
+
+
+def by_hand() -> SimpleNet:
+    """Identity adaptor, D(x) = x_0, no noise to speak of."""
+    net = SimpleNet(2, (4, 4), hidden=1, noise_std=1e-12, margin=0.5)
+    nn.init.eye_(net.adaptor.weight)
+    nn.init.zeros_(net.adaptor.bias)
+    linear, _, _, last = net.discriminator
+    with torch.no_grad():
+        linear.weight.copy_(torch.tensor([[1.0, 0.0]]))
+        linear.bias.zero_()
+        last.weight.fill_(1.0)
+    return net.eval()  # batch norm is then the identity, but for its epsilon
+
+
+# Two pictures of two patches; channel 0 is D.
+FEATURES = torch.tensor([[[[1.0, 0.2]], [[9.0, 9.0]]], [[[3.0, 0.1]], [[7.0, 7.0]]]])
+
+
+def test_the_loss_by_hand():
+    # max(0, .5 - D) + max(0, .5 + D): (0 + 1.5, .3 + .7) and (0 + 3.5, .4 + .6).
+    expected = torch.tensor([(1.5 + 1.0) / 2, (3.5 + 1.0) / 2])
+    torch.testing.assert_close(by_hand().losses(FEATURES), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_score_is_the_maximum_of_the_patches_not_minus_the_maximum_of_d():
+    net = by_hand()
+    expected = torch.tensor([[[-1.0, -0.2]], [[-3.0, -0.1]]])
+    torch.testing.assert_close(net.patch_scores(FEATURES), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        net.scores(FEATURES), torch.tensor([-0.2, -0.1]), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_losses_are_per_sample():
+    torch.manual_seed(0)
+    net, features = SimpleNet(6, (8, 8), noise_std=1e-9).eval(), torch.randn(4, 6, 3, 3)
+    together = net.losses(features)
+    assert together.shape == (4,)
+    alone = torch.cat([net.losses(features[i : i + 1]) for i in range(4)])
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+    net.noise_std = 0.5  # without noise the two halves of the loss have opposite gradients
+    gradient = torch.autograd.grad(net.losses(features.requires_grad_())[2], features)[0]
+    assert gradient[2].abs().sum() > 0
+    assert gradient[[0, 1, 3]].abs().sum() == 0
+
+
+def test_maps_have_the_pictures_size_and_the_papers_blur():
+    torch.manual_seed(0)
+    net, features = SimpleNet(6, (64, 48)).eval(), torch.randn(2, 6, 8, 6)
+    with torch.no_grad():
+        maps = net.maps(features)
+        sharp = torch.nn.functional.interpolate(
+            net.patch_scores(features)[:, None], size=(64, 48), mode="bilinear"
+        )[:, 0]
+    assert maps.shape == (2, 64, 48)
+    expected = gaussian_filter(sharp[0].numpy(), sigma=4, mode="mirror")
+    np.testing.assert_allclose(maps[0].numpy(), expected, atol=2e-3)
+
+
+def test_the_parts_have_the_papers_settings():
+    net = SimpleNet(1536, (288, 288))
+    linear, norm, activation, last = net.discriminator
+    assert (linear.out_features, norm.num_features, activation.negative_slope) == (1024, 1024, 0.2)
+    assert last.bias is None
+    assert (net.noise_std, net.margin, net.blur_sigma) == (0.015, 0.5, 4.0)
+    adaptor, discriminator = net.optimizers()
+    assert type(adaptor).__name__ == "AdamW"
+    assert adaptor.param_groups[0]["lr"] == 1e-4
+    assert type(discriminator).__name__ == "Adam"
+    assert discriminator.param_groups[0]["lr"] == 2e-4
+    assert discriminator.param_groups[0]["weight_decay"] == 1e-5
+    owned = {p for o in (adaptor, discriminator) for g in o.param_groups for p in g["params"]}
+    assert owned == set(net.parameters())
+
+
+def test_standardisation_makes_the_scale_of_the_features_irrelevant():
+    features = 3 + 0.01 * torch.randn(100, 6, 3, 3, generator=torch.Generator().manual_seed(0))
+    net = SimpleNet(6, (8, 8), standardize=True)
+    net.fit_statistics(features.split(7))
+    deviation, mean = torch.std_mean(features, dim=(0, 2, 3), correction=0)
+    torch.testing.assert_close(net.mean.flatten(), mean)
+    torch.testing.assert_close(net.std.flatten(), deviation, rtol=1e-3, atol=0)
+    raw = SimpleNet(6, (8, 8))
+    raw.fit_statistics(features.split(7))
+    assert raw.mean.abs().sum() == 0
+
+
+def test_features_of_another_backbone_are_refused():
+    with pytest.raises(ValueError, match=r"expected \(B, 6, h, w\)"):
+        SimpleNet(6, (8, 8)).losses(torch.randn(2, 5, 3, 3))
+
+
+def test_it_learns_to_tell_strange_patches():
+    generator = torch.Generator().manual_seed(0)
+    plane = torch.randn(8, 3, generator=generator) @ torch.randn(3, 8, generator=generator)
+
+    def pictures(count):
+        return torch.einsum(
+            "nchw,dc->ndhw", torch.randn(count, 8, 4, 4, generator=generator), plane
+        )
+
+    torch.manual_seed(0)
+    net = SimpleNet(8, (16, 16), hidden=64, noise_std=0.5, standardize=True)
+    data = pictures(64)
+    net.fit_statistics([data])
+    for _ in range(60):
+        for optimizer in (optimizers := net.optimizers()):
+            optimizer.zero_grad()
+        net.losses(data).mean().backward()
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = 5e-3
+            optimizer.step()
+    net.eval()
+    normal, strange = pictures(40), pictures(40)
+    strange[:, :, 1, 1] += 3 * torch.randn(40, 8, generator=generator)
+    with torch.no_grad():
+        scores = torch.cat([net.scores(normal), net.scores(strange)])
+    assert roc_auc_score([0] * 40 + [1] * 40, scores) > 0.9

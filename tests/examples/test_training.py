@@ -1,0 +1,281 @@
+"""Training loop and command line, end to end on small data."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from comet_examples import cli
+from comet_examples.detectors import SimpleNet
+from comet_examples.features import PatchFeatures
+from comet_examples.training import FeatureRows, ResumeError, TrainingSettings, predict, train
+from PIL import Image
+
+METHODS = ("plain", "oracle", "paper", "comet")
+
+
+def a_data_set(count: int = 30, bad: int = 4) -> FeatureRows:
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(count + 5, 6, 3, 3, generator=generator)
+    features[:bad] += 4
+    return FeatureRows(features, torch.arange(count))
+
+
+def build() -> SimpleNet:
+    return SimpleNet(6, (12, 12), hidden=16, noise_std=0.25, standardize=True)
+
+
+def same(left: SimpleNet, right: SimpleNet) -> bool:
+    pairs = zip(left.state_dict().values(), right.state_dict().values(), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_same_seed_gives_the_same_bits(method):
+    settings = TrainingSettings(method, epochs=2)
+    first = train(build, a_data_set(), settings)
+    torch.rand(7)
+    assert same(first.detector, train(build, a_data_set(), settings).detector)
+    other = TrainingSettings(method, epochs=2, seed=1)
+    assert not same(first.detector, train(build, a_data_set(), other).detector)
+
+
+class StopError(Exception):
+    """Stands for Ctrl-C."""
+
+
+@pytest.mark.parametrize("method", ["plain", "comet", "paper"])
+@pytest.mark.parametrize("stop_at", [1, 5, 9, 14])
+def test_a_stopped_run_resumes_bit_equal(tmp_path, method, stop_at):
+    settings = TrainingSettings(method, epochs=4, strength=0.001)
+    whole = train(build, a_data_set(), settings)
+    calls = []
+
+    class Stopping(SimpleNet):
+        def losses(self, features):
+            calls.append(1)
+            steps = 8 if method == "paper" else 2 if method == "comet" else 1
+            if len(calls) > stop_at * steps:
+                raise StopError
+            return super().losses(features)
+
+    def stopping():
+        return Stopping(6, (12, 12), hidden=16, noise_std=0.25, standardize=True)
+
+    checkpoint = tmp_path / "run.pt"
+    with pytest.raises(StopError):
+        train(stopping, a_data_set(), settings, checkpoint=checkpoint)
+    assert not list(tmp_path.glob("*.partial"))
+    resumed = train(build, a_data_set(), settings, checkpoint=checkpoint, resume=True)
+    assert same(whole.detector, resumed.detector)
+    assert resumed.history == whole.history
+    if method != "plain":
+        assert torch.equal(whole.optimizer.weighter(), resumed.optimizer.weighter())
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path):
+    file = tmp_path / "run.pt"
+    settings = TrainingSettings("comet", epochs=1)
+    train(build, a_data_set(), settings, checkpoint=file, identity="bottle")
+    for changed, identity in (
+        (TrainingSettings("comet", epochs=1, seed=3), "bottle"),
+        (settings, "zipper"),
+    ):
+        with pytest.raises(ResumeError, match=r"seed was 0, is 3|identity was 'bottle'"):
+            train(build, a_data_set(), changed, checkpoint=file, identity=identity, resume=True)
+    file.write_bytes(b"damaged")
+    with pytest.raises(ResumeError, match="remove it to start"):
+        train(build, a_data_set(), settings, checkpoint=file, identity="bottle", resume=True)
+
+
+def test_weights_are_one_per_picture_and_come_from_the_trained_model():
+    data = a_data_set()
+    trained = train(build, data, TrainingSettings("comet", epochs=3))
+    weighter = trained.optimizer.weighter
+    scores, _ = predict(trained.detector, data)
+    assert weighter.scores.shape == (30,)
+    assert torch.equal(weighter.scores, scores)
+    one_epoch = train(build, data, TrainingSettings("comet", epochs=1)).optimizer.weighter
+    assert not torch.equal(one_epoch.scores, weighter.scores)  # refreshed, not computed once
+    assert set(weighter.ranking(4).tolist()) == {0, 1, 2, 3}
+
+
+def tree(root: Path, category: str = "bottle", *, flip_masks: bool = False) -> Path:
+    """Striped pictures; defective ones have a bright square, marked by the mask."""
+    generator = np.random.default_rng(0)
+    stripes = np.tile((np.arange(64) // 8 % 2 * 60 + 60)[:, None, None], (1, 64, 3))
+
+    def save(part: str, name: str, square: tuple[int, int] | None = None) -> None:
+        pixels = stripes + generator.integers(0, 20, stripes.shape)
+        mask = np.zeros((64, 64), dtype=np.uint8)
+        if square:
+            row, column = square
+            pixels[row : row + 16, column : column + 16] = 250
+            mask[row : row + 16, column : column + 16] = 255
+        for folder, image in ((part, pixels.astype(np.uint8)), (None, mask)):
+            if folder is None:
+                if not square:
+                    continue
+                folder = part.replace("test", "ground_truth")
+                name = name + "_mask"
+                image = 255 - image if flip_masks else image
+            path = root / category / folder / f"{name}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(path)
+
+    for i in range(24):
+        save("train/good", f"{i:03d}")
+    for i in range(8):
+        save("test/good", f"{i:03d}")
+        save("test/square", f"{i:03d}", (8 * (i % 4), 40 - 4 * i))
+    return root
+
+
+SMALL = [
+    *("--backbone", "resnet10t", "--weights", "random", "--resize", "64", "--epochs", "2"),
+    *("--device", "cpu"),
+]
+
+
+def run(root: Path, out: Path, *more: str) -> tuple[int, dict]:
+    status = cli.main(
+        "simplenet", "mvtec", ["--data-root", str(root), "--out", str(out), *SMALL, *more]
+    )
+    results = out / "bottle" / "results.json"
+    return status, json.loads(results.read_text()) if results.exists() else {}
+
+
+def test_the_command_line_end_to_end(tmp_path, capsys, monkeypatch):
+    seen = []
+    forward = PatchFeatures.forward
+    monkeypatch.setattr(
+        PatchFeatures, "forward", lambda self, x: seen.append(len(x)) or forward(self, x)
+    )
+    root = tree(tmp_path / "data")
+    status, results = run(root, tmp_path / "out", "--noise", "0.1", "--plain", "--oracle")
+    assert status == 0
+    # The backbone saw every picture once, whatever the number of methods and epochs.
+    assert sum(seen) == 24 + 16
+    assert list(results["methods"]) == ["plain", "oracle", "comet"]
+    for method in results["methods"].values():
+        assert set(method["test"]) == {"I-AUROC", "I-AP", "P-AUROC", "P-AP", "AUPRO"}
+        assert len(method["history"]) == 2
+    suspects = results["methods"]["comet"]["suspects"]
+    assert len(suspects) == 27  # 24 good and 3 bad: 3 / 27 = 0.11
+    assert sum("square" in suspect["path"] for suspect in suspects) == 3
+    printed = capsys.readouterr().out
+    assert "27 training pictures (3 bad), 13 test pictures" in printed
+    assert "| bottle   | comet  |" in printed
+    for name in ("comet_maps", "comet_weights", "comet_suspects", "plain_maps"):
+        with Image.open(tmp_path / "out" / "bottle" / f"{name}.png") as picture:
+            assert picture.size[0] > 500
+
+
+def test_masks_are_used(tmp_path):
+    _, upright = run(tree(tmp_path / "a"), tmp_path / "out_a")
+    _, flipped = run(tree(tmp_path / "b", flip_masks=True), tmp_path / "out_b")
+    figures = [r["methods"]["comet"]["test"] for r in (upright, flipped)]
+    assert figures[0]["I-AUROC"] == figures[1]["I-AUROC"]
+    assert abs(figures[0]["P-AUROC"] - figures[1]["P-AUROC"]) > 0.05
+
+
+def test_no_test_picture_or_label_reaches_training(tmp_path):
+    root = tree(tmp_path / "data")
+    run(root, tmp_path / "before")
+    test = root / "bottle" / "test"
+    (test / "good").rename(test / "kept")
+    (test / "square").rename(test / "good")
+    (test / "kept").rename(test / "square")
+    (root / "bottle" / "ground_truth" / "square").rename(tmp_path / "masks")
+    (root / "bottle" / "ground_truth").rmdir()
+    _, after = run(root, tmp_path / "after")
+    states = [
+        torch.load(tmp_path / name / "bottle" / "comet.pt", weights_only=True)["detector"]
+        for name in ("before", "after")
+    ]
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+    assert set(after["methods"]["comet"]["test"]) == {"I-AUROC", "I-AP"}
+
+
+def test_the_last_epoch_is_the_result_whatever_the_test_set_says(tmp_path):
+    root = tree(tmp_path / "data")
+    _, results = run(root, tmp_path / "out")
+    state = torch.load(tmp_path / "out" / "bottle" / "comet.pt", weights_only=True)
+    assert len(state["history"]) == len(results["methods"]["comet"]["history"]) == 2
+
+
+def test_ctrl_c_says_how_to_go_on_and_resume_ends_in_the_same_bits(tmp_path, capsys, monkeypatch):
+    root = tree(tmp_path / "data")
+    run(root, tmp_path / "whole")
+    calls = []
+    losses = SimpleNet.losses
+
+    def interrupted(self, features):
+        calls.append(1)
+        if len(calls) == 9:
+            raise KeyboardInterrupt
+        return losses(self, features)
+
+    monkeypatch.setattr(SimpleNet, "losses", interrupted)
+    status, _ = run(root, tmp_path / "stopped")
+    assert status == 130
+    assert "--resume" in capsys.readouterr().err
+    monkeypatch.setattr(SimpleNet, "losses", losses)
+    status, _ = run(root, tmp_path / "stopped", "--resume")
+    assert status == 0
+    states = [
+        torch.load(tmp_path / name / "bottle" / "comet.pt", weights_only=True)["detector"]
+        for name in ("whole", "stopped")
+    ]
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+def test_a_category_that_fails_does_not_take_the_others_with_it(tmp_path, capsys):
+    root = tree(tree(tmp_path / "data"), "cable")
+    (root / "bottle" / "train" / "good" / "000.png").write_bytes(b"")
+    status, _ = run(root, tmp_path / "out")
+    captured = capsys.readouterr()
+    assert status == 1
+    assert "error: bottle: can't read the picture" in captured.err
+    assert "| cable    | comet  |" in captured.out
+    assert "Traceback" not in captured.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--category", "cork"], "found: bottle"),
+        (["--weights", "nowhere.pth"], "there's no weights file"),
+        (["--noise", "0.9"], "the most is noise"),
+        (["--backbone", "resnet5000"], "timm has no model"),
+    ],
+)
+def test_wrong_arguments_get_a_sentence(tmp_path, capsys, arguments, message):
+    status, _ = run(tree(tmp_path / "data"), tmp_path / "out", *arguments)
+    captured = capsys.readouterr()
+    assert status != 0
+    assert message in captured.err
+    assert "Traceback" not in captured.err
+
+
+def test_without_a_data_root_the_first_line_says_demo(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("elpv_dataset")
+    asked = {}
+    monkeypatch.setattr(
+        cli, "_run", lambda options, detector, dataset: asked.update(vars(options)) or 0
+    )
+    assert cli.main("simplenet", "mvtec", ["--out", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.startswith("DEMO: no --data-root")
+    assert (asked["plain"], asked["noise"], asked["category"]) == (True, 0.1, ["mono"])
+
+
+def test_real_pictures_in_the_layout_of_mvtec(tmp_path, shared_data):
+    status = cli.main(
+        "simplenet",
+        "mvtec",
+        [*("--data-root", str(shared_data / "mvtec")), *("--out", str(tmp_path)), *SMALL],
+    )
+    assert status == 0
+    results = json.loads((tmp_path / "toothbrush" / "results.json").read_text())
+    assert "AUPRO" in results["methods"]["comet"]["test"]
