@@ -1,0 +1,28 @@
+"""Loader helpers."""
+
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+from comet_meta import IndexedDataset, collect_scores
+
+
+def test_items_keep_their_structure():
+    dataset = IndexedDataset(TensorDataset(torch.arange(6.0), torch.arange(6) % 2))
+    assert len(dataset) == 6
+    index, (values, labels) = next(iter(DataLoader(dataset, batch_size=4)))
+    assert index.tolist() == [0, 1, 2, 3]
+    assert values.tolist() == [0, 1, 2, 3]
+    assert labels.tolist() == [0, 1, 0, 1]
+
+
+def test_scores_come_back_by_sample_whatever_the_order():
+    data = torch.randn(37)
+    for workers in (0, 2):
+        loader = DataLoader(IndexedDataset(data), batch_size=5, shuffle=True, num_workers=workers)
+        assert torch.equal(collect_scores(lambda batch: 2 * batch, loader), 2 * data)
+
+
+def test_scores_carry_no_graph():
+    theta = torch.ones(1, requires_grad=True)
+    loader = DataLoader(IndexedDataset(torch.randn(6)), batch_size=3)
+    assert not collect_scores(lambda batch: theta * batch, loader).requires_grad
