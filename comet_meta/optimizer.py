@@ -468,7 +468,7 @@ class CoMetOptimizerWrapper(Optimizer):
             )
         for name, part in (("weighter", self.weighter), ("regularizer", self.regularizer)):
             if (part is None) != (state_dict[name] is None):
-                here, there = ("none", "one") if part is None else ("one", "none")
+                here, there = ("no", "a") if part is None else ("a", "no")
                 raise ValueError(f"the saved state has {there} {name}, this wrapper has {here}")
         for optimizer, state in zip(self.optimizers, saved, strict=True):
             optimizer.load_state_dict(state)

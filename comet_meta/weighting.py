@@ -183,6 +183,10 @@ class SoftConfidentWeighter(nn.Module):
         kappa: Width of the fence of ``"hard"`` and ``"ratio"``, >= 0 (paper: 1.5).
         momentum: Share of a sample's earlier score that stays when a new one comes, in [0, 1).
 
+    The posterior is fitted with normal distributions. Scores with a heavy upper tail, such as
+    squared errors, come closer to that as roots: ``weighter.fit(scores.sqrt())``. Let the model
+    learn something before the first fit: weights from an untrained one can lock in.
+
     Weights are in [0, 1]. Those of the named rules are non-increasing in the score, follow a
     permutation of the samples, and (except ``"ratio"``) don't depend on the scores' offset and
     scale. They are all 1 where scores are all equal or fewer than 8 samples have one; a sample

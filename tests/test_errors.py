@@ -143,7 +143,7 @@ def test_state_of_another_make_up():
     _, bare = make(weighter=None)
     with pytest.raises(ValueError, match="load it into that optimizer before wrapping"):
         optimizer.load_state_dict(sgd().state_dict())
-    with pytest.raises(ValueError, match="saved state has no weighter|saved state has none"):
+    with pytest.raises(ValueError, match="the saved state has no weighter"):
         optimizer.load_state_dict(bare.state_dict())
     double = CoMetOptimizerWrapper([sgd(), sgd()], weighter=SoftConfidentWeighter(8))
     with pytest.raises(ValueError, match="2 optimizers"):

@@ -117,6 +117,16 @@ def test_equal_or_too_few_scores_tell_nothing(rule):
     assert fitted(torch.tensor([0.0, 1.0, 2.0, 1.0, 0.5, 99.0, 1.5]), rule).tolist() == [1] * 7
 
 
+def test_squared_errors_are_better_fitted_as_roots():
+    generator = torch.Generator().manual_seed(0)
+    errors = torch.randn(500, generator=generator).square()
+    errors[:50] = 15 + 15 * torch.rand(50, generator=generator)
+    raw, roots = fitted(errors), fitted(errors.sqrt())
+    assert raw[:50].mean() < 0.01
+    assert roots[:50].mean() < 0.01
+    assert roots[50:].mean() > raw[50:].mean() + 0.02
+
+
 def test_streaming_equals_batch():
     scores = torch.randn(40, generator=torch.Generator().manual_seed(0))
     batch = SoftConfidentWeighter(40)
