@@ -9,7 +9,6 @@ import json
 import platform
 import sys
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,20 +19,14 @@ from scipy.stats import ttest_rel
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 from comet_examples.backbones import DEFAULT_BACKBONE, load_backbone
-from comet_examples.datasets import (
-    DATASETS,
-    bad_samples,
-    contaminate,
-    load_image,
-    load_mask,
-    oracle,
-)
-from comet_examples.detectors import DETECTORS, Detector
+from comet_examples.datasets import DATASETS, bad_samples
+from comet_examples.detectors import DETECTORS
+from comet_examples.experiment import Experiment
 from comet_examples.features import FeatureStore, PatchFeatures
-from comet_examples.metrics import curation_metrics, image_metrics, pixel_metrics
+from comet_examples.metrics import curation_metrics
 from comet_examples.presets import preset_for
 from comet_examples.report import table
-from comet_examples.training import FeatureRows, Method, TrainingSettings, predict, train
+from comet_examples.training import Method, TrainingSettings
 
 from comet_meta.optimizer import MetaMode
 
@@ -61,28 +54,13 @@ def main() -> None:
     preset = preset_for(options.backbone, options.dataset)
     clean = DATASETS[options.dataset].load(options.data_root, options.category)
     extractor = PatchFeatures(load_backbone(options.backbone))
-    paths = [sample.path for sample in (*clean.train, *clean.test)]
-    features = FeatureStore().get(
-        extractor,
-        paths,
-        partial(load_image, transform=preset.transform),
-        transform_key=str(preset.transform),
-        device=options.device,
+    experiment = Experiment(
+        clean, options.detector, preset, extractor, FeatureStore(), options.device
     )
-    height, width = load_image(paths[0], preset.transform).shape[-2:]
-    row_of = {path: row for row, path in enumerate(paths)}
-
-    def build() -> Detector:
-        return DETECTORS[options.detector](extractor.dim, (height, width), **preset.detector)
 
     def one_run(noise: float, seed: int, method: str) -> dict[str, float]:
-        split = contaminate(clean, noise, seed=seed)
-        part = oracle(split) if method == "oracle" else split
+        split = experiment.split(noise, seed)
         name, _, meta = method.partition(":")
-        rows = [
-            FeatureRows(features, torch.tensor([row_of[s.path] for s in samples]))
-            for samples in (part.train, split.test)
-        ]
         settings = TrainingSettings(
             cast("Method", name),
             options.epochs or preset.epochs,
@@ -91,21 +69,16 @@ def main() -> None:
             strength=options.strength,
         )
         start = time.perf_counter()
-        trained = train(build, rows[0], settings, device=options.device)
-        seconds = time.perf_counter() - start
-        scores, maps = predict(trained.detector, rows[1], options.device)
-        figures = image_metrics(scores, bad_samples(split.test))
-        if split.has_masks:
-            masks = torch.stack([load_mask(s, preset.transform) for s in split.test])
-            figures |= pixel_metrics(maps, masks)
-        weighter = trained.optimizer.weighter
+        outcome = experiment.run(split, settings)
+        figures = outcome.figures | {"seconds": time.perf_counter() - start}
+        weighter = outcome.training.optimizer.weighter
         if weighter is not None and noise > 0:
             bad = bad_samples(split.train)
             curation = curation_metrics(weighter.scores, bad)
             figures |= {f"curation {key}": value for key, value in curation.items()}
             figures["weight of bad"] = float(weighter.weights[torch.from_numpy(bad)].mean())
             figures["weight of good"] = float(weighter.weights[torch.from_numpy(~bad)].mean())
-        return figures | {"seconds": seconds}
+        return figures
 
     fixed = {
         key: str(getattr(options, key))

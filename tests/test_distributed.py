@@ -48,9 +48,7 @@ def parameters(optimizer: CoMetOptimizerWrapper) -> list[torch.Tensor]:
 
 def worker(rank: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2
-    )
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     optimizer = steps(torch.arange(16)[rank::2])
     dataset = IndexedDataset(DATA[:15])  # uneven: the sampler repeats a sample
     loader = DataLoader(

@@ -279,6 +279,29 @@ def test_hooks_fire_once_and_clipping_sees_the_meta_gradient():
     assert (after - before).norm().item() == pytest.approx(1e-3, rel=1e-3)
 
 
+def test_the_drop_in_objective_works_with_a_gradient_scaler():
+    models = [autoencoder(), autoencoder()]
+    for model, wrap in zip(models, (lambda o: o, CoMetOptimizerWrapper), strict=True):
+        optimizer = wrap(torch.optim.AdamW(model.parameters(), lr=1e-2))
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+        for step in range(6):
+            optimizer.zero_grad()
+            losses = losses_of(model, DATA) * (torch.inf if step == 3 else 1.0)
+            if isinstance(optimizer, CoMetOptimizerWrapper) and step != 3:
+                objective = optimizer.objective(losses)
+            else:
+                objective = losses.mean()
+            scaler.scale(objective).backward()
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            scaler.step(optimizer)  # skipped where gradients overflowed
+            scaler.update()
+        assert scaler.get_scale() == 2.0**9
+    for ours, reference in zip(models[1].parameters(), models[0].parameters(), strict=True):
+        assert torch.equal(ours, reference)
+        assert torch.isfinite(ours).all()
+
+
 def test_frozen_parameters_stay():
     model = autoencoder()
     model[0].requires_grad_(False)

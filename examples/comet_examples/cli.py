@@ -7,7 +7,6 @@ import platform
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -17,30 +16,12 @@ import torch
 import comet_meta
 from comet_examples import report
 from comet_examples.backbones import DEFAULT_BACKBONE, BackboneError, load_backbone
-from comet_examples.datasets import (
-    DATASETS,
-    DatasetError,
-    Split,
-    Transform,
-    bad_samples,
-    contaminate,
-    load_image,
-    load_mask,
-    oracle,
-)
-from comet_examples.detectors import DETECTORS, Detector
+from comet_examples.datasets import DATASETS, DatasetError, Split, Transform, bad_samples
+from comet_examples.experiment import Experiment
 from comet_examples.features import FeatureStore, PatchFeatures
-from comet_examples.metrics import curation_metrics, image_metrics, pixel_metrics
+from comet_examples.metrics import curation_metrics
 from comet_examples.presets import Preset, preset_for
-from comet_examples.training import (
-    FeatureRows,
-    Method,
-    ResumeError,
-    Training,
-    TrainingSettings,
-    predict,
-    train,
-)
+from comet_examples.training import Method, ResumeError, Training, TrainingSettings
 from comet_meta.optimizer import MetaMode
 
 _DEMO = (
@@ -161,26 +142,8 @@ def _category(
     store: FeatureStore,
 ) -> list[dict[str, str | float]]:
     """Train and judge every method on one category; the rows of the final table."""
-    split = contaminate(clean, options.noise or 0.0, seed=options.seed, overlap=options.overlap)
-    paths = [sample.path for sample in (*clean.train, *clean.test)]
-    features = store.get(
-        extractor,
-        paths,
-        partial(load_image, transform=preset.transform),
-        transform_key=str(preset.transform),
-        device=options.device,
-    )
-    row_of = {path: row for row, path in enumerate(paths)}
-
-    def rows_of(part: Split, name: str) -> FeatureRows:
-        samples = getattr(part, name)
-        return FeatureRows(features, torch.tensor([row_of[sample.path] for sample in samples]))
-
-    size = load_image(paths[0], preset.transform).shape[-2:]
-
-    def build() -> Detector:
-        return DETECTORS[detector](extractor.dim, tuple(size), **preset.detector)
-
+    experiment = Experiment(clean, detector, preset, extractor, store, options.device)
+    split = experiment.split(options.noise or 0.0, options.seed, overlap=options.overlap)
     folder = options.out / split.category
     folder.mkdir(parents=True, exist_ok=True)
     bad = int(bad_samples(split.train).sum())
@@ -191,9 +154,7 @@ def _category(
     methods: list[Method] = [m for m in ("plain", "oracle", "paper") if getattr(options, m)]
     table: list[dict[str, str | float]] = []
     results: dict[str, Any] = {"settings": _settings(options, preset, extractor), "methods": {}}
-    test = rows_of(split, "test")
     for method in [*methods, "comet"]:
-        part = oracle(split) if method == "oracle" else split
         settings = TrainingSettings(
             method,
             options.epochs or preset.epochs,
@@ -202,28 +163,21 @@ def _category(
             options.meta,
             options.strength,
         )
-        trained = train(
-            build,
-            rows_of(part, "train"),
-            settings,
-            device=options.device,
-            checkpoint=folder / f"{method}.pt",
-            identity=f"{split.category} {options.noise or 0.0} {options.overlap} {preset} "
-            f"{extractor.fingerprint}",
-            resume=options.resume,
+        outcome = experiment.run(
+            split, settings, checkpoint=folder / f"{method}.pt", resume=options.resume
         )
-        scores, maps = predict(trained.detector, test, options.device)
-        labels = bad_samples(split.test)
-        figures = image_metrics(scores, labels)
-        if split.has_masks:
-            masks = torch.stack([load_mask(s, preset.transform) for s in split.test])
-            figures |= pixel_metrics(maps, masks)
+        trained, figures = outcome.training, outcome.figures
         entry: dict[str, Any] = {"test": figures, "history": trained.history}
         if trained.optimizer.weighter is not None:
             entry |= _curation(trained, split, method, preset.transform, folder)
         title = f"{split.category}, {method}: test pictures, defects outlined; anomaly maps"
         report.draw_heat_maps(
-            split.test, scores, maps, preset.transform, title, folder / f"{method}_maps.png"
+            split.test,
+            outcome.scores,
+            outcome.maps,
+            preset.transform,
+            title,
+            folder / f"{method}_maps.png",
         )
         results["methods"][method] = entry
         curation = {f"curation {k}": v for k, v in entry.get("curation", {}).items()}

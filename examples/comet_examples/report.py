@@ -72,7 +72,7 @@ def draw_suspects(
     for axes in (grid := figure.subplots(rows, columns, squeeze=False)).flat:
         axes.axis("off")
     for place, (i, axes) in enumerate(zip(ranking, grid.flat, strict=False), start=1):
-        axes.imshow(load_image(samples[i].path, transform).permute(1, 2, 0))
+        axes.imshow(load_image(samples[i].path, transform).permute(1, 2, 0).numpy())
         # Thumbnail captions: rank, weight and, where the protocol knows it, the truth.
         truth = {0: "normal", 1: samples[i].defect, None: ""}[samples[i].label]
         color = _BAD if samples[i].label == 1 else "black"
@@ -115,12 +115,12 @@ def draw_heat_maps(
     figure = Figure(figsize=(1.25 * len(shown), 3.2), layout="constrained")
     top, bottom = figure.subplots(2, len(shown), squeeze=False)
     for i, above, below in zip(shown, top, bottom, strict=True):
-        picture = load_image(samples[i].path, transform).permute(1, 2, 0)
+        picture = load_image(samples[i].path, transform).permute(1, 2, 0).numpy()
         for axes in (above, below):
             axes.imshow(picture)
             axes.axis("off")
-        below.imshow(maps[i], cmap="inferno", vmin=low, vmax=high, alpha=0.6)
-        mask = load_mask(samples[i], transform)
+        below.imshow(maps[i].numpy(), cmap="inferno", vmin=low, vmax=high, alpha=0.6)
+        mask = load_mask(samples[i], transform).numpy()
         if mask.any():
             above.contour(mask, levels=[0.5], colors="lime", linewidths=0.8)
         above.set_title(samples[i].defect, color=_BAD if samples[i].label == 1 else "black")

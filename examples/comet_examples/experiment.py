@@ -1,0 +1,133 @@
+"""One category with its features, on which methods are trained and judged."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from comet_examples.datasets import (
+    Sample,
+    Split,
+    bad_samples,
+    contaminate,
+    load_image,
+    load_mask,
+    oracle,
+)
+from comet_examples.detectors import DETECTORS, Detector
+from comet_examples.features import FeatureStore, PatchFeatures
+from comet_examples.metrics import image_metrics, pixel_metrics
+from comet_examples.presets import Preset
+from comet_examples.training import FeatureRows, Training, TrainingSettings, predict, train
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A trained detector and its figures on the test set.
+
+    Attributes:
+        training: The detector and the state of its training.
+        figures: Image metrics, and pixel metrics where there are masks.
+        scores: Of the test pictures, shape (N,).
+        maps: Of the test pictures, shape (N, H, W).
+    """
+
+    training: Training
+    figures: dict[str, float]
+    scores: Tensor
+    maps: Tensor
+
+
+class Experiment:
+    """Features of a category's pictures, computed once for any number of trainings.
+
+    Args:
+        clean: The category as it is on disk.
+        detector: Name in ``DETECTORS``.
+        preset: Picture size and detector settings.
+        extractor: The frozen features.
+        store: Keeps them.
+        device: Where to train.
+    """
+
+    def __init__(
+        self,
+        clean: Split,
+        detector: str,
+        preset: Preset,
+        extractor: PatchFeatures,
+        store: FeatureStore,
+        device: str,
+    ) -> None:
+        self.clean = clean
+        self.preset = preset
+        self.device = device
+        self._detector = detector
+        self._extractor = extractor
+        paths = [sample.path for sample in (*clean.train, *clean.test)]
+        self._row_of = {path: row for row, path in enumerate(paths)}
+        self._features = store.get(
+            extractor,
+            paths,
+            partial(load_image, transform=preset.transform),
+            transform_key=str(preset.transform),
+            device=device,
+        )
+        height, width = load_image(paths[0], preset.transform).shape[-2:]
+        self._map_size = (height, width)
+
+    def split(self, noise: float, seed: int, *, overlap: bool = False) -> Split:
+        """The category under the contamination protocol."""
+        return contaminate(self.clean, noise, seed=seed, overlap=overlap)
+
+    def run(
+        self,
+        split: Split,
+        settings: TrainingSettings,
+        *,
+        checkpoint: Path | None = None,
+        resume: bool = False,
+    ) -> Outcome:
+        """Train one method on a split and judge it on the split's test set.
+
+        Args:
+            split: From :meth:`split`.
+            settings: How to train; ``"oracle"`` leaves the bad training pictures out.
+            checkpoint: File to write after every epoch.
+            resume: Continue from it.
+
+        Returns:
+            The outcome of the last epoch.
+        """
+        samples = oracle(split).train if settings.method == "oracle" else split.train
+        content = f"{[sample.path for sample in samples]} {self.preset} {self._detector}"
+        content += self._extractor.fingerprint
+        digest = hashlib.sha256(content.encode()).hexdigest()[:12]
+        training = train(
+            self._build,
+            self._rows(samples),
+            settings,
+            device=self.device,
+            checkpoint=checkpoint,
+            identity=f"{split.category} with pictures and settings {digest}",
+            resume=resume,
+        )
+        scores, maps = predict(training.detector, self._rows(split.test), self.device)
+        figures = image_metrics(scores, bad_samples(split.test))
+        if split.has_masks:
+            masks = torch.stack([load_mask(s, self.preset.transform) for s in split.test])
+            figures |= pixel_metrics(maps, masks)
+        return Outcome(training, figures, scores, maps)
+
+    def _build(self) -> Detector:
+        options: dict[str, Any] = self.preset.detector
+        return DETECTORS[self._detector](self._extractor.dim, self._map_size, **options)
+
+    def _rows(self, samples: Sequence[Sample]) -> FeatureRows:
+        rows = torch.tensor([self._row_of[sample.path] for sample in samples])
+        return FeatureRows(self._features, rows)
