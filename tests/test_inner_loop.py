@@ -90,6 +90,28 @@ def test_the_meta_update_moves_towards_the_adapted_weights(mode):
     assert one_task(mode, inner="adam", steps=3).gradients[0].item() < 0
 
 
+@pytest.mark.parametrize("mode", FIRST_ORDER)
+def test_every_task_starts_from_theta(mode):
+    torch.manual_seed(0)
+    model, data = Net(), torch.randn(12, 3).double()
+    tasks = split_tasks(12, 2, 0.3)
+
+    def gradients(tasks):
+        return first_order(
+            lambda rows: model.losses(data[rows]).mean(),
+            list(model.parameters()),
+            tasks,
+            mode=mode,
+            inner="sgd",
+            inner_lr=0.5,
+            inner_steps=2,
+        ).gradients
+
+    first, second = gradients(tasks[:1]), gradients(tasks[1:])
+    for both, a, b in zip(gradients(tasks), first, second, strict=True):
+        torch.testing.assert_close(both, (a + b) / 2)
+
+
 def test_adam_direction_equals_torch():
     start, lr = torch.randn(4, dtype=torch.float64), 0.01
     parameter = start.clone().requires_grad_()
