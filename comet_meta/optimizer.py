@@ -31,7 +31,7 @@ Closure = Callable[[Tensor], Tensor]
 
 
 class StepReport(NamedTuple):
-    """What one full step did, as detached tensors of shape () on the losses' device.
+    """What one full step did, as detached tensors of shape (); reading one waits for its device.
 
     Attributes:
         objective: Weighted loss plus penalty of the whole batch; support and query losses in
