@@ -73,3 +73,8 @@ def test_too_few_anomalies_says_how_much_is_possible():
 def test_a_share_out_of_range_is_refused(noise):
     with pytest.raises(DatasetError, match=r"\[0, 1\)"):
         contaminate(a_split(), noise, seed=0)
+
+
+def test_a_contaminated_split_is_not_contaminated_again():
+    with pytest.raises(DatasetError, match="10 anomalous training pictures already"):
+        contaminate(contaminate(a_split(), 0.1, seed=0), 0.2, seed=0)

@@ -187,3 +187,18 @@ def test_real_mvtec_layout(shared_data):
     assert (len(split.train), len(split.test)) == (48, 42)
     defective = [s for s in split.test if s.label == 1]
     assert all(load_mask(s, Transform(64)).any() for s in defective)
+
+
+def test_a_crop_larger_than_the_picture_is_an_error(tmp_path):
+    with pytest.raises(DatasetError, match="32 x 32 pixels is larger than the resized picture"):
+        load_image(picture(tmp_path / "x.png"), Transform(16, 32))
+    with pytest.raises(ValueError, match="at least 1 pixel"):
+        Transform(0)
+
+
+def test_the_faintest_mark_of_a_16_bit_mask_counts(tmp_path):
+    marks = np.zeros((16, 24), dtype=np.uint16)
+    marks[:8] = 1
+    Image.fromarray(marks).save(tmp_path / "m.png")
+    sample = Sample(picture(tmp_path / "x.png"), 1, tmp_path / "m.png")
+    assert load_mask(sample, Transform(16)).float().mean() == pytest.approx(0.5)

@@ -60,3 +60,17 @@ def image_files(folder: Path) -> list[Path]:
         for path in folder.iterdir()
         if path.suffix.lower() in _SUFFIXES and not path.name.startswith(".") and path.is_file()
     )
+
+
+def subfolders(folder: Path) -> list[Path]:
+    """Folders of a folder by name, hidden ones left out.
+
+    Args:
+        folder: An existing folder.
+
+    Returns:
+        The folders in it, sorted by name.
+    """
+    return sorted(
+        path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")
+    )

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import numpy as np
+import numpy.typing as npt
 
 from comet_examples.datasets.base import DatasetError, Sample, Split
 
@@ -11,9 +12,9 @@ def contaminate(split: Split, noise: float, *, seed: int, overlap: bool = False)
     """Move anomalous test pictures into the training set.
 
     All normal training pictures stay; of the anomalous test pictures as many are drawn, uniformly,
-    as make up the share ``noise`` of the new training set (to the nearest picture). For one seed
-    the draw at a lower share is part of the draw at a higher one. The training set is shuffled,
-    so its order tells nothing.
+    as make up the share ``noise`` of the new training set (to the nearest picture, half to even).
+    For one seed the draw at a lower share is part of the draw at a higher one. The training set is
+    shuffled, so its order tells nothing.
 
     Args:
         split: A split with a clean training set.
@@ -25,12 +26,18 @@ def contaminate(split: Split, noise: float, *, seed: int, overlap: bool = False)
         The contaminated split; ``noise`` 0 returns the split itself.
 
     Raises:
-        DatasetError: If the share is out of range, or there are too few anomalous pictures.
+        DatasetError: If the share is out of range, the training set is not clean, or there are too
+            few anomalous pictures.
     """
     if not 0 <= noise < 1:
         raise DatasetError(f"the noise is {noise}; expected a share in [0, 1), for instance 0.1")
     if noise == 0:
         return split
+    if bad := int(bad_samples(split.train).sum()):
+        raise DatasetError(
+            f"{split.category} has {bad} anomalous training pictures already, which noise {noise} "
+            "would not count; contaminate a clean split, for instance that of oracle()"
+        )
     anomalous = [sample for sample in split.test if sample.label == 1]
     available = len(anomalous) if overlap else len(anomalous) - 1
     wanted = round(noise / (1 - noise) * len(split.train))
@@ -43,9 +50,10 @@ def contaminate(split: Split, noise: float, *, seed: int, overlap: bool = False)
         )
     generator = np.random.default_rng(seed)
     drawn = [anomalous[i] for i in generator.permutation(len(anomalous))[:wanted]]
+    gone = set() if overlap else set(drawn)
     train = [*split.train, *drawn]
     order = np.random.default_rng([seed, len(train)]).permutation(len(train))
-    test = split.test if overlap else tuple(s for s in split.test if s not in set(drawn))
+    test = tuple(sample for sample in split.test if sample not in gone)
     return replace(split, train=tuple(train[i] for i in order), test=test)
 
 
@@ -61,6 +69,6 @@ def oracle(split: Split) -> Split:
     return replace(split, train=tuple(s for s in split.train if s.label != 1))
 
 
-def bad_samples(samples: tuple[Sample, ...]) -> np.ndarray:
+def bad_samples(samples: tuple[Sample, ...]) -> npt.NDArray[np.bool_]:
     """Which samples are anomalous, bool (N,), for judging a ranking after the fact."""
     return np.array([sample.label == 1 for sample in samples], dtype=bool)

@@ -17,7 +17,6 @@ import numpy as np
 from comet_examples.datasets.base import DatasetError, Sample, Split
 
 _TRAIN_SHARE = 0.7
-_SPLIT_SEED = 0
 
 
 def categories(root: Path | None) -> list[str]:
@@ -35,19 +34,21 @@ def categories(root: Path | None) -> list[str]:
     return sorted({kind for _, _, kind in _labels(root)})
 
 
-def load(root: Path | None, category: str) -> Split:
+def load(root: Path | None, category: str, seed: int = 0) -> Split:
     """One kind of cells.
 
     Args:
         root: A folder with ``labels.csv``; None for the installed package.
         category: A name out of :func:`categories`.
+        seed: Of the split. It is no part of the contamination protocol: keep it for all seeds of a
+            comparison.
 
     Returns:
-        Its split: 70 % of the normal cells, drawn once and for all with a fixed seed, are the
-        training set; the others and all anomalous cells are the test set.
+        Its split: 70 % of the normal cells, drawn with the seed, are the training set; the others
+        and all anomalous cells are the test set.
 
     Raises:
-        DatasetError: If package, list or category is missing.
+        DatasetError: If package, list, category, or one of the two kinds of cells is missing.
     """
     rows = [(path, probability) for path, probability, kind in _labels(root) if kind == category]
     if not rows:
@@ -56,7 +57,12 @@ def load(root: Path | None, category: str) -> Split:
         )
     normal = [Sample(path, 0) for path, probability in rows if probability == 0]
     anomalous = [Sample(path, 1, None, "defective") for path, p in rows if p == 1]
-    order = np.random.default_rng(_SPLIT_SEED).permutation(len(normal))
+    if not normal or not anomalous:
+        raise DatasetError(
+            f"{category} has {len(normal)} cells of probability 0 and {len(anomalous)} of "
+            "probability 1; both kinds are needed, for training and for the test"
+        )
+    order = np.random.default_rng(seed).permutation(len(normal))
     cut = round(_TRAIN_SHARE * len(normal))
     train, held_out = sorted(order[:cut]), sorted(order[cut:])
     return Split(
@@ -79,5 +85,10 @@ def _labels(root: Path | None) -> list[tuple[Path, float, str]]:
     table = root / "labels.csv"
     if not table.is_file():
         raise DatasetError(f"there's no {table}; expected the list of the elpv data set")
-    rows = [line.split() for line in table.read_text().splitlines() if line.strip()]
-    return [(root / name, float(probability), kind) for name, probability, kind in rows]
+    try:
+        rows = np.loadtxt(table, dtype=str, comments=None, ndmin=2, encoding="utf-8").tolist()
+        return [(root / name, float(probability), kind) for name, probability, kind in rows]
+    except ValueError as error:
+        raise DatasetError(
+            f"can't read {table}: {error}; expected lines of path, probability and kind"
+        ) from error

@@ -1,5 +1,6 @@
 """From picture files to tensors of one size."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,19 +20,44 @@ class Transform:
     Attributes:
         resize: Length of the shorter side in pixels (the aspect is kept), or (height, width).
         crop: Side of the centre crop in pixels, or (height, width); None for no crop.
+
+    Raises:
+        ValueError: If a size is not positive.
     """
 
     resize: int | tuple[int, int]
     crop: int | tuple[int, int] | None = None
 
+    def __post_init__(self) -> None:
+        for name, size in (("resize", self.resize), ("crop", self.crop)):
+            sides = (size,) if isinstance(size, int) else size or ()
+            if any(side < 1 for side in sides):
+                raise ValueError(f"{name} is {size}; expected at least 1 pixel")
+
     def __call__(self, picture: Image.Image, *, nearest: bool = False) -> Image.Image:
-        """The picture in its new size."""
+        """The picture in its new size.
+
+        Args:
+            picture: The picture as it was read.
+            nearest: Take the nearest pixel, as masks need it, instead of interpolating.
+
+        Returns:
+            The resized and cropped picture.
+
+        Raises:
+            DatasetError: If the crop is larger than the resized picture.
+        """
         how = tvf.InterpolationMode.NEAREST if nearest else tvf.InterpolationMode.BILINEAR
         size = [self.resize] if isinstance(self.resize, int) else list(self.resize)
         picture = tvf.resize(picture, size, interpolation=how)
         if self.crop is None:
             return picture
         crop = [self.crop] * 2 if isinstance(self.crop, int) else list(self.crop)
+        if crop[0] > picture.height or crop[1] > picture.width:
+            raise DatasetError(
+                f"the crop of {crop[1]} x {crop[0]} pixels is larger than the resized picture, "
+                f"{picture.width} x {picture.height}; take a smaller crop or a larger resize"
+            )
         return tvf.center_crop(picture, crop)
 
 
@@ -49,9 +75,10 @@ def load_image(path: Path, transform: Transform) -> Tensor:
         The picture, uint8 (3, H, W).
 
     Raises:
-        DatasetError: If the file can't be read as a picture.
+        DatasetError: If the file can't be read as a picture of 8 or 16 bits, or the crop is larger
+            than the resized picture.
     """
-    picture = transform(_open(path))
+    picture = transform(_read(path, _rgb))
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
 
 
@@ -59,38 +86,56 @@ def load_mask(sample: Sample, transform: Transform) -> Tensor:
     """Read the defective pixels of a sample.
 
     Args:
-        sample: The sample; without a mask, no pixel is defective.
+        sample: The sample; without a mask, no pixel is defective. In a mask, any value above 0 is.
         transform: The transform of its picture.
 
     Returns:
         True where defective, bool (H, W).
 
     Raises:
-        DatasetError: If picture or mask can't be read, or their sizes differ.
+        DatasetError: If picture or mask can't be read, their sizes differ, or the crop is larger
+            than the resized picture.
     """
-    picture = _open(sample.path)
+    picture = _read(sample.path, _rgb)
     if sample.mask is None:
         width, height = transform(picture).size
         return torch.zeros(height, width, dtype=torch.bool)
-    mask = _open(sample.mask)
+    mask = _read(sample.mask, _defective)
     if mask.size != picture.size:
         raise DatasetError(
             f"{sample.mask} is {mask.width} x {mask.height} pixels but its picture {sample.path} "
             f"is {picture.width} x {picture.height}; a mask must have its picture's size"
         )
-    return torch.from_numpy(np.array(transform(mask, nearest=True))).amax(dim=2) > 0
+    return torch.from_numpy(np.array(transform(mask, nearest=True))) > 0
 
 
-def _open(path: Path) -> Image.Image:
+def _read(path: Path, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
     try:
         with Image.open(path) as file:
-            picture = ImageOps.exif_transpose(file)
-            if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
-                values = np.asarray(picture, dtype=np.float32)
-                # Pillow clips 16-bit values when it converts them to 8 bits.
-                picture = Image.fromarray((values / 257).clip(0, 255).round().astype(np.uint8))
-            return picture.convert("RGB")
+            return convert(ImageOps.exif_transpose(file))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DatasetError(
             f"can't read the picture {path}: {error}; replace or remove it"
         ) from error
+
+
+def _rgb(picture: Image.Image) -> Image.Image:
+    if _is_deep(picture):
+        values = np.asarray(picture, dtype=np.float32)
+        low, high = values.min(), values.max()
+        if picture.mode == "F" or low < 0 or high > 65535:
+            raise ValueError(f"values from {low:g} to {high:g}, expected 8 or 16 bits a pixel")
+        # Pillow clips 16-bit values when it converts them to 8 bits.
+        picture = Image.fromarray((values / 257).round().astype(np.uint8))
+    return picture.convert("RGB")
+
+
+def _defective(mask: Image.Image) -> Image.Image:
+    # Before any scaling of values or pixels, so that the faintest mark counts.
+    marks = np.asarray(mask if _is_deep(mask) else mask.convert("RGB")) > 0
+    return Image.fromarray((marks if marks.ndim == 2 else marks.any(axis=2)).astype(np.uint8))
+
+
+def _is_deep(picture: Image.Image) -> bool:
+    """Whether it has one channel of more than 8 bits."""
+    return picture.mode in ("I", "F") or picture.mode.startswith("I;16")

@@ -7,7 +7,7 @@ CVPR 2019.
 import logging
 from pathlib import Path
 
-from comet_examples.datasets.base import DatasetError, Sample, Split, image_files
+from comet_examples.datasets.base import DatasetError, Sample, Split, image_files, subfolders
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -28,11 +28,10 @@ def categories(root: Path | None) -> list[str]:
         raise DatasetError("MVTec AD needs --data-root: the folder that has the category folders")
     if not root.is_dir():
         raise DatasetError(f"there's no folder {root}; --data-root takes the unpacked data set")
-    found = sorted(f.name for f in root.iterdir() if _is_category(f))
+    found = [folder.name for folder in subfolders(root) if _is_category(folder)]
     if not found:
-        hint = (
-            f"; it looks like a single category: pass {root.parent}" if _is_category(root) else ""
-        )
+        parent = root.resolve().parent
+        hint = f"; it looks like a single category: pass {parent}" if _is_category(root) else ""
         raise DatasetError(
             f"{root} holds no category, that is no folder with train/good and test in it{hint}"
         )
@@ -62,13 +61,13 @@ def load(root: Path | None, category: str) -> Split:
     if not has_masks:
         _LOGGER.warning("%s has no ground_truth folder: no pixel metrics", folder)
     test: list[Sample] = []
-    for kind in sorted(f for f in _folder(folder / "test").iterdir() if f.is_dir()):
+    for kind in subfolders(_folder(folder / "test")):
         masks = _masks(folder / "ground_truth" / kind.name) if has_masks else {}
         for path in image_files(kind):
             if kind.name == "good":
                 test.append(Sample(path, 0))
                 continue
-            mask = masks.get(path.stem)
+            mask = masks.get(f"{path.stem}_mask")
             if has_masks and mask is None:
                 raise DatasetError(
                     f"{path} has no mask: expected {folder / 'ground_truth' / kind.name}"
@@ -101,4 +100,4 @@ def _required(folder: Path) -> list[Path]:
 
 def _masks(folder: Path) -> dict[str, Path]:
     files = image_files(folder) if folder.is_dir() else []
-    return {path.stem.removesuffix("_mask"): path for path in files}
+    return {path.stem: path for path in files}
