@@ -170,7 +170,7 @@ def _category(
         entry: dict[str, Any] = {"test": figures, "history": trained.history}
         if trained.optimizer.weighter is not None:
             entry |= _curation(trained, split, method, preset.transform, folder)
-        title = f"{split.category}, {method}: test pictures, defects outlined; anomaly maps"
+        title = f"{split.category}, {method}: test pictures and their anomaly maps"
         report.draw_heat_maps(
             split.test,
             outcome.scores,
@@ -226,7 +226,7 @@ def _settings(
     options: argparse.Namespace, preset: Preset, extractor: PatchFeatures
 ) -> dict[str, Any]:
     return {
-        "options": {k: str(v) for k, v in vars(options).items()},
+        "options": {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()},
         "epochs": options.epochs or preset.epochs,
         "transform": asdict(preset.transform),
         "detector": preset.detector,
