@@ -22,7 +22,7 @@ from comet_examples.backbones import DEFAULT_BACKBONE, load_backbone
 from comet_examples.datasets import DATASETS, bad_samples
 from comet_examples.detectors import DETECTORS
 from comet_examples.experiment import Experiment
-from comet_examples.features import FeatureStore, PatchFeatures
+from comet_examples.features import FeatureStore
 from comet_examples.metrics import curation_metrics
 from comet_examples.presets import preset_for
 from comet_examples.report import table
@@ -53,9 +53,9 @@ def main() -> None:
 
     preset = preset_for(options.backbone, options.dataset)
     clean = DATASETS[options.dataset].load(options.data_root, options.category)
-    extractor = PatchFeatures(load_backbone(options.backbone))
+    backbone = load_backbone(options.backbone)
     experiment = Experiment(
-        clean, options.detector, preset, extractor, FeatureStore(), options.device
+        clean, options.detector, preset, backbone, FeatureStore(), options.device
     )
 
     def one_run(noise: float, seed: int, method: str) -> dict[str, float]:

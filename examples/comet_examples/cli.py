@@ -15,10 +15,10 @@ import torch
 
 import comet_meta
 from comet_examples import report
-from comet_examples.backbones import DEFAULT_BACKBONE, BackboneError, load_backbone
+from comet_examples.backbones import DEFAULT_BACKBONE, Backbone, BackboneError, load_backbone
 from comet_examples.datasets import DATASETS, DatasetError, Split, Transform, bad_samples
 from comet_examples.experiment import Experiment
-from comet_examples.features import FeatureStore, PatchFeatures
+from comet_examples.features import FeatureStore
 from comet_examples.metrics import curation_metrics
 from comet_examples.presets import Preset, preset_for
 from comet_examples.training import Method, ResumeError, Training, TrainingSettings
@@ -112,13 +112,13 @@ def _run(options: argparse.Namespace, detector: str, dataset: str) -> int:
     names = options.category or ["all"]
     categories = source.categories(options.data_root) if names == ["all"] else names
     splits = [source.load(options.data_root, name) for name in categories]
-    extractor = PatchFeatures(load_backbone(options.backbone, options.weights))
+    backbone = load_backbone(options.backbone, options.weights)
     store = FeatureStore()
     rows: list[dict[str, str | float]] = []
     failed = []
     for split in splits:
         try:
-            rows += _category(options, detector, preset, split, extractor, store)
+            rows += _category(options, detector, preset, split, backbone, store)
         except ResumeError:
             raise
         except (DatasetError, ValueError) as error:
@@ -138,11 +138,11 @@ def _category(
     detector: str,
     preset: Preset,
     clean: Split,
-    extractor: PatchFeatures,
+    backbone: Backbone,
     store: FeatureStore,
 ) -> list[dict[str, str | float]]:
     """Train and judge every method on one category; the rows of the final table."""
-    experiment = Experiment(clean, detector, preset, extractor, store, options.device)
+    experiment = Experiment(clean, detector, preset, backbone, store, options.device)
     split = experiment.split(options.noise or 0.0, options.seed, overlap=options.overlap)
     folder = options.out / split.category
     folder.mkdir(parents=True, exist_ok=True)
@@ -153,7 +153,7 @@ def _category(
     )
     methods: list[Method] = [m for m in ("plain", "oracle", "paper") if getattr(options, m)]
     table: list[dict[str, str | float]] = []
-    results: dict[str, Any] = {"settings": _settings(options, preset, extractor), "methods": {}}
+    results: dict[str, Any] = {"settings": _settings(options, preset, backbone), "methods": {}}
     for method in [*methods, "comet"]:
         settings = TrainingSettings(
             method,
@@ -222,15 +222,13 @@ def _curation(
     return {"curation": curation_metrics(suspicion, bad), "suspects": suspects}
 
 
-def _settings(
-    options: argparse.Namespace, preset: Preset, extractor: PatchFeatures
-) -> dict[str, Any]:
+def _settings(options: argparse.Namespace, preset: Preset, backbone: Backbone) -> dict[str, Any]:
     return {
         "options": {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()},
         "epochs": options.epochs or preset.epochs,
         "transform": asdict(preset.transform),
         "detector": preset.detector,
-        "features": extractor.fingerprint,
+        "backbone": backbone.fingerprint,
         "versions": {
             "comet_meta": comet_meta.__version__,
             "torch": torch.__version__,

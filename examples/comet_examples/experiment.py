@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from comet_examples.backbones import Backbone
 from comet_examples.datasets import (
     Sample,
     Split,
@@ -20,7 +21,7 @@ from comet_examples.datasets import (
     oracle,
 )
 from comet_examples.detectors import DETECTORS, Detector
-from comet_examples.features import FeatureStore, PatchFeatures
+from comet_examples.features import FeatureStore
 from comet_examples.metrics import image_metrics, pixel_metrics
 from comet_examples.presets import Preset
 from comet_examples.training import FeatureRows, Training, TrainingSettings, predict, train
@@ -50,7 +51,7 @@ class Experiment:
         clean: The category as it is on disk.
         detector: Name in ``DETECTORS``.
         preset: Picture size and detector settings.
-        extractor: The frozen features.
+        backbone: Of the frozen features.
         store: Keeps them.
         device: Where to train.
     """
@@ -60,7 +61,7 @@ class Experiment:
         clean: Split,
         detector: str,
         preset: Preset,
-        extractor: PatchFeatures,
+        backbone: Backbone,
         store: FeatureStore,
         device: str,
     ) -> None:
@@ -68,11 +69,11 @@ class Experiment:
         self.preset = preset
         self.device = device
         self._detector = detector
-        self._extractor = extractor
+        self._extractor = DETECTORS[detector].extractor(backbone)
         paths = [sample.path for sample in (*clean.train, *clean.test)]
         self._row_of = {path: row for row, path in enumerate(paths)}
         self._features = store.get(
-            extractor,
+            self._extractor,
             paths,
             partial(load_image, transform=preset.transform),
             transform_key=str(preset.transform),
@@ -126,7 +127,7 @@ class Experiment:
 
     def _build(self) -> Detector:
         options: dict[str, Any] = self.preset.detector
-        return DETECTORS[self._detector](self._extractor.dim, self._map_size, **options)
+        return DETECTORS[self._detector](self._extractor.channels, self._map_size, **options)
 
     def _rows(self, samples: Sequence[Sample]) -> FeatureRows:
         rows = torch.tensor([self._row_of[sample.path] for sample in samples])

@@ -1,4 +1,4 @@
-"""Patch features of a frozen backbone, computed once and kept."""
+"""Features of a frozen backbone, computed once and kept."""
 
 import hashlib
 import logging
@@ -23,7 +23,51 @@ _LOGGER = logging.getLogger(__name__)
 _MAX_DIM = 1536
 
 
-class PatchFeatures(nn.Module):
+class FeatureExtractor(nn.Module):
+    """Frozen features of pictures, as levels (B, C, h, w), finest first.
+
+    Args:
+        backbone: The frozen backbone.
+        channels: Of each level.
+        kind: Names what is made of the backbone's levels.
+
+    Attributes:
+        channels: Of each level.
+        fingerprint: Names backbone, weights and kind; part of the cache's key.
+    """
+
+    def __init__(self, backbone: Backbone, channels: Sequence[int], kind: str) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.channels = list(channels)
+        self.fingerprint = f"{backbone.fingerprint}-{kind}"
+
+
+class PyramidFeatures(FeatureExtractor):
+    """The backbone's levels as they are.
+
+    Args:
+        backbone: The frozen backbone.
+    """
+
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__(backbone, backbone.channels, "pyramid")
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """The levels.
+
+        Args:
+            images: RGB pictures with values in [0, 255], shape (B, 3, H, W).
+
+        Returns:
+            Levels (B, C, h, w), finest first.
+        """
+        levels: list[Tensor] = self.backbone(images)
+        return levels
+
+
+class PatchFeatures(FeatureExtractor):
     """Neighbourhood-aggregated features of two levels, as in PatchCore and SimpleNet.
 
     Each position of a level is described by its 3 x 3 neighbourhood (C * 9 numbers), averaged
@@ -33,35 +77,31 @@ class PatchFeatures(nn.Module):
     Args:
         backbone: The frozen backbone.
 
-    Attributes:
-        dim: min(1536, sum of the levels' channels); 1536 for WRN50-2 as in the papers.
-        fingerprint: The backbone's, and this aggregation's; part of the cache's key.
+    ``dim`` is min(1536, sum of the levels' channels): 1536 for WRN50-2, as in the papers.
 
     Source: Roth et al.: Towards total recall in industrial anomaly detection, CVPR 2022; Liu et
     al.: SimpleNet, CVPR 2023.
     """
 
     def __init__(self, backbone: Backbone) -> None:
-        super().__init__()
-        self.backbone = backbone
         self.dim = min(_MAX_DIM, sum(backbone.channels))
-        self.fingerprint = f"{backbone.fingerprint}-patch3-dim{self.dim}"
+        super().__init__(backbone, [self.dim], f"patch3-dim{self.dim}")
 
     @torch.no_grad()
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> list[Tensor]:
         """Patch features.
 
         Args:
             images: RGB pictures with values in [0, 255], shape (B, 3, H, W).
 
         Returns:
-            Features on the finer level's grid, shape (B, dim, h, w).
+            One level, on the finer level's grid, shape (B, dim, h, w).
         """
         levels = [self._neighbourhoods(level) for level in self.backbone(images)]
         # Averaging channels commutes with resizing the grid; this way round it's far cheaper.
         grid = levels[0].shape[-2:]
         levels = [F.interpolate(x, size=grid, mode="bilinear") for x in levels]
-        return self._pooled(torch.cat(levels, dim=1).flatten(2)).unflatten(2, grid)
+        return [self._pooled(torch.cat(levels, dim=1).flatten(2)).unflatten(2, grid)]
 
     def _neighbourhoods(self, level: Tensor) -> Tensor:
         return self._pooled(F.unfold(level, 3, padding=1)).unflatten(2, level.shape[-2:])
@@ -87,11 +127,11 @@ class FeatureStore:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         self.directory = directory or cache / "comet-meta"
         self.memory_budget = memory_budget
-        self._in_memory: dict[str, Tensor] = {}
+        self._in_memory: dict[str, tuple[Tensor, ...]] = {}
 
     def get(
         self,
-        extractor: PatchFeatures,
+        extractor: FeatureExtractor,
         paths: Sequence[Path],
         load: Callable[[Path], Tensor],
         *,
@@ -99,7 +139,7 @@ class FeatureStore:
         device: torch.device | str = "cpu",
         batch_size: int = 16,
         num_workers: int = 0,
-    ) -> Tensor:
+    ) -> tuple[Tensor, ...]:
         """Features of some pictures.
 
         Args:
@@ -112,8 +152,8 @@ class FeatureStore:
             num_workers: Processes that read pictures.
 
         Returns:
-            Float32 features on the CPU, shape (N, dim, h, w), row i for ``paths[i]``. Treat them
-            as read-only.
+            Float32 levels on the CPU, each (N, C, h, w), row i for ``paths[i]``. Treat them as
+            read-only.
 
         Raises:
             ValueError: If there are no pictures, or they differ in size.
@@ -134,27 +174,33 @@ class FeatureStore:
         )
         batches = _extract(extractor.to(device).eval(), pictures, paths, device)
         first = next(batches)
-        shape = (len(paths), *first.shape[1:])
-        size = 4 * int(np.prod(shape))
-        if size <= self.memory_budget - sum(x.nbytes for x in self._in_memory.values()):
+        # One record a picture, so that the levels' shapes are kept in the file.
+        record = np.dtype([(str(i), np.float32, x.shape[1:]) for i, x in enumerate(first)])
+        size = len(paths) * record.itemsize
+        if size <= self.memory_budget - self._held():
             _LOGGER.info("features of %d pictures: %.0f MB in memory", len(paths), size / 1e6)
-            features = torch.empty(shape)
-            _fill(features, first, batches)
-            self._in_memory[key] = features
-            return features
+            levels = _levels(np.empty(len(paths), record))
+            _fill(levels, first, batches)
+            self._in_memory[key] = levels
+            return levels
         _LOGGER.info("features of %d pictures: %.0f MB in %s", len(paths), size / 1e6, file)
         self.directory.mkdir(parents=True, exist_ok=True)
         # Written aside and moved into place: a reader never sees a part, and of two writers of the
         # same features the later wins.
         partial = file.with_suffix(f".{uuid4().hex}.partial")
         try:
-            mapped = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float32, shape=shape)
-            _fill(torch.from_numpy(mapped), first, batches)
+            mapped = np.lib.format.open_memmap(
+                partial, mode="w+", dtype=record, shape=(len(paths),)
+            )
+            _fill(_levels(mapped), first, batches)
             mapped.flush()
             partial.replace(file)
         finally:
             partial.unlink(missing_ok=True)
-        return torch.from_numpy(np.load(file, mmap_mode="c"))
+        return _levels(np.load(file, mmap_mode="c"))
+
+    def _held(self) -> int:
+        return sum(level.nbytes for levels in self._in_memory.values() for level in levels)
 
 
 class _Pictures(Dataset[Any]):
@@ -171,12 +217,12 @@ class _Pictures(Dataset[Any]):
 
 
 def _extract(
-    extractor: PatchFeatures,
+    extractor: FeatureExtractor,
     pictures: DataLoader[list[Tensor]],
     paths: Sequence[Path],
     device: torch.device | str,
-) -> Iterator[Tensor]:
-    """Features of each batch (b, dim, h, w), on the CPU."""
+) -> Iterator[list[Tensor]]:
+    """Features of each batch, levels (b, C, h, w), on the CPU."""
     done, shape = 0, None
     with tqdm(total=len(paths), desc="features", unit="picture", leave=False) as progress:
         for batch in pictures:
@@ -187,22 +233,30 @@ def _extract(
                         f"{paths[done + offset]} is {tuple(picture.shape)} after resizing, the "
                         f"pictures before it {tuple(shape)}; give a crop or a fixed (height, width)"
                     )
-            yield extractor(torch.stack(batch).to(device)).cpu()
+            yield [level.cpu() for level in extractor(torch.stack(batch).to(device))]
             done += len(batch)
             progress.update(len(batch))
 
 
-def _fill(target: Tensor, first: Tensor, batches: Iterator[Tensor]) -> None:
+def _levels(records: np.ndarray[Any, Any]) -> tuple[Tensor, ...]:
+    """The levels (N, C, h, w) of an array of records, without copying them."""
+    if records.dtype.names is None:
+        raise ValueError(f"it holds {records.dtype}, not levels of features")
+    return tuple(torch.from_numpy(records[name]) for name in records.dtype.names)
+
+
+def _fill(target: tuple[Tensor, ...], first: list[Tensor], batches: Iterator[list[Tensor]]) -> None:
     row = 0
     for batch in chain([first], batches):
-        target[row : row + len(batch)] = batch
-        row += len(batch)
+        for level, part in zip(target, batch, strict=True):
+            level[row : row + len(part)] = part
+        row += len(batch[0])
 
 
-def _open(file: Path) -> Tensor | None:
+def _open(file: Path) -> tuple[Tensor, ...] | None:
     """Stored features, mapped copy-on-write; None where there are none or they are damaged."""
     try:
-        return torch.from_numpy(np.load(file, mmap_mode="c"))
+        return _levels(np.load(file, mmap_mode="c"))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, EOFError) as error:
@@ -210,7 +264,7 @@ def _open(file: Path) -> Tensor | None:
         return None
 
 
-def _key(extractor: PatchFeatures, paths: Sequence[Path], transform_key: str) -> str:
+def _key(extractor: FeatureExtractor, paths: Sequence[Path], transform_key: str) -> str:
     digest = hashlib.sha256(f"{extractor.fingerprint} {transform_key}".encode())
     for path in paths:
         status = path.stat()

@@ -1,7 +1,7 @@
 """One training loop for every detector and method, with checkpoints that resume bit-exactly."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -30,15 +30,15 @@ class ResumeError(ValueError):
     """A checkpoint that this run can't continue; the message is one for the user."""
 
 
-class FeatureRows(Dataset[Tensor]):
+class FeatureRows(Dataset[tuple[Tensor, ...]]):
     """Some rows of the cached features of a category, without copying them.
 
     Args:
-        features: Of all pictures, shape (M, dim, h, w).
+        features: Of all pictures, levels (M, C, h, w).
         rows: Which of them, shape (N,).
     """
 
-    def __init__(self, features: Tensor, rows: Tensor) -> None:
+    def __init__(self, features: Sequence[Tensor], rows: Tensor) -> None:
         self.features = features
         self.rows = rows
 
@@ -47,14 +47,14 @@ class FeatureRows(Dataset[Tensor]):
         return len(self.rows)
 
     @override
-    def __getitem__(self, index: int) -> Tensor:
-        """Features of one picture, (dim, h, w)."""
-        return self.features[self.rows[index]]
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+        """Features of one picture, levels (C, h, w)."""
+        return tuple(level[self.rows[index]] for level in self.features)
 
-    def batches(self, device: torch.device | str = "cpu") -> Iterator[Tensor]:
-        """All features in order, in batches (B, dim, h, w)."""
+    def batches(self, device: torch.device | str = "cpu") -> Iterator[list[Tensor]]:
+        """All features in order, in batches, levels (B, C, h, w)."""
         for rows in self.rows.split(_SCORING_BATCH):
-            yield self.features[rows].to(device)
+            yield [level[rows].to(device) for level in self.features]
 
 
 @dataclass(frozen=True)
@@ -165,6 +165,10 @@ def train(
         history = state["history"]
     loader = DataLoader(IndexedDataset(data), settings.batch_size, shuffle=True)
     scoring = DataLoader(IndexedDataset(data), _SCORING_BATCH)
+
+    def score(features: Sequence[Tensor]) -> Tensor:
+        return detector.scores([level.to(device) for level in features])
+
     epochs = range(len(history), settings.epochs)
     for epoch in tqdm(
         epochs, desc=settings.method, initial=len(history), total=settings.epochs, unit="epoch"
@@ -175,11 +179,11 @@ def train(
         for index, features in loader:
             if len(index) == 1:
                 continue  # nothing to split, and batch norm needs two
-            batch = features.to(device)
+            batch = [level.to(device) for level in features]
             reports.append(optimizer.step(_rows_of(batch, detector), index))
         module.eval()
         if optimizer.weighter is not None:
-            optimizer.weighter.fit(collect_scores(lambda x: detector.scores(x.to(device)), scoring))
+            optimizer.weighter.fit(collect_scores(score, scoring))
         means = torch.tensor(
             [[r.objective, r.mean_weight, r.strength] for r in reports], device="cpu"
         ).mean(dim=0)
@@ -219,8 +223,8 @@ def predict(
     return torch.cat(scores), torch.cat(maps)
 
 
-def _rows_of(batch: Tensor, detector: Detector) -> Callable[[Tensor], Tensor]:
-    return lambda rows: detector.losses(batch[rows])
+def _rows_of(batch: Sequence[Tensor], detector: Detector) -> Callable[[Tensor], Tensor]:
+    return lambda rows: detector.losses([level[rows] for level in batch])
 
 
 def _write(path: Path, state: dict[str, Any]) -> None:

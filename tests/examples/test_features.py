@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from comet_examples.backbones import Backbone, BackboneError, load_backbone
 from comet_examples.datasets import Transform, load_image
-from comet_examples.features import FeatureStore, PatchFeatures
+from comet_examples.features import FeatureStore, PatchFeatures, PyramidFeatures
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -137,7 +137,8 @@ def test_patch_features_equal_the_order_of_the_papers_code(tiny):
         patches.append(F.adaptive_avg_pool1d(flat[:, None], extractor.dim)[:, 0])
     stacked = torch.stack(patches, dim=1).reshape(2 * 96, 1, -1)
     expected = F.adaptive_avg_pool1d(stacked, extractor.dim)[:, 0]
-    found = extractor(images).permute(0, 2, 3, 1).reshape(2 * 96, -1)
+    (features,) = extractor(images)
+    found = features.permute(0, 2, 3, 1).reshape(2 * 96, -1)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -161,7 +162,7 @@ def paths(tmp_path) -> list[Path]:
 
 def get(store, extractor, paths, size=32, **options):
     transform = Transform(size)
-    return store.get(
+    (level,) = store.get(
         extractor,
         paths,
         lambda path: load_image(path, transform),
@@ -169,6 +170,7 @@ def get(store, extractor, paths, size=32, **options):
         batch_size=2,
         **options,
     )
+    return level
 
 
 @pytest.mark.parametrize("budget", [2**30, 0])
@@ -178,7 +180,7 @@ def test_features_are_computed_once(tiny, paths, tmp_path, budget):
     assert extractor.seen == 5
     assert torch.equal(get(store, extractor, paths), first)
     assert extractor.seen == 5
-    direct = extractor(torch.stack([load_image(p, Transform(32)) for p in paths]))
+    (direct,) = extractor(torch.stack([load_image(p, Transform(32)) for p in paths]))
     torch.testing.assert_close(first, direct, rtol=1e-4, atol=1e-5)
     files = list((tmp_path / "cache").glob("*")) if budget == 0 else []
     assert len(files) == (1 if budget == 0 else 0)
@@ -198,6 +200,19 @@ def test_a_cache_is_never_stale(tiny, paths, tmp_path, budget):
     torch.manual_seed(5)
     get(store, Counting(load_backbone("resnet18", "random")), paths)
     assert extractor.seen == 15
+
+
+@pytest.mark.parametrize("budget", [2**30, 0])
+def test_all_levels_of_a_pyramid_are_kept(tiny, paths, tmp_path, budget):
+    extractor, transform = PyramidFeatures(tiny), Transform(32)
+    images = torch.stack([load_image(path, transform) for path in paths])
+    for _ in range(2):  # computed, then taken from the store
+        levels = FeatureStore(tmp_path / "cache", budget).get(
+            extractor, paths, lambda path: load_image(path, transform), transform_key="32"
+        )
+        assert [level.shape[1] for level in levels] == extractor.channels
+        for level, expected in zip(levels, tiny(images), strict=True):
+            torch.testing.assert_close(level, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_mapped_file_serves_later_runs_and_a_damaged_one_is_recomputed(

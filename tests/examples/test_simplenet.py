@@ -11,7 +11,7 @@ from torch import nn
 
 def by_hand() -> SimpleNet:
     """Identity adaptor, D(x) = x_0, no noise to speak of."""
-    net = SimpleNet(2, (4, 4), hidden=1, noise_std=1e-12, margin=0.5)
+    net = SimpleNet([2], (4, 4), hidden=1, noise_std=1e-12, margin=0.5)
     nn.init.eye_(net.adaptor.weight)
     nn.init.zeros_(net.adaptor.bias)
     linear, _, _, last = net.discriminator
@@ -23,7 +23,7 @@ def by_hand() -> SimpleNet:
 
 
 # Two pictures of two patches; channel 0 is D.
-FEATURES = torch.tensor([[[[1.0, 0.2]], [[9.0, 9.0]]], [[[3.0, 0.1]], [[7.0, 7.0]]]])
+FEATURES = [torch.tensor([[[[1.0, 0.2]], [[9.0, 9.0]]], [[[3.0, 0.1]], [[7.0, 7.0]]]])]
 
 
 def test_the_loss_by_hand():
@@ -43,24 +43,24 @@ def test_the_score_is_the_maximum_of_the_patches_not_minus_the_maximum_of_d():
 
 def test_losses_are_per_sample():
     torch.manual_seed(0)
-    net, features = SimpleNet(6, (8, 8), noise_std=1e-9).eval(), torch.randn(4, 6, 3, 3)
-    together = net.losses(features)
+    net, features = SimpleNet([6], (8, 8), noise_std=1e-9).eval(), torch.randn(4, 6, 3, 3)
+    together = net.losses([features])
     assert together.shape == (4,)
-    alone = torch.cat([net.losses(features[i : i + 1]) for i in range(4)])
+    alone = torch.cat([net.losses([features[i : i + 1]]) for i in range(4)])
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
     net.noise_std = 0.5  # without noise the two halves of the loss have opposite gradients
-    gradient = torch.autograd.grad(net.losses(features.requires_grad_())[2], features)[0]
+    gradient = torch.autograd.grad(net.losses([features.requires_grad_()])[2], features)[0]
     assert gradient[2].abs().sum() > 0
     assert gradient[[0, 1, 3]].abs().sum() == 0
 
 
 def test_maps_have_the_pictures_size_and_the_papers_blur():
     torch.manual_seed(0)
-    net, features = SimpleNet(6, (64, 48)).eval(), torch.randn(2, 6, 8, 6)
+    net, features = SimpleNet([6], (64, 48)).eval(), torch.randn(2, 6, 8, 6)
     with torch.no_grad():
-        maps = net.maps(features)
+        maps = net.maps([features])
         sharp = torch.nn.functional.interpolate(
-            net.patch_scores(features)[:, None], size=(64, 48), mode="bilinear"
+            net.patch_scores([features])[:, None], size=(64, 48), mode="bilinear"
         )[:, 0]
     assert maps.shape == (2, 64, 48)
     expected = gaussian_filter(sharp[0].numpy(), sigma=4, mode="mirror")
@@ -68,7 +68,7 @@ def test_maps_have_the_pictures_size_and_the_papers_blur():
 
 
 def test_the_parts_have_the_papers_settings():
-    net = SimpleNet(1536, (288, 288))
+    net = SimpleNet([1536], (288, 288))
     linear, norm, activation, last = net.discriminator
     assert (linear.out_features, norm.num_features, activation.negative_slope) == (1024, 1024, 0.2)
     assert last.bias is None
@@ -85,19 +85,19 @@ def test_the_parts_have_the_papers_settings():
 
 def test_standardisation_makes_the_scale_of_the_features_irrelevant():
     features = 3 + 0.01 * torch.randn(100, 6, 3, 3, generator=torch.Generator().manual_seed(0))
-    net = SimpleNet(6, (8, 8), standardize=True)
-    net.fit_statistics(features.split(7))
+    net = SimpleNet([6], (8, 8), standardize=True)
+    net.fit_statistics([x] for x in features.split(7))
     deviation, mean = torch.std_mean(features, dim=(0, 2, 3), correction=0)
-    torch.testing.assert_close(net.mean.flatten(), mean)
-    torch.testing.assert_close(net.std.flatten(), deviation, rtol=1e-3, atol=0)
-    raw = SimpleNet(6, (8, 8))
-    raw.fit_statistics(features.split(7))
-    assert raw.mean.abs().sum() == 0
+    torch.testing.assert_close(net.scaler.mean, mean)
+    torch.testing.assert_close(net.scaler.std, deviation, rtol=1e-3, atol=0)
+    raw = SimpleNet([6], (8, 8))
+    raw.fit_statistics([x] for x in features.split(7))
+    assert raw.scaler.mean.abs().sum() == 0
 
 
 def test_features_of_another_backbone_are_refused():
-    with pytest.raises(ValueError, match=r"expected \(B, 6, h, w\)"):
-        SimpleNet(6, (8, 8)).losses(torch.randn(2, 5, 3, 3))
+    with pytest.raises(ValueError, match=r"expected \(B, C, h, w\) with C = \[6\]"):
+        SimpleNet([6], (8, 8)).losses([torch.randn(2, 5, 3, 3)])
 
 
 def test_it_learns_to_tell_strange_patches():
@@ -110,13 +110,13 @@ def test_it_learns_to_tell_strange_patches():
         )
 
     torch.manual_seed(0)
-    net = SimpleNet(8, (16, 16), hidden=64, noise_std=0.5, standardize=True)
+    net = SimpleNet([8], (16, 16), hidden=64, noise_std=0.5, standardize=True)
     data = pictures(64)
-    net.fit_statistics([data])
+    net.fit_statistics([[data]])
     for _ in range(60):
         for optimizer in (optimizers := net.optimizers()):
             optimizer.zero_grad()
-        net.losses(data).mean().backward()
+        net.losses([data]).mean().backward()
         for optimizer in optimizers:
             optimizer.param_groups[0]["lr"] = 5e-3
             optimizer.step()
@@ -124,5 +124,5 @@ def test_it_learns_to_tell_strange_patches():
     normal, strange = pictures(40), pictures(40)
     strange[:, :, 1, 1] += 3 * torch.randn(40, 8, generator=generator)
     with torch.no_grad():
-        scores = torch.cat([net.scores(normal), net.scores(strange)])
+        scores = torch.cat([net.scores([normal]), net.scores([strange])])
     assert roc_auc_score([0] * 40 + [1] * 40, scores) > 0.9

@@ -19,11 +19,11 @@ def a_data_set(count: int = 30, bad: int = 4) -> FeatureRows:
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(count + 5, 6, 3, 3, generator=generator)
     features[:bad] += 4
-    return FeatureRows(features, torch.arange(count))
+    return FeatureRows([features], torch.arange(count))
 
 
 def build() -> SimpleNet:
-    return SimpleNet(6, (12, 12), hidden=16, noise_std=0.25, standardize=True)
+    return SimpleNet([6], (12, 12), hidden=16, noise_std=0.25, standardize=True)
 
 
 def same(left: SimpleNet, right: SimpleNet) -> bool:
@@ -61,7 +61,7 @@ def test_a_stopped_run_resumes_bit_equal(tmp_path, method, stop_at):
             return super().losses(features)
 
     def stopping():
-        return Stopping(6, (12, 12), hidden=16, noise_std=0.25, standardize=True)
+        return Stopping([6], (12, 12), hidden=16, noise_std=0.25, standardize=True)
 
     checkpoint = tmp_path / "run.pt"
     with pytest.raises(StopError):

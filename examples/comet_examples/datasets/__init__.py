@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Protocol
 
-from comet_examples.datasets import elpv, mvtec
+from comet_examples.datasets import elpv, folder, ksdd2, mvtec, viaduct
 from comet_examples.datasets.base import DatasetError, Sample, Split
 from comet_examples.datasets.contamination import bad_samples, contaminate, oracle
 from comet_examples.datasets.images import Transform, load_image, load_mask
@@ -23,7 +23,10 @@ class Source(Protocol):
 
 DATASETS: dict[str, Source] = {
     "elpv": elpv,
+    "folder": folder,
+    "ksdd2": ksdd2,
     "mvtec": mvtec,
+    "viaduct": viaduct,
 }
 
 __all__ = [

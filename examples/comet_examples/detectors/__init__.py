@@ -1,30 +1,36 @@
 """Detectors by name. A new one is a module that fulfils :class:`Detector`, and a line here."""
 
-from collections.abc import Callable, Iterable
-from typing import Protocol
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
 
 from torch import Tensor
 from torch.optim import Optimizer
 
+from comet_examples.backbones import Backbone
+from comet_examples.detectors.fastflow import FastFlow
 from comet_examples.detectors.simplenet import SimpleNet
+from comet_examples.features import FeatureExtractor
 
 
 class Detector(Protocol):
-    """What training and evaluation need of a detector on frozen features (B, dim, h, w)."""
+    """What training and evaluation need of a detector, an ``nn.Module`` on frozen features.
 
-    def fit_statistics(self, batches: Iterable[Tensor]) -> None:
+    Features come as levels (B, C, h, w), finest first.
+    """
+
+    def fit_statistics(self, batches: Iterable[Sequence[Tensor]]) -> None:
         """Learn what must be known of the training set before training."""
         ...
 
-    def losses(self, features: Tensor) -> Tensor:
+    def losses(self, features: Sequence[Tensor]) -> Tensor:
         """Per-sample training losses, shape (B,)."""
         ...
 
-    def scores(self, features: Tensor) -> Tensor:
+    def scores(self, features: Sequence[Tensor]) -> Tensor:
         """Anomaly scores of the pictures, higher = more anomalous, shape (B,)."""
         ...
 
-    def maps(self, features: Tensor) -> Tensor:
+    def maps(self, features: Sequence[Tensor]) -> Tensor:
         """Anomaly maps in the pictures' size, shape (B, H, W)."""
         ...
 
@@ -33,8 +39,26 @@ class Detector(Protocol):
         ...
 
 
-DETECTORS: dict[str, Callable[..., Detector]] = {
+class DetectorClass(Protocol):
+    """Builds a detector: ``(channels, map_size, **options)``.
+
+    ``channels`` are those of the levels, ``map_size`` is height and width of the anomaly maps in
+    pixels.
+    """
+
+    @property
+    def extractor(self) -> Callable[[Backbone], FeatureExtractor]:
+        """Makes the detector's features from a backbone."""
+        ...
+
+    def __call__(self, *args: Any, **options: Any) -> Detector:
+        """The untrained detector."""
+        ...
+
+
+DETECTORS: dict[str, DetectorClass] = {
+    "fastflow": FastFlow,
     "simplenet": SimpleNet,
 }
 
-__all__ = ["DETECTORS", "Detector", "SimpleNet"]
+__all__ = ["DETECTORS", "Detector", "DetectorClass", "FastFlow", "SimpleNet"]

@@ -4,14 +4,16 @@ Liu, Zhou, Xu, Wang: SimpleNet, a simple network for image anomaly detection and
 CVPR 2023.
 """
 
-import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Adam, AdamW, Optimizer
-from torchvision.transforms.v2 import functional as tvf
+
+from comet_examples.detectors.maps import smooth_maps
+from comet_examples.detectors.statistics import FeatureScaler
+from comet_examples.features import PatchFeatures
 
 
 class SimpleNet(nn.Module):
@@ -28,7 +30,7 @@ class SimpleNet(nn.Module):
     quarter of a standard deviation whatever the backbone.
 
     Args:
-        dim: Channels of the features.
+        channels: Of the features, a single level: ``[dim]``.
         map_size: Height and width of the anomaly maps, in pixels of the pictures.
         hidden: Width of the discriminator.
         noise_std: Standard deviation of the noise on the adapted features, > 0.
@@ -37,12 +39,11 @@ class SimpleNet(nn.Module):
         blur_sigma: Of the Gaussian that smooths the maps, in pixels, >= 0.
     """
 
-    mean: Tensor
-    std: Tensor
+    extractor = PatchFeatures
 
     def __init__(
         self,
-        dim: int,
+        channels: Sequence[int],
         map_size: tuple[int, int],
         *,
         hidden: int = 1024,
@@ -52,11 +53,13 @@ class SimpleNet(nn.Module):
         blur_sigma: float = 4.0,
     ) -> None:
         super().__init__()
+        (dim,) = channels
         self.map_size = map_size
         self.noise_std = noise_std
         self.margin = margin
         self.standardize = standardize
         self.blur_sigma = blur_sigma
+        self.scaler = FeatureScaler([dim])
         self.adaptor = nn.Linear(dim, dim)
         self.discriminator = nn.Sequential(
             nn.Linear(dim, hidden),
@@ -67,35 +70,21 @@ class SimpleNet(nn.Module):
         for layer in self.modules():
             if isinstance(layer, nn.Linear):
                 nn.init.xavier_normal_(layer.weight)
-        self.register_buffer("mean", torch.zeros(dim, 1, 1))
-        self.register_buffer("std", torch.ones(dim, 1, 1))
 
-    @torch.no_grad()
-    def fit_statistics(self, batches: Iterable[Tensor]) -> None:
+    def fit_statistics(self, batches: Iterable[Sequence[Tensor]]) -> None:
         """Learn mean and standard deviation of each channel; no effect without ``standardize``.
 
         Args:
-            batches: The training set's features, each of shape (B, dim, h, w).
+            batches: The training set's features, one level (B, dim, h, w).
         """
-        if not self.standardize:
-            return
-        count = 0
-        total = torch.zeros(self.adaptor.in_features, dtype=torch.float64)
-        squares = torch.zeros_like(total)
-        for batch in batches:
-            count += batch.numel() // batch.shape[1]
-            total += batch.sum(dim=(0, 2, 3), dtype=torch.float64).cpu()
-            squares += batch.double().square().sum(dim=(0, 2, 3)).cpu()
-        mean = total / count
-        variance = (squares / count - mean.square()).clamp_min(1e-12)
-        self.mean.copy_(mean.reshape(-1, 1, 1))
-        self.std.copy_(variance.sqrt().reshape(-1, 1, 1))
+        if self.standardize:
+            self.scaler.fit(batches)
 
-    def losses(self, features: Tensor) -> Tensor:
+    def losses(self, features: Sequence[Tensor]) -> Tensor:
         """Mean hinge loss over the patches of each picture.
 
         Args:
-            features: Patch features, shape (B, dim, h, w).
+            features: Patch features, one level (B, dim, h, w).
 
         Returns:
             Losses, shape (B,), >= 0.
@@ -104,49 +93,43 @@ class SimpleNet(nn.Module):
         noisy = adapted + self.noise_std * torch.randn_like(adapted)
         # Both halves in one batch, so that batch norm can't tell them apart by their statistics.
         confidence = self.discriminator(torch.cat([adapted, noisy]))
-        real, fake = confidence.reshape(2, len(features), -1)
+        real, fake = confidence.reshape(2, len(features[0]), -1)
         return (F.relu(self.margin - real) + F.relu(self.margin + fake)).mean(dim=1)
 
-    def patch_scores(self, features: Tensor) -> Tensor:
+    def patch_scores(self, features: Sequence[Tensor]) -> Tensor:
         """Anomaly scores of the patches.
 
         Args:
-            features: Patch features, shape (B, dim, h, w).
+            features: Patch features, one level (B, dim, h, w).
 
         Returns:
             Scores, higher = more anomalous, any sign, shape (B, h, w).
         """
         confidence = self.discriminator(self._adapted(features))
-        height, width = features.shape[-2:]
-        return -confidence.reshape(len(features), height, width)
+        batch, _, height, width = features[0].shape
+        return -confidence.reshape(batch, height, width)
 
-    def scores(self, features: Tensor) -> Tensor:
+    def scores(self, features: Sequence[Tensor]) -> Tensor:
         """Anomaly scores of the pictures: the highest of their patches'.
 
         Args:
-            features: Patch features, shape (B, dim, h, w).
+            features: Patch features, one level (B, dim, h, w).
 
         Returns:
             Scores, shape (B,).
         """
         return self.patch_scores(features).amax(dim=(1, 2))
 
-    def maps(self, features: Tensor) -> Tensor:
+    def maps(self, features: Sequence[Tensor]) -> Tensor:
         """Anomaly maps: the patches' scores, resized bilinearly and smoothed.
 
         Args:
-            features: Patch features, shape (B, dim, h, w).
+            features: Patch features, one level (B, dim, h, w).
 
         Returns:
             Maps, shape (B, H, W).
         """
-        patches = self.patch_scores(features).unsqueeze(1)
-        maps = F.interpolate(patches, size=self.map_size, mode="bilinear")
-        if self.blur_sigma > 0:
-            # Four standard deviations either way, as scipy.ndimage.gaussian_filter does.
-            radius = min(math.ceil(4 * self.blur_sigma), *(side - 1 for side in self.map_size))
-            maps = tvf.gaussian_blur(maps, [2 * radius + 1] * 2, [self.blur_sigma] * 2)
-        return maps.squeeze(1)
+        return smooth_maps(self.patch_scores(features), self.map_size, self.blur_sigma)
 
     def optimizers(self) -> list[Optimizer]:
         """The paper's: AdamW 1e-4 for the adaptor, Adam 2e-4 for the discriminator."""
@@ -155,15 +138,9 @@ class SimpleNet(nn.Module):
             Adam(self.discriminator.parameters(), lr=2e-4, weight_decay=1e-5),
         ]
 
-    def _adapted(self, features: Tensor) -> Tensor:
+    def _adapted(self, features: Sequence[Tensor]) -> Tensor:
         """Adapted features of all patches, (B * h * w, dim)."""
-        if features.dim() != 4 or features.shape[1] != self.adaptor.in_features:
-            raise ValueError(
-                f"features have shape {tuple(features.shape)}; expected "
-                f"(B, {self.adaptor.in_features}, h, w)"
-            )
-        if self.standardize:
-            features = (features - self.mean) / self.std
-        patches = features.permute(0, 2, 3, 1).reshape(-1, features.shape[1])
-        adapted: Tensor = self.adaptor(patches)
+        # Without standardisation the scaler is the identity that checks the shape.
+        (level,) = self.scaler(features)
+        adapted: Tensor = self.adaptor(level.permute(0, 2, 3, 1).flatten(0, 2))
         return adapted

@@ -1,0 +1,223 @@
+"""FastFlow: a 2-D normalizing flow on each level of a frozen feature pyramid.
+
+Yu, Zheng, Wang, Li, Wu, Zhao, Wu: FastFlow, unsupervised anomaly detection and localization via 2D
+normalizing flows, arXiv 2111.07677, 2021.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Adam, Optimizer
+from typing_extensions import override
+
+from comet_examples.detectors.maps import smooth_maps
+from comet_examples.detectors.statistics import FeatureScaler
+from comet_examples.features import PyramidFeatures
+
+
+class Coupling(nn.Module):
+    """An invertible step: shuffle the channels, then scale and shift half of them.
+
+    The half that stays decides scale and shift of the other by a small convolutional network, so
+    the Jacobian is triangular and the inverse exact. Log scales are bounded by ``clamp`` through a
+    tanh. The network starts at 0, the step therefore as a mere shuffle.
+
+    Args:
+        channels: Of the features, >= 2.
+        kernel_size: Of the network's two convolutions, odd.
+        hidden_ratio: Width of the network, as a multiple of its input's channels.
+        clamp: Bound on the absolute log scale.
+    """
+
+    order: Tensor
+
+    def __init__(
+        self, channels: int, kernel_size: int, *, hidden_ratio: float = 1.0, clamp: float = 2.0
+    ) -> None:
+        super().__init__()
+        self.kept = channels // 2
+        self.clamp = clamp
+        hidden = max(1, round(hidden_ratio * self.kept))
+        last = nn.Conv2d(hidden, 2 * (channels - self.kept), kernel_size, padding="same")
+        nn.init.zeros_(last.weight)
+        if last.bias is not None:
+            nn.init.zeros_(last.bias)
+        self.network = nn.Sequential(
+            nn.Conv2d(self.kept, hidden, kernel_size, padding="same"), nn.ReLU(), last
+        )
+        self.register_buffer("order", torch.randperm(channels))
+
+    @override
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Features to latents.
+
+        Args:
+            x: Shape (B, C, h, w).
+
+        Returns:
+            Latents (B, C, h, w), and the log-determinant of the step by position, (B, h, w): their
+            sum is that of the whole Jacobian.
+        """
+        kept, changed = x[:, self.order].split([self.kept, x.shape[1] - self.kept], dim=1)
+        log_scale, shift = self._scale_and_shift(kept)
+        return torch.cat([kept, changed * log_scale.exp() + shift], dim=1), log_scale.sum(dim=1)
+
+    def inverse(self, z: Tensor) -> Tensor:
+        """Latents to features: the exact inverse of ``forward``."""
+        kept, changed = z.split([self.kept, z.shape[1] - self.kept], dim=1)
+        log_scale, shift = self._scale_and_shift(kept)
+        x = torch.cat([kept, (changed - shift) * (-log_scale).exp()], dim=1)
+        return x[:, self.order.argsort()]
+
+    def _scale_and_shift(self, kept: Tensor) -> tuple[Tensor, Tensor]:
+        raw, shift = self.network(kept).chunk(2, dim=1)
+        return self.clamp * (raw / self.clamp).tanh(), shift
+
+
+class Flow(nn.Module):
+    """Coupling steps in a row, with kernels 3 x 3 and 1 x 1 in turn.
+
+    Args:
+        channels: Of the features, >= 2.
+        steps: How many.
+        hidden_ratio: See :class:`Coupling`.
+    """
+
+    def __init__(self, channels: int, steps: int, *, hidden_ratio: float = 1.0) -> None:
+        super().__init__()
+        self.couplings = nn.ModuleList(
+            Coupling(channels, 3 if i % 2 == 0 else 1, hidden_ratio=hidden_ratio)
+            for i in range(steps)
+        )
+
+    @override
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Features (B, C, h, w) to latents (B, C, h, w) and log-determinants (B, h, w)."""
+        log_determinant = x.new_zeros(len(x), *x.shape[2:])
+        for coupling in self.couplings:
+            x, change = coupling(x)
+            log_determinant = log_determinant + change
+        return x, log_determinant
+
+    def inverse(self, z: Tensor) -> Tensor:
+        """Latents (B, C, h, w) to features (B, C, h, w)."""
+        for coupling in reversed(self.couplings):
+            z = coupling.inverse(z)  # type: ignore[operator]
+        return z
+
+    def log_likelihood(self, x: Tensor) -> Tensor:
+        """Log-density by position, in nats; their sum is that of the whole feature map.
+
+        Args:
+            x: Features, shape (B, C, h, w).
+
+        Returns:
+            Shape (B, h, w).
+        """
+        z, log_determinant = self(x)
+        normal = -0.5 * (z.square() + math.log(2 * math.pi)).sum(dim=1)
+        return normal + log_determinant
+
+
+class FastFlow(nn.Module):
+    """The trained part of FastFlow: one flow for each level of a frozen backbone.
+
+    The loss is the negative log-likelihood of a picture's features, in nats per feature value (a
+    mean over all levels, channels and positions, so that one learning rate serves any backbone and
+    picture size). A position's anomaly score is the negative log-density of its latent vector under
+    the standard normal distribution, up to a constant and per channel; the levels' maps are resized
+    and averaged. A picture's score is the highest of its positions'.
+
+    Features are brought to mean 0 and standard deviation 1 by channel over the training set and
+    kept so. (The authors' code learns this scale with the flow but leaves it out of the
+    determinant, so that the likelihood can be raised by shrinking the features.)
+
+    Args:
+        channels: Of each level, finest first.
+        map_size: Height and width of the anomaly maps, in pixels of the pictures.
+        steps: Coupling steps of each flow.
+        hidden_ratio: Width of the couplings' networks; the paper's 1.0 for WRN50 and ResNet18.
+        learning_rate: Of Adam; the paper's 1e-3.
+        blur_sigma: Of the Gaussian that smooths the maps, in pixels, >= 0; the paper has none.
+    """
+
+    extractor = PyramidFeatures
+
+    def __init__(
+        self,
+        channels: Sequence[int],
+        map_size: tuple[int, int],
+        *,
+        steps: int = 8,
+        hidden_ratio: float = 1.0,
+        learning_rate: float = 1e-3,
+        blur_sigma: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.map_size = map_size
+        self.learning_rate = learning_rate
+        self.blur_sigma = blur_sigma
+        self.scaler = FeatureScaler(channels)
+        self.flows = nn.ModuleList(
+            Flow(width, steps, hidden_ratio=hidden_ratio) for width in channels
+        )
+
+    def fit_statistics(self, batches: Iterable[Sequence[Tensor]]) -> None:
+        """Learn mean and standard deviation of each channel of each level.
+
+        Args:
+            batches: The training set's features, levels (B, C, h, w) each.
+        """
+        self.scaler.fit(batches)
+
+    def losses(self, features: Sequence[Tensor]) -> Tensor:
+        """Negative log-likelihood of each picture, in nats per feature value.
+
+        Args:
+            features: Levels (B, C, h, w), finest first.
+
+        Returns:
+            Losses, shape (B,).
+        """
+        scaled = self.scaler(features)
+        nats = [
+            -flow.log_likelihood(x).sum(dim=(1, 2))  # type: ignore[operator]
+            for flow, x in zip(self.flows, scaled, strict=True)
+        ]
+        return torch.stack(nats).sum(dim=0) / sum(x[0].numel() for x in scaled)
+
+    def level_scores(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """Anomaly scores by position.
+
+        Args:
+            features: Levels (B, C, h, w), finest first.
+
+        Returns:
+            Half the mean square of the latents, levels (B, h, w), >= 0.
+        """
+        latents = [flow(x)[0] for flow, x in zip(self.flows, self.scaler(features), strict=True)]
+        return [0.5 * z.square().mean(dim=1) for z in latents]
+
+    def patch_scores(self, features: Sequence[Tensor]) -> Tensor:
+        """The levels' scores averaged on the finest level's grid, shape (B, h, w)."""
+        scores = self.level_scores(features)
+        grid = scores[0].shape[-2:]
+        resized = [
+            F.interpolate(x.unsqueeze(1), size=grid, mode="bilinear").squeeze(1) for x in scores
+        ]
+        return torch.stack(resized).mean(dim=0)
+
+    def scores(self, features: Sequence[Tensor]) -> Tensor:
+        """Anomaly scores of the pictures: the highest of their positions', shape (B,)."""
+        return self.patch_scores(features).amax(dim=(1, 2))
+
+    def maps(self, features: Sequence[Tensor]) -> Tensor:
+        """Anomaly maps: the positions' scores, resized bilinearly, shape (B, H, W)."""
+        return smooth_maps(self.patch_scores(features), self.map_size, self.blur_sigma)
+
+    def optimizers(self) -> list[Optimizer]:
+        """The paper's: Adam with weight decay 1e-5."""
+        return [Adam(self.flows.parameters(), lr=self.learning_rate, weight_decay=1e-5)]
