@@ -51,7 +51,7 @@ def main() -> None:
     options = parser.parse_args()
     options.out.parent.mkdir(parents=True, exist_ok=True)
 
-    preset = preset_for(options.backbone, options.dataset)
+    preset = preset_for(options.detector, options.backbone, options.dataset)
     clean = DATASETS[options.dataset].load(options.data_root, options.category)
     backbone = load_backbone(options.backbone)
     experiment = Experiment(

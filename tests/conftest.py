@@ -5,6 +5,12 @@ from pathlib import Path
 import pytest
 
 
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs of the examples leave their pictures out, which take most of the time."""
+    monkeypatch.setattr("comet_examples.session._draw", lambda *_: None)
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Small real pictures in the layouts of the benchmarks, where they lie beside the project."""

@@ -1,6 +1,7 @@
 """One category with its features, on which methods are trained and judged."""
 
 import hashlib
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +27,8 @@ from comet_examples.metrics import image_metrics, pixel_metrics
 from comet_examples.presets import Preset
 from comet_examples.training import FeatureRows, Training, TrainingSettings, predict, train
 
+_LOGGER = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -33,7 +36,8 @@ class Outcome:
 
     Attributes:
         training: The detector and the state of its training.
-        figures: Image metrics, and pixel metrics where there are masks.
+        figures: Image metrics, and pixel metrics where there are masks; none where
+            :func:`can_be_judged` denies it.
         scores: Of the test pictures, shape (N,).
         maps: Of the test pictures, shape (N, H, W).
     """
@@ -118,12 +122,36 @@ class Experiment:
             identity=f"{split.category} with pictures and settings {digest}",
             resume=resume,
         )
-        scores, maps = predict(training.detector, self._rows(split.test), self.device)
+        scores, maps = self.predict(training, split.test)
+        return Outcome(training, self._figures(split, scores, maps), scores, maps)
+
+    def predict(self, training: Training, samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
+        """Scores and maps of some of the category's pictures.
+
+        Args:
+            training: From :meth:`run`.
+            samples: The pictures; there may be none.
+
+        Returns:
+            Scores (N,) and maps (N, H, W), on the CPU.
+        """
+        if not samples:
+            return torch.empty(0), torch.empty(0, *self._map_size)
+        return predict(training.detector, self._rows(samples), self.device)
+
+    def _figures(self, split: Split, scores: Tensor, maps: Tensor) -> dict[str, float]:
+        if not can_be_judged(split):
+            return {}
         figures = image_metrics(scores, bad_samples(split.test))
         if split.has_masks:
             masks = torch.stack([load_mask(s, self.preset.transform) for s in split.test])
+            if not masks.any():
+                _LOGGER.warning(
+                    "%s: no mask outlives the resizing: no pixel metrics", split.category
+                )
+                return figures
             figures |= pixel_metrics(maps, masks)
-        return Outcome(training, figures, scores, maps)
+        return figures
 
     def _build(self) -> Detector:
         options: dict[str, Any] = self.preset.detector
@@ -132,3 +160,8 @@ class Experiment:
     def _rows(self, samples: Sequence[Sample]) -> FeatureRows:
         rows = torch.tensor([self._row_of[sample.path] for sample in samples])
         return FeatureRows(self._features, rows)
+
+
+def can_be_judged(split: Split) -> bool:
+    """Whether its test set has normal and anomalous pictures, and all of them are known."""
+    return {sample.label for sample in split.test} == {0, 1}

@@ -12,7 +12,12 @@ from comet_examples.datasets import Sample, Transform, load_image, load_mask
 from comet_meta import SoftConfidentWeighter
 
 mpl.rcParams.update({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False})
-_GOOD, _BAD = "#4c78a8", "#e4572e"
+_GOOD, _BAD, _UNKNOWN = "#4c78a8", "#e4572e", "#9d9da1"
+_KINDS = {
+    0: ("normal", _GOOD),
+    1: ("bad (hidden from training)", _BAD),
+    None: ("unknown", _UNKNOWN),
+}
 
 
 def draw_weights(
@@ -20,7 +25,7 @@ def draw_weights(
 ) -> None:
     """Histograms of the training set's scores, with the threshold, and of its weights.
 
-    Where the bad pictures are known, as under the contamination protocol, they are told apart.
+    Normal, bad and unknown pictures are told apart where there are several of these kinds.
 
     Args:
         weighter: After training.
@@ -28,16 +33,21 @@ def draw_weights(
         title: Heading.
         file: PNG to write.
     """
-    bad = np.array([sample.label == 1 for sample in samples])
+    labels = [sample.label for sample in samples]
+    kinds = {
+        label: np.array([other == label for other in labels]) for label in _KINDS if label in labels
+    }
+    names, colors = zip(*(_KINDS[label] for label in kinds), strict=True)
+    if len(kinds) == 1:
+        names = ("training pictures",)
     figure = Figure(figsize=(7, 2.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     for axes, values, name in (
         (left, weighter.scores.cpu().numpy(), "anomaly score"),
         (right, weighter.weights.cpu().numpy(), "weight in training"),
     ):
-        groups = [values[~bad], values[bad]] if bad.any() else [values]
-        names = ["normal", "bad (hidden from training)"] if bad.any() else ["training pictures"]
-        axes.hist(groups, bins=30, stacked=True, label=names, color=[_GOOD, _BAD][: len(groups)])
+        groups = [values[kind] for kind in kinds.values()]
+        axes.hist(groups, bins=30, stacked=True, label=names, color=colors)
         axes.set_xlabel(name)
         axes.set_ylabel("pictures")
     left.axvline(float(weighter.threshold), color="black", linestyle=":", label="threshold")
@@ -73,12 +83,9 @@ def draw_suspects(
         axes.axis("off")
     for place, (i, axes) in enumerate(zip(ranking, grid.flat, strict=False), start=1):
         axes.imshow(load_image(samples[i].path, transform).permute(1, 2, 0).numpy())
-        # Thumbnail captions: rank, weight and, where the protocol knows it, the truth.
-        truth = {0: "normal", 1: samples[i].defect, None: ""}[samples[i].label]
-        color = _BAD if samples[i].label == 1 else "black"
-        axes.set_title(
-            f"{place}. w = {float(weighter.weights[i]):.2f}\n{truth}", color=color, fontsize=7
-        )
+        weight = float(weighter.weights[i])
+        truth, color = _truth(samples[i])
+        axes.set_title(f"{place}. w = {weight:.2f}\n{truth}", color=color, fontsize=7)
     figure.suptitle(title)
     figure.savefig(file, dpi=150)
 
@@ -91,26 +98,21 @@ def draw_heat_maps(
     title: str,
     file: Path,
     *,
-    columns: int = 8,
+    shown: Sequence[int],
 ) -> None:
-    """Test pictures, below them their anomaly maps, with the true defects outlined.
+    """Pictures, below them their anomaly maps, with the true defects outlined.
 
-    The pictures are spread evenly over the test set: none is chosen for its score. One colour
-    scale serves all, from the median of all maps to their 99.5th percentile.
+    One colour scale serves all, from the median of all maps to their 99.5th percentile.
 
     Args:
-        samples: The test set.
-        scores: Its scores, shape (N,).
-        maps: Its maps, shape (N, H, W).
+        samples: Pictures, shown or not.
+        scores: Their scores, shape (N,).
+        maps: Their maps, shape (N, H, W).
         transform: How to read the pictures.
         title: Heading.
         file: PNG to write.
-        columns: Most pictures to show.
+        shown: Which of them to show, in this order; at least one.
     """
-    normal = [i for i, sample in enumerate(samples) if sample.label != 1]
-    anomalous = [i for i, sample in enumerate(samples) if sample.label == 1]
-    shown = _spread(anomalous, columns - min(len(normal), columns // 4))
-    shown = shown + _spread(normal, columns - len(shown))
     low, high = np.quantile(maps.numpy(), [0.5, 0.995])
     figure = Figure(figsize=(1.25 * len(shown), 3.2), layout="constrained")
     top, bottom = figure.subplots(2, len(shown), squeeze=False)
@@ -123,10 +125,27 @@ def draw_heat_maps(
         mask = load_mask(samples[i], transform).numpy()
         if mask.any():
             above.contour(mask, levels=[0.5], colors="lime", linewidths=0.8)
-        above.set_title(samples[i].defect, color=_BAD if samples[i].label == 1 else "black")
+        truth, color = _truth(samples[i])
+        above.set_title(truth, color=color)
         below.set_title(f"score {float(scores[i]):.2f}", fontsize=7)
     figure.suptitle(title)
     figure.savefig(file, dpi=150)
+
+
+def spread(samples: Sequence[Sample], count: int = 8) -> list[int]:
+    """Choose pictures evenly over a test set, none for its score.
+
+    Args:
+        samples: The test set.
+        count: Most pictures to choose.
+
+    Returns:
+        Their places: anomalous ones, then others (about a quarter).
+    """
+    others = [i for i, sample in enumerate(samples) if sample.label != 1]
+    anomalous = [i for i, sample in enumerate(samples) if sample.label == 1]
+    chosen = _spread(anomalous, count - min(len(others), count // 4))
+    return chosen + _spread(others, count - len(chosen))
 
 
 def table(rows: Sequence[Mapping[str, str | float]]) -> str:
@@ -157,6 +176,12 @@ def table(rows: Sequence[Mapping[str, str | float]]) -> str:
     ]
     lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
     return "\n".join(lines)
+
+
+def _truth(sample: Sample) -> tuple[str, str]:
+    """Caption and colour: empty where nobody knows."""
+    caption = {0: "normal", 1: sample.defect, None: ""}[sample.label]
+    return caption, _BAD if sample.label == 1 else "black"
 
 
 def _spread(items: list[int], count: int) -> list[int]:

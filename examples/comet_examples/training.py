@@ -1,6 +1,5 @@
 """One training loop for every detector and method, with checkpoints that resume bit-exactly."""
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from tqdm import tqdm
 from typing_extensions import override
 
 from comet_examples.detectors import Detector
+from comet_examples.files import replacing
 from comet_meta import (
     CoMetOptimizerWrapper,
     CovarianceMetaRegularizer,
@@ -27,7 +27,7 @@ _SCORING_BATCH = 32
 
 
 class ResumeError(ValueError):
-    """A checkpoint that this run can't continue; the message is one for the user."""
+    """Earlier work that this run can't go on from; the message is one for the user."""
 
 
 class FeatureRows(Dataset[tuple[Tensor, ...]]):
@@ -149,7 +149,10 @@ def train(
 
     Raises:
         ResumeError: If the checkpoint is damaged or belongs to another run.
+        ValueError: If there are fewer than two pictures.
     """
+    if len(data) < 2:
+        raise ValueError(f"there are {len(data)} training pictures; expected at least 2")
     torch.manual_seed(settings.seed)
     detector = build()
     module = cast("nn.Module", detector)
@@ -228,14 +231,8 @@ def _rows_of(batch: Sequence[Tensor], detector: Detector) -> Callable[[Tensor], 
 
 
 def _write(path: Path, state: dict[str, Any]) -> None:
-    """Write aside and move into place: a run killed while writing leaves the old checkpoint."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    try:
-        torch.save(state, partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(path) as aside:
+        torch.save(state, aside)
 
 
 def _read(path: Path, run: dict[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from comet_examples.backbones import PAPER_BACKBONE
 from comet_examples.detectors import SimpleNet
+from comet_examples.presets import preset_for
 from scipy.ndimage import gaussian_filter
 from sklearn.metrics import roc_auc_score
 from torch import nn
@@ -68,11 +70,12 @@ def test_maps_have_the_pictures_size_and_the_papers_blur():
 
 
 def test_the_parts_have_the_papers_settings():
-    net = SimpleNet([1536], (288, 288))
+    net = SimpleNet([1536], (288, 288), **preset_for("simplenet", PAPER_BACKBONE, "mvtec").detector)
     linear, norm, activation, last = net.discriminator
     assert (linear.out_features, norm.num_features, activation.negative_slope) == (1024, 1024, 0.2)
     assert last.bias is None
-    assert (net.noise_std, net.margin, net.blur_sigma) == (0.015, 0.5, 4.0)
+    assert (net.noise_std, net.standardize) == (0.015, False)
+    assert (net.margin, net.blur_sigma) == (0.5, 4.0)
     adaptor, discriminator = net.optimizers()
     assert type(adaptor).__name__ == "AdamW"
     assert adaptor.param_groups[0]["lr"] == 1e-4
@@ -85,12 +88,13 @@ def test_the_parts_have_the_papers_settings():
 
 def test_standardisation_makes_the_scale_of_the_features_irrelevant():
     features = 3 + 0.01 * torch.randn(100, 6, 3, 3, generator=torch.Generator().manual_seed(0))
-    net = SimpleNet([6], (8, 8), standardize=True)
+    net = SimpleNet([6], (8, 8))
+    assert net.noise_std == 0.25  # of a standard deviation
     net.fit_statistics([x] for x in features.split(7))
     deviation, mean = torch.std_mean(features, dim=(0, 2, 3), correction=0)
     torch.testing.assert_close(net.scaler.mean, mean)
     torch.testing.assert_close(net.scaler.std, deviation, rtol=1e-3, atol=0)
-    raw = SimpleNet([6], (8, 8))
+    raw = SimpleNet([6], (8, 8), standardize=False)
     raw.fit_statistics([x] for x in features.split(7))
     assert raw.scaler.mean.abs().sum() == 0
 
@@ -110,7 +114,7 @@ def test_it_learns_to_tell_strange_patches():
         )
 
     torch.manual_seed(0)
-    net = SimpleNet([8], (16, 16), hidden=64, noise_std=0.5, standardize=True)
+    net = SimpleNet([8], (16, 16), hidden=64, noise_std=0.5)
     data = pictures(64)
     net.fit_statistics([[data]])
     for _ in range(60):

@@ -24,10 +24,10 @@ class SimpleNet(nn.Module):
     D < -margin on the noisy ones. The anomaly score of a patch is -D, of a picture the maximum
     over its patches. Score pictures in eval mode (batch norm).
 
-    The noise must fit the scale of the features. The paper's 0.015 belongs to raw WRN50 features.
-    For any other backbone use ``standardize=True``: every channel is then brought to mean 0 and
-    standard deviation 1 over the training set (:meth:`fit_statistics`), and a noise of 0.25 is a
-    quarter of a standard deviation whatever the backbone.
+    The noise must fit the scale of the features. By default every channel is brought to mean 0 and
+    standard deviation 1 over the training set (:meth:`fit_statistics`), so that a noise of 0.25 is
+    a quarter of a standard deviation whatever the backbone. The paper has ``standardize=False`` and
+    ``noise_std=0.015``, which belongs to raw WRN50 features.
 
     Args:
         channels: Of the features, a single level: ``[dim]``.
@@ -47,9 +47,9 @@ class SimpleNet(nn.Module):
         map_size: tuple[int, int],
         *,
         hidden: int = 1024,
-        noise_std: float = 0.015,
+        noise_std: float = 0.25,
         margin: float = 0.5,
-        standardize: bool = False,
+        standardize: bool = True,
         blur_sigma: float = 4.0,
     ) -> None:
         super().__init__()

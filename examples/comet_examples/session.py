@@ -1,0 +1,230 @@
+"""Methods trained and judged on categories, with results, pictures and checkpoints on disk."""
+
+import platform
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+
+import comet_meta
+from comet_examples import report
+from comet_examples.backbones import Backbone
+from comet_examples.datasets import DatasetError, Split, bad_samples, contaminate
+from comet_examples.experiment import Experiment, Outcome, can_be_judged
+from comet_examples.features import FeatureStore
+from comet_examples.metrics import curation_metrics
+from comet_examples.presets import Preset
+from comet_examples.results import Results, fingerprint
+from comet_examples.training import Method, ResumeError, TrainingSettings
+from comet_meta import SoftConfidentWeighter
+
+_SUSPECTS_MAPPED = 8
+
+
+@dataclass(frozen=True)
+class Session:
+    """What to train, how, and where the results go.
+
+    Attributes:
+        detector: Name in ``DETECTORS``.
+        dataset: Name in ``DATASETS``.
+        preset: Picture size and detector settings.
+        training: How to train; its method is replaced by each of ``methods``.
+        methods: What to train, in this order.
+        backbone: Of the frozen features.
+        out: Folder that gets a folder for each category.
+        device: Where to train.
+        noise: Share of bad training pictures to add, in [0, 1).
+        overlap: Whether they stay in the test set too.
+        resume: Continue a method that was stopped from its last epoch.
+        store: Keeps the features.
+    """
+
+    detector: str
+    dataset: str
+    preset: Preset
+    training: TrainingSettings
+    methods: Sequence[Method]
+    backbone: Backbone
+    out: Path
+    device: str = "cpu"
+    noise: float = 0.0
+    overlap: bool = False
+    resume: bool = False
+    store: FeatureStore = field(default_factory=FeatureStore)
+
+    def run(self, categories: Sequence[Split]) -> tuple[list[dict[str, str | float]], list[str]]:
+        """Train and judge what isn't finished yet.
+
+        A category that fails is reported and doesn't take the others with it.
+
+        Args:
+            categories: The categories, before contamination.
+
+        Returns:
+            A table's rows, those of earlier runs included, and the names of the categories that
+            failed.
+
+        Raises:
+            ResumeError: If ``out`` holds work that these settings can't go on from.
+        """
+        rows: list[dict[str, str | float]] = []
+        failed: list[str] = []
+        prepared = []
+        # All of them before the first training: a refusal must not come after hours.
+        for clean in categories:
+            with _reported(clean.category, failed):
+                prepared.append((clean, *self._prepared(clean)))
+        for clean, split, results in prepared:
+            with _reported(clean.category, failed):
+                self._finish(clean, split, results)
+            rows += results.rows(self.methods)
+        return rows, failed
+
+    def _prepared(self, clean: Split) -> tuple[Split, Results]:
+        if self.noise > 0 and (bad := int(bad_samples(clean.train).sum())):
+            raise DatasetError(
+                f"{bad} of the training pictures are bad already, which --noise {self.noise} would "
+                "not count; leave --noise out, or add --curated to remove them first"
+            )
+        split = contaminate(clean, self.noise, seed=self.training.seed, overlap=self.overlap)
+        training = asdict(self.training)
+        del training["method"]
+        settings = {
+            "category": clean.category,
+            "dataset": self.dataset,
+            "pictures": fingerprint((*clean.train, *clean.test)),
+            "noise": self.noise,
+            "overlap": self.overlap,
+            "transform": asdict(self.preset.transform),
+            "backbone": self.backbone.fingerprint,
+            "detector": self.detector,
+            "detector options": self.preset.detector,
+            **training,
+        }
+        return split, Results(self.out / clean.category / "results.json", settings)
+
+    def _finish(self, clean: Split, split: Split, results: Results) -> None:
+        """Train and judge the methods that aren't finished yet."""
+        print(f"{split.category}: {_described(split)}")
+        kept = [method for method in self.methods if method in results.methods]
+        if kept:
+            print(f"{split.category}: {', '.join(kept)} finished before, see {results.file}")
+        missing = [method for method in self.methods if method not in kept]
+        if not missing:
+            return
+        experiment = Experiment(
+            clean, self.detector, self.preset, self.backbone, self.store, self.device
+        )
+        results.save()
+        for method in missing:
+            outcome = experiment.run(
+                split,
+                replace(self.training, method=method),
+                checkpoint=results.file.with_name(f"{method}.pt"),
+                resume=self.resume,
+            )
+            entry = _entry(split, outcome) | {"environment": _environment(self.device)}
+            _draw(split, outcome, experiment, results.file.parent, method)
+            results.add(method, entry)
+
+
+@contextmanager
+def _reported(category: str, failed: list[str]) -> Iterator[None]:
+    """Say why a category failed, note it, and go on."""
+    try:
+        yield
+    except ResumeError:
+        raise
+    except ValueError as error:
+        print(f"error: {category}: {error}", file=sys.stderr)
+        failed.append(category)
+
+
+def _described(split: Split) -> str:
+    labels = [sample.label for sample in split.train]
+    known = f"{labels.count(1)} bad" if None not in labels else "no one knows which are bad"
+    text = f"{len(split.train)} training pictures ({known}), {len(split.test)} test pictures"
+    if can_be_judged(split):
+        return text
+    return f"{text}; no test figures, which take normal and anomalous test pictures"
+
+
+def _entry(split: Split, outcome: Outcome) -> dict[str, Any]:
+    """Figures of the test set and, where there are weights, the training set's ranking."""
+    trained = outcome.training
+    entry: dict[str, Any] = {"test": outcome.figures, "history": trained.history}
+    weighter = trained.optimizer.weighter
+    if weighter is None:
+        return entry
+    order = weighter.ranking()
+    entry["suspects"] = [
+        {
+            "path": str(split.train[i].path),
+            "weight": round(float(weighter.weights[i]), 6),
+            "score": round(float(weighter.scores[i]), 6),
+        }
+        for i in order.tolist()
+    ]
+    bad = bad_samples(split.train)
+    if bad.any():
+        # By rank: weights alone are tied at both ends.
+        suspicion = torch.empty(len(order))
+        suspicion[order] = torch.arange(len(order), 0, -1).float()
+        entry["curation"] = curation_metrics(suspicion, bad)
+    return entry
+
+
+def _draw(
+    split: Split, outcome: Outcome, experiment: Experiment, folder: Path, method: Method
+) -> None:
+    """Write the pictures of a trained method."""
+    heading = f"{split.category}, {method}"
+    transform = experiment.preset.transform
+    if split.test:
+        report.draw_heat_maps(
+            split.test,
+            outcome.scores,
+            outcome.maps,
+            transform,
+            f"{heading}: test pictures and their anomaly maps",
+            folder / f"{method}_maps.png",
+            shown=report.spread(split.test),
+        )
+    weighter: SoftConfidentWeighter | None = outcome.training.optimizer.weighter
+    if weighter is None:
+        return
+    report.draw_weights(
+        weighter, split.train, f"{heading}: the training set", folder / f"{method}_weights.png"
+    )
+    report.draw_suspects(
+        weighter,
+        split.train,
+        transform,
+        f"{heading}: the training pictures that fit in least",
+        folder / f"{method}_suspects.png",
+    )
+    suspects = [split.train[i] for i in weighter.ranking(_SUSPECTS_MAPPED).tolist()]
+    report.draw_heat_maps(
+        suspects,
+        *experiment.predict(outcome.training, suspects),
+        transform,
+        f"{heading}: the most suspect training pictures and their anomaly maps",
+        folder / f"{method}_suspect_maps.png",
+        shown=range(len(suspects)),
+    )
+
+
+def _environment(device: str) -> dict[str, str]:
+    return {
+        "device": device,
+        "comet_meta": comet_meta.__version__,
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "python": platform.python_version(),
+    }

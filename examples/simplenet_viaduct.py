@@ -1,0 +1,8 @@
+"""Train SimpleNet with CoMet on VIADUCT, or as a demo on pictures that a package ships."""
+
+import sys
+
+from comet_examples.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main("simplenet", "viaduct"))
