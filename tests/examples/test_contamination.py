@@ -1,7 +1,10 @@
 """The contamination protocol."""
 
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from comet_examples.datasets import DatasetError, Sample, Split, bad_samples, contaminate, oracle
 from hypothesis import given
@@ -78,3 +81,118 @@ def test_a_share_out_of_range_is_refused(noise):
 def test_a_contaminated_split_is_not_contaminated_again():
     with pytest.raises(DatasetError, match="10 anomalous training pictures already"):
         contaminate(contaminate(a_split(), 0.1, seed=0), 0.2, seed=0)
+
+
+def test_without_groups_the_draw_is_the_start_of_a_permutation():
+    clean = a_split()
+    split = contaminate(clean, 0.1, seed=3)
+    anomalous = [sample for sample in clean.test if sample.label == 1]
+    drawn = [anomalous[i] for i in np.random.default_rng(3).permutation(80)[:10]]
+    together = [*clean.train, *drawn]
+    order = np.random.default_rng([3, 100]).permutation(100)
+    assert split.train == tuple(together[i] for i in order)
+    assert split.test == tuple(sample for sample in clean.test if sample not in drawn)
+
+
+def of_objects(sizes: list[int]) -> Split:
+    """Anomalous objects of so many views, and five anomalous pictures that belong to none."""
+    views = tuple(
+        Sample(Path(f"bad/{i}_{view}"), 1, None, "crack", group=f"crack/{i}")
+        for i, size in enumerate(sizes)
+        for view in range(size)
+    )
+    clean = a_split(anomalous=5)
+    return replace(clean, test=clean.test + views)
+
+
+def bad_of(samples: tuple[Sample, ...]) -> set[Sample]:
+    return {sample for sample in samples if sample.label == 1}
+
+
+OBJECTS = st.lists(st.integers(1, 6), min_size=4, max_size=20)
+
+
+@given(sizes=OBJECTS, wanted=st.integers(1, 60), seed=st.integers(0, 100))
+def test_no_object_is_on_both_sides(sizes, wanted, seed):
+    clean = of_objects(sizes)
+    noise = wanted / (90 + wanted)
+    try:
+        split = contaminate(clean, noise, seed=seed)
+    except DatasetError:
+        # All but one object at most, so one of six views could be the one that has to stay.
+        assert wanted > sum(sizes) + 5 - 6
+        return
+    drawn, left = bad_of(split.train), bad_of(split.test)
+    assert len(drawn) == wanted
+    assert left
+    assert not {s.group for s in drawn} & {s.group for s in left} - {None}
+    assert not drawn & left
+    lost = bad_of(clean.test) - drawn - left
+    # Only what is left of the one object that is torn apart is in neither set.
+    assert {s.group for s in lost} <= {s.group for s in drawn} - {None}
+    assert len({s.group for s in lost}) <= 1
+    assert [s for s in split.test if s.label == 0] == [s for s in clean.test if s.label == 0]
+    shared = contaminate(clean, noise, seed=seed, overlap=True)
+    assert shared.train == split.train
+    assert shared.test == clean.test
+
+
+@given(sizes=OBJECTS, wanted=st.integers(2, 8), seed=st.integers(0, 100))
+def test_more_noise_adds_to_the_same_objects(sizes, wanted, seed):
+    more, less = (
+        contaminate(of_objects([*sizes, *[2] * 5]), bad / (90 + bad), seed=seed)
+        for bad in (wanted, wanted - 1)
+    )
+    assert bad_of(less.train) < bad_of(more.train)
+    assert bad_of(less.test) >= bad_of(more.test)
+
+
+def test_objects_are_drawn_by_chance():
+    first = Counter(
+        min(s.group for s in bad_of(contaminate(of_pairs(), 2 / 92, seed=seed).train))
+        for seed in range(400)
+    )
+    # Ten objects, 40 times each but for chance (a standard deviation is 6).
+    assert len(first) == 10
+    assert all(20 <= count <= 60 for count in first.values())
+
+
+def of_pairs(count: int = 10) -> Split:
+    clean = of_objects([2] * count)
+    return replace(clean, test=tuple(s for s in clean.test if s.label == 0 or s.group))
+
+
+def test_objects_with_one_picture_change_nothing():
+    clean = a_split()
+    grouped = replace(clean, test=tuple(replace(s, group=str(s.path)) for s in clean.test))
+    for overlap in (False, True):
+        expected = contaminate(clean, 0.2, seed=1, overlap=overlap)
+        found = contaminate(grouped, 0.2, seed=1, overlap=overlap)
+        for part in ("train", "test"):
+            assert [s.path for s in getattr(found, part)] == [
+                s.path for s in getattr(expected, part)
+            ]
+
+
+def test_normal_views_of_a_drawn_object_leave_the_test_set():
+    clean = of_pairs()
+    views = tuple(Sample(Path(f"good/{i}_9"), 0, group=f"crack/{i}") for i in range(10))
+    split = contaminate(replace(clean, test=clean.test + views), 4 / 94, seed=0)
+    drawn = {s.group for s in bad_of(split.train)}
+    assert len(drawn) == 2
+    assert {s.group for s in split.test if s.label == 0} - {None} == {
+        f"crack/{i}" for i in range(10)
+    } - drawn
+
+
+def test_one_object_stays_in_the_test_set():
+    # Two of three pairs can be drawn: 4 / 94 = 0.0425.
+    message = r"takes 5 anomalous .* there are 6, .* one object's \(2\) .* the most is noise 0\.042"
+    with pytest.raises(DatasetError, match=message):
+        contaminate(of_pairs(3), 5 / 95, seed=0)
+    assert len(bad_of(contaminate(of_pairs(3), 4 / 94, seed=0).test)) == 2
+    assert len(bad_of(contaminate(of_pairs(3), 6 / 96, seed=0, overlap=True).train)) == 6
+    with pytest.raises(DatasetError, match=r"one object's \(2\) .* the most is noise 0\.000"):
+        contaminate(of_pairs(1), 0.02, seed=0)
+    with pytest.raises(DatasetError, match=r"there are 0, .* the most is noise 0\.000"):
+        contaminate(of_pairs(0), 0.001, seed=0)

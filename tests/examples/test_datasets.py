@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 import torch
 from comet_examples.datasets import DATASETS, DatasetError, Sample, Transform, load_image, load_mask
-from PIL import Image
+from comet_examples.datasets.images import has_defect
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image, ImageDraw
 
 MVTEC = DATASETS["mvtec"]
 
@@ -202,3 +205,119 @@ def test_the_faintest_mark_of_a_16_bit_mask_counts(tmp_path):
     Image.fromarray(marks).save(tmp_path / "m.png")
     sample = Sample(picture(tmp_path / "x.png"), 1, tmp_path / "m.png")
     assert load_mask(sample, Transform(16)).float().mean() == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "RGB", "RGBA", "P", "I;16"])
+@pytest.mark.parametrize("mark", [0, 1, 255])
+def test_a_single_marked_pixel_is_a_defect(tmp_path, mode, mark):
+    marks = np.zeros((16, 24), dtype=np.uint16 if mode == "I;16" else np.uint8)
+    marks[5, 7] = mark
+    image = Image.fromarray(marks)
+    # Thresholded, as dithering would lose a single pixel.
+    image = image.point(lambda v: 255 * (v > 0)).convert("1") if mode == "1" else image
+    (image if mode in ("1", "I;16") else image.convert(mode)).save(tmp_path / "m.png")
+    assert has_defect(tmp_path / "m.png") is (mark > 0)
+    sample = Sample(picture(tmp_path / "x.png"), 1, tmp_path / "m.png")
+    assert bool(load_mask(sample, Transform(16)).any()) is (mark > 0)
+
+
+def test_an_unreadable_mask_is_named(tmp_path):
+    (tmp_path / "m.png").write_bytes(b"no picture")
+    with pytest.raises(DatasetError, match=r"m\.png"):
+        has_defect(tmp_path / "m.png")
+
+
+def disc(size: tuple[int, int], centre: tuple[int, int], radius: int) -> Image.Image:
+    """White on black; size and centre are (x, y)."""
+    image = Image.new("L", size)
+    (x, y), r = centre, radius
+    ImageDraw.Draw(image).ellipse((x - r, y - r, x + r, y + r), fill=255)
+    return image
+
+
+def extent(marks: torch.Tensor) -> tuple[int, int]:
+    """Height and width of what is marked."""
+    rows, columns = marks.any(dim=1).nonzero(), marks.any(dim=0).nonzero()
+    return int(rows.max() - rows.min()) + 1, int(columns.max() - columns.min()) + 1
+
+
+@pytest.mark.parametrize("size", [(213, 606), (233, 653), (230, 630), (630, 230)])
+def test_pictures_of_different_sizes_come_out_alike_and_undistorted(tmp_path, size):
+    transform = Transform((320, 112), keep_aspect=True)
+    disc(size, (size[0] // 3, size[1] // 3), 60).save(tmp_path / "x.png")
+    found = load_image(tmp_path / "x.png", transform)
+    assert found.shape == (3, 320, 112)
+    height, width = extent(found[0] > 127)
+    assert abs(height - width) <= 1
+    scale = min(320 / size[1], 112 / size[0])
+    assert abs(width - 121 * scale) <= 1.5
+    stretched = load_image(tmp_path / "x.png", Transform((320, 112)))
+    assert abs(np.subtract(*extent(stretched[0] > 127))) > (0 if size[0] < size[1] else 50)
+
+
+def test_padding_repeats_the_edge_and_is_centred(tmp_path):
+    values = np.repeat(np.array([[10, 20, 30, 40]], dtype=np.uint8), 2, axis=0)
+    Image.fromarray(values).save(tmp_path / "x.png")
+    tall = load_image(tmp_path / "x.png", Transform((6, 4), keep_aspect=True))
+    assert tall[0].tolist() == [[10, 20, 30, 40]] * 6
+    wide = load_image(tmp_path / "x.png", Transform((2, 9), keep_aspect=True))
+    # Five pixels to pad: the odd one goes behind.
+    assert wide[0].tolist() == [[10, 10, 10, 20, 30, 40, 40, 40, 40]] * 2
+
+
+def test_padding_of_masks_is_normal(tmp_path):
+    Image.new("L", (4, 2), 255).save(tmp_path / "m.png")
+    sample = Sample(picture(tmp_path / "x.png", size=(4, 2)), 1, tmp_path / "m.png")
+    found = load_mask(sample, Transform((6, 4), keep_aspect=True))
+    assert found.int().tolist() == [[0] * 4] * 2 + [[1] * 4] * 2 + [[0] * 4] * 2
+    good = load_mask(Sample(sample.path, 0), Transform((6, 4), keep_aspect=True))
+    assert good.shape == (6, 4)
+    assert not good.any()
+
+
+@pytest.mark.parametrize("crop", [None, (96, 64)])
+@pytest.mark.parametrize("size", [(213, 606), (606, 213), (120, 120), (300, 301)])
+def test_mask_and_padded_picture_stay_aligned(tmp_path, size, crop):
+    image = disc(size, (size[0] // 2 + 15, size[1] // 2 - 20), 30)
+    for name in ("x", "m"):
+        image.save(tmp_path / f"{name}.png")
+    transform = Transform((128, 80), crop, keep_aspect=True)
+    pixels = load_image(tmp_path / "x.png", transform)[0] > 127
+    mask = load_mask(Sample(tmp_path / "x.png", 1, tmp_path / "m.png"), transform)
+    assert mask.shape == (crop or (128, 80))
+    assert mask.any()
+    centres = [marks.nonzero().double().mean(dim=0) for marks in (pixels, mask)]
+    # Half a pixel: picked and interpolated edges differ by no more.
+    torch.testing.assert_close(centres[0], centres[1], rtol=0, atol=0.5)
+    assert (pixels != mask).sum() <= 0.25 * mask.sum()
+
+
+@given(
+    size=st.tuples(st.integers(1, 70), st.integers(1, 70)),
+    target=st.tuples(st.integers(1, 40), st.integers(1, 40)),
+)
+def test_any_size_fits(size, target):
+    mask = Transform(target, keep_aspect=True)(Image.new("L", size, 255), mask=True)
+    assert (mask.height, mask.width) == target
+    height, width = extent(torch.from_numpy(np.array(mask)) > 0)
+    assert height == target[0] or width == target[1]
+    # To the nearest pixel.
+    scale = min(target[0] / size[1], target[1] / size[0])
+    assert abs(height - scale * size[1]) <= 0.5 or height == 1
+    assert abs(width - scale * size[0]) <= 0.5 or width == 1
+
+
+def test_keeping_the_aspect_needs_both_sides_and_has_a_key_of_its_own():
+    with pytest.raises(ValueError, match=r"keep_aspect needs resize=\(height, width\), got 16"):
+        Transform(16, keep_aspect=True)
+    assert str(Transform((8, 8), keep_aspect=True)) != str(Transform((8, 8)))
+
+
+def test_real_surfaces_of_different_sizes_can_be_stacked(shared_data):
+    split = DATASETS["ksdd2"].load(shared_data / "ksdd2", "ksdd2")
+    transform = Transform((160, 56), keep_aspect=True)
+    some = [*(s for s in split.train if s.label == 1), *split.train[:4]]
+    pictures = torch.stack([load_image(s.path, transform) for s in some])
+    masks = torch.stack([load_mask(s, transform) for s in some])
+    assert pictures.shape[-2:] == masks.shape[-2:] == (160, 56)
+    assert masks.flatten(1).any(dim=1).tolist() == [s.label == 1 for s in some]

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from comet_examples.datasets import DATASETS, DatasetError, Transform, load_mask
+from comet_examples.datasets import DATASETS, DatasetError, Transform, contaminate, load_mask
 from PIL import Image
 
 VIADUCT = DATASETS["viaduct"]
@@ -62,6 +62,51 @@ def test_views_of_one_object_are_on_one_side(root):
     assert not train & test
 
 
+def test_views_share_their_objects_group(root):
+    split = VIADUCT.load(root, CLASSES[0])
+    for sample in (*split.train, *split.test):
+        assert sample.group == f"{sample.defect}/{sample.path.stem[:-2]}"
+    assert len({s.group for s in split.train}) == 3
+    assert len({s.group for s in split.test}) == 3
+
+
+@pytest.mark.parametrize(
+    ("stem", "group"),
+    [
+        ("Image_broken_007_0", "torn/Image_broken_007"),
+        ("Image_broken_007_12", "torn/Image_broken_007"),
+        ("7_0", "torn/7"),
+        ("007", None),
+        ("cable", None),
+        ("cable_007a", None),
+        ("cable-7", None),
+    ],
+)
+def test_the_object_is_what_precedes_the_view_number(root, stem, group):
+    picture(root / CLASSES[0] / "test" / "torn" / f"{stem}.png")
+    picture(root / CLASSES[0] / "ground_truth" / "torn" / f"{stem}.png")
+    (found,) = (s for s in VIADUCT.load(root, CLASSES[0]).test if s.path.stem == stem)
+    assert found.group == group
+
+
+def test_objects_in_folders_of_different_defects_are_different(root):
+    base = root / CLASSES[0]
+    for folder in ("test", "ground_truth"):
+        picture(base / folder / "torn" / "bent_000_0.png")
+    groups = {s.group for s in VIADUCT.load(root, CLASSES[0]).test if s.label == 1}
+    assert groups == {"bent/bent_000", "torn/torn_000", "torn/bent_000"}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_contamination_keeps_the_views_of_an_object_on_one_side(root, seed):
+    # One of the four defective pictures for six good ones; its other view leaves the test set.
+    split = contaminate(VIADUCT.load(root, CLASSES[0]), 1 / 7, seed=seed)
+    (drawn,) = (s for s in split.train if s.label == 1)
+    left = [s for s in split.test if s.label == 1]
+    assert len(left) == 2
+    assert drawn.defect not in {s.defect for s in left}
+
+
 def test_a_class_without_held_out_pictures_loads(root):
     (root / CLASSES[0] / "val").rename(root / "elsewhere")
     assert len(VIADUCT.load(root, CLASSES[0]).train) == 6
@@ -114,4 +159,7 @@ def test_real_pictures_in_the_layout_of_viaduct(shared_data):
     assert (len(split.train), len(split.test)) == (26, 14 + 32)
     defective = [s for s in split.test if s.label == 1]
     assert {s.defect for s in defective} == {"broken"}
+    # A single view of each cookie.
+    assert len({s.group for s in split.test}) == 14 + 32
+    assert "broken/Image_broken_000" in {s.group for s in defective}
     assert all(load_mask(s, Transform(128)).any() for s in defective)

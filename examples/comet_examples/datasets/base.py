@@ -21,12 +21,14 @@ class Sample:
         mask: Ground-truth picture (> 0 where defective); None where there is none to have (normal
             pictures) or none was made.
         defect: Name of the kind of defect, ``"good"`` for none.
+        group: Names the object; pictures of one object share it. None: a picture of its own.
     """
 
     path: Path
     label: int | None
     mask: Path | None = None
     defect: str = "good"
+    group: str | None = None
 
 
 @dataclass(frozen=True)

@@ -17,39 +17,68 @@ from comet_examples.datasets.base import DatasetError, Sample
 class Transform:
     """Resize, then centre crop.
 
+    Pictures that differ in size come out in one size with a crop, or with a ``resize`` of (height,
+    width). The latter stretches them unless ``keep_aspect``: then they are made as large as fits,
+    centred, and padded by repeating the pixels at their edges. In masks the padding is normal, also
+    where a defect at the edge is repeated, and pixel metrics count it.
+
     Attributes:
         resize: Length of the shorter side in pixels (the aspect is kept), or (height, width).
         crop: Side of the centre crop in pixels, or (height, width); None for no crop.
+        keep_aspect: Whether a ``resize`` of (height, width) pads instead of stretching.
 
     Raises:
-        ValueError: If a size is not positive.
+        ValueError: If a size is not positive, or ``keep_aspect`` comes without (height, width).
+
+    Example:
+        >>> tall = Image.new("L", (20, 60))
+        >>> Transform(10)(tall).size, Transform((32, 16), keep_aspect=True)(tall).size
+        ((10, 30), (16, 32))
     """
 
     resize: int | tuple[int, int]
     crop: int | tuple[int, int] | None = None
+    keep_aspect: bool = False
 
     def __post_init__(self) -> None:
+        if self.keep_aspect and isinstance(self.resize, int):
+            raise ValueError(
+                f"keep_aspect needs resize=(height, width), got {self.resize}, which keeps the "
+                "aspect anyway and doesn't pad"
+            )
         for name, size in (("resize", self.resize), ("crop", self.crop)):
             sides = (size,) if isinstance(size, int) else size or ()
             if any(side < 1 for side in sides):
                 raise ValueError(f"{name} is {size}; expected at least 1 pixel")
 
-    def __call__(self, picture: Image.Image, *, nearest: bool = False) -> Image.Image:
+    def __call__(self, picture: Image.Image, *, mask: bool = False) -> Image.Image:
         """The picture in its new size.
 
         Args:
             picture: The picture as it was read.
-            nearest: Take the nearest pixel, as masks need it, instead of interpolating.
+            mask: Whether it is a mask: pixels are then taken from the nearest one instead of
+                interpolated, and padding is 0.
 
         Returns:
-            The resized and cropped picture.
+            The resized, padded and cropped picture.
 
         Raises:
             DatasetError: If the crop is larger than the resized picture.
         """
-        how = tvf.InterpolationMode.NEAREST if nearest else tvf.InterpolationMode.BILINEAR
+        how = tvf.InterpolationMode.NEAREST if mask else tvf.InterpolationMode.BILINEAR
         size = [self.resize] if isinstance(self.resize, int) else list(self.resize)
-        picture = tvf.resize(picture, size, interpolation=how)
+        if not self.keep_aspect:
+            picture = tvf.resize(picture, size, interpolation=how)
+        else:
+            height, width = size
+            scale = min(height / picture.height, width / picture.width)
+            inner = [max(1, round(scale * side)) for side in (picture.height, picture.width)]
+            top, left = (height - inner[0]) // 2, (width - inner[1]) // 2
+            picture = tvf.pad(
+                tvf.resize(picture, inner, interpolation=how),
+                [left, top, width - inner[1] - left, height - inner[0] - top],
+                padding_mode="constant" if mask else "edge",
+            )
         if self.crop is None:
             return picture
         crop = [self.crop] * 2 if isinstance(self.crop, int) else list(self.crop)
@@ -106,7 +135,22 @@ def load_mask(sample: Sample, transform: Transform) -> Tensor:
             f"{sample.mask} is {mask.width} x {mask.height} pixels but its picture {sample.path} "
             f"is {picture.width} x {picture.height}; a mask must have its picture's size"
         )
-    return torch.from_numpy(np.array(transform(mask, nearest=True))) > 0
+    return torch.from_numpy(np.array(transform(mask, mask=True))) > 0
+
+
+def has_defect(mask: Path) -> bool:
+    """Whether a mask marks any pixel, read as :func:`load_mask` reads it.
+
+    Args:
+        mask: The mask's file.
+
+    Returns:
+        True if any value is above 0, however faint.
+
+    Raises:
+        DatasetError: If the file can't be read as a picture.
+    """
+    return _read(mask, _defective).getbbox() is not None
 
 
 def _read(path: Path, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:

@@ -15,7 +15,7 @@ learning, Computers in Industry 2021.
 from pathlib import Path
 
 from comet_examples.datasets.base import DatasetError, Sample, Split, image_files
-from comet_examples.datasets.images import _defective, _read
+from comet_examples.datasets.images import has_defect
 
 _CATEGORY = "ksdd2"
 _MASK = "_GT"
@@ -93,7 +93,4 @@ def _samples(folder: Path) -> tuple[Sample, ...]:
 
 
 def _sample(path: Path, mask: Path) -> Sample:
-    # The same reading as that of the pixels, so that no label contradicts its mask.
-    if _read(mask, _defective).getbbox() is None:
-        return Sample(path, 0)
-    return Sample(path, 1, mask, "defective")
+    return Sample(path, 1, mask, "defective") if has_defect(mask) else Sample(path, 0)

@@ -7,18 +7,23 @@ own name.
 The normal pictures of ``val`` are left out of training and test: nothing is selected by them, and
 figures stay comparable to those on the published test set.
 
-File names end in a view number (``<object>_<view>.png``), and the views of one object belong on one
-side of any split. The published sets are kept as they are. Only
-:func:`~comet_examples.datasets.contaminate` moves pictures, and it draws each by itself: at a noise
-above 0, other views of a defective object drawn for training may remain in the test set.
+The views of one object belong on one side of any split. An object is known by its file names: they
+are taken to be ``<object>_<view>.png`` throughout, as in ``Image_broken_007_0.png``, so that the
+number after the last underscore tells views, not objects. Pictures in folders of different defects
+are taken to be of different objects, whatever their names. A name without such a number is a
+picture of its own. The published sets are kept as they are;
+:func:`~comet_examples.datasets.contaminate` moves whole objects out of the test set.
 """
 
+import re
+from dataclasses import replace
 from pathlib import Path
 
 from comet_examples.datasets._tree import load_tree, tree_categories
-from comet_examples.datasets.base import Split
+from comet_examples.datasets.base import Sample, Split
 
 _NAME = "VIADUCT"
+_VIEW = re.compile(r"_\d+$")
 
 
 def categories(root: Path | None) -> list[str]:
@@ -46,9 +51,19 @@ def load(root: Path | None, category: str) -> Split:
     Returns:
         Its split. A defective test picture ``test/<defect>/<stem>.<ext>`` has the mask
         ``ground_truth/<defect>/<stem>_mask.<ext>`` or ``ground_truth/<defect>/<stem>.<ext>``, found
-        by name.
+        by name. The views of one object share their ``group``.
 
     Raises:
         DatasetError: If class, split or a mask is missing.
     """
-    return load_tree(root, category, _NAME, mask_suffixes=("_mask", ""))
+    split = load_tree(root, category, _NAME, mask_suffixes=("_mask", ""))
+    return replace(
+        split,
+        train=tuple(_grouped(sample) for sample in split.train),
+        test=tuple(_grouped(sample) for sample in split.test),
+    )
+
+
+def _grouped(sample: Sample) -> Sample:
+    name, views = _VIEW.subn("", sample.path.stem)
+    return replace(sample, group=f"{sample.defect}/{name}") if views else sample

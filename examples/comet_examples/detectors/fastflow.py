@@ -30,6 +30,9 @@ class Coupling(nn.Module):
         kernel_size: Of the network's two convolutions, odd.
         hidden_ratio: Width of the network, as a multiple of its input's channels.
         clamp: Bound on the absolute log scale.
+
+    Raises:
+        ValueError: If there are fewer than two channels, so that no half can stay.
     """
 
     order: Tensor
@@ -38,6 +41,10 @@ class Coupling(nn.Module):
         self, channels: int, kernel_size: int, *, hidden_ratio: float = 1.0, clamp: float = 2.0
     ) -> None:
         super().__init__()
+        if channels < 2:
+            raise ValueError(
+                f"a coupling splits its channels, so it needs 2 or more, not {channels}"
+            )
         self.kept = channels // 2
         self.clamp = clamp
         hidden = max(1, round(hidden_ratio * self.kept))
