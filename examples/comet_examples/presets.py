@@ -44,7 +44,7 @@ PRESETS = {
 
 def _whole(height: int, width: int) -> Transform:
     """Pictures of any size brought to one size, nothing cut off."""
-    return Transform((height, width))  # the one place that decides whether the aspect is kept
+    return Transform((height, width), keep_aspect=True)
 
 
 # KSDD2's pictures are about 630 x 230 pixels: the paper's square crop would lose most of them, so
@@ -52,8 +52,14 @@ def _whole(height: int, width: int) -> Transform:
 _PAPER_TRANSFORM = Transform(329, 288)
 _PAPER_TRANSFORMS = {"ksdd2": _whole(480, 176), "folder": _whole(288, 288)}
 _PAPER_DETECTORS: dict[str, dict[str, Any]] = {
-    "fastflow": {"steps": 8, "hidden_ratio": 1.0},
-    "simplenet": {"standardize": False, "noise_std": 0.015},
+    "fastflow": {"steps": 8, "hidden_ratio": 1.0, "top": 1},
+    "simplenet": {
+        "standardize": False,
+        "noise_std": 0.015,
+        "hidden": 1024,
+        "patches": None,
+        "top": 1,
+    },
 }
 _DEFAULT = Preset(Transform(256, 256), epochs=40)
 _DEFAULTS = {
@@ -84,8 +90,8 @@ def preset_for(detector: str, backbone: str, dataset: str) -> Preset:
         or data set that isn't known here gets the general ones.
 
     Example:
-        >>> preset_for("simplenet", "wide_resnet50_2", "mvtec").detector
-        {'standardize': False, 'noise_std': 0.015}
+        >>> preset_for("fastflow", "wide_resnet50_2", "mvtec").detector
+        {'steps': 8, 'hidden_ratio': 1.0, 'top': 1}
         >>> preset_for("simplenet", "resnet18", "viaduct")
         Preset(transform=Transform(resize=256, crop=None), epochs=40, detector={})
     """

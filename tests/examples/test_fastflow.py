@@ -168,16 +168,18 @@ def test_scores_by_hand():
     expected = torch.tensor([[[0.0, 2.5], [0.0, 0.0]]])
     torch.testing.assert_close(net.level_scores([fine, coarse])[0], expected)
     torch.testing.assert_close(net.patch_scores([fine, coarse]), (expected + 8) / 2)
-    torch.testing.assert_close(net.scores([fine, coarse]), torch.tensor([5.25]))
+    torch.testing.assert_close(net.scores([fine, coarse]), torch.tensor([(5.25 + 3 * 4) / 4]))
     torch.testing.assert_close(net.maps([fine, coarse]), (expected + 8) / 2)
 
 
-def test_the_score_is_the_highest_of_the_patches():
+def test_the_score_is_the_mean_of_the_highest_patches():
     net, features = detector(), levels(3)
     with torch.no_grad():
         patches = net.patch_scores(features)
         assert patches.shape == (3, 8, 4)
-        assert torch.equal(net.scores(features), patches.flatten(1).max(dim=1).values)
+        assert torch.allclose(
+            net.scores(features), patches.flatten(1).sort(dim=1).values[:, -5:].mean(dim=1)
+        )
 
 
 def test_levels_are_averaged_on_the_finer_grid():

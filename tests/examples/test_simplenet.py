@@ -13,7 +13,7 @@ from torch import nn
 
 def by_hand() -> SimpleNet:
     """Identity adaptor, D(x) = x_0, no noise to speak of."""
-    net = SimpleNet([2], (4, 4), hidden=1, noise_std=1e-12, margin=0.5)
+    net = SimpleNet([2], (4, 4), hidden=1, noise_std=1e-12, margin=0.5, top=1)
     nn.init.eye_(net.adaptor.weight)
     nn.init.zeros_(net.adaptor.bias)
     linear, _, _, last = net.discriminator
@@ -38,6 +38,33 @@ def test_the_score_is_the_maximum_of_the_patches_not_minus_the_maximum_of_d():
     net = by_hand()
     expected = torch.tensor([[[-1.0, -0.2]], [[-3.0, -0.1]]])
     torch.testing.assert_close(net.patch_scores(FEATURES), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        net.scores(FEATURES), torch.tensor([-0.2, -0.1]), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_a_picture_is_scored_by_the_mean_of_its_highest_patches():
+    net = by_hand()
+    net.top = 2
+    torch.testing.assert_close(
+        net.scores(FEATURES), torch.tensor([-0.6, -1.55]), rtol=1e-4, atol=1e-4
+    )
+    net.top = 5  # a picture has two patches
+    torch.testing.assert_close(
+        net.scores(FEATURES), torch.tensor([-0.6, -1.55]), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_a_loss_looks_at_patches_drawn_anew():
+    torch.manual_seed(0)
+    net = by_hand()
+    net.patches = 1
+    one, other = torch.tensor([1.5, 3.5]), torch.tensor([1.0, 1.0])  # of the two patches
+    seen = {int(torch.allclose(net.losses(FEATURES), one, atol=1e-3)) for _ in range(20)}
+    assert seen == {0, 1}
+    for _ in range(20):
+        losses = net.losses(FEATURES)
+        assert any(torch.allclose(losses, patch, atol=1e-3) for patch in (one, other))
     torch.testing.assert_close(
         net.scores(FEATURES), torch.tensor([-0.2, -0.1]), rtol=1e-4, atol=1e-4
     )
@@ -89,7 +116,7 @@ def test_the_parts_have_the_papers_settings():
 def test_standardisation_makes_the_scale_of_the_features_irrelevant():
     features = 3 + 0.01 * torch.randn(100, 6, 3, 3, generator=torch.Generator().manual_seed(0))
     net = SimpleNet([6], (8, 8))
-    assert net.noise_std == 0.25  # of a standard deviation
+    assert net.noise_std == 0.5  # of a standard deviation
     net.fit_statistics([x] for x in features.split(7))
     deviation, mean = torch.std_mean(features, dim=(0, 2, 3), correction=0)
     torch.testing.assert_close(net.scaler.mean, mean)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 from typing_extensions import override
 
-from comet_examples.detectors.maps import smooth_maps
+from comet_examples.detectors.maps import image_scores, smooth_maps
 from comet_examples.detectors.statistics import FeatureScaler
 from comet_examples.features import PyramidFeatures
 
@@ -136,7 +136,7 @@ class FastFlow(nn.Module):
     mean over all levels, channels and positions, so that one learning rate serves any backbone and
     picture size). A position's anomaly score is the negative log-density of its latent vector under
     the standard normal distribution, up to a constant and per channel; the levels' maps are resized
-    and averaged. A picture's score is the highest of its positions'.
+    and averaged. A picture's score is the mean of its highest.
 
     Features are brought to mean 0 and standard deviation 1 by channel over the training set and
     kept so. (The authors' code learns this scale with the flow but leaves it out of the
@@ -148,6 +148,7 @@ class FastFlow(nn.Module):
         steps: Coupling steps of each flow.
         hidden_ratio: Width of the couplings' networks; the paper's 1.0 for WRN50 and ResNet18.
         learning_rate: Of Adam; the paper's 1e-3.
+        top: Positions that a picture's score is the mean of, >= 1; the paper has 1.
         blur_sigma: Of the Gaussian that smooths the maps, in pixels, >= 0; the paper has none.
     """
 
@@ -161,11 +162,13 @@ class FastFlow(nn.Module):
         steps: int = 8,
         hidden_ratio: float = 1.0,
         learning_rate: float = 1e-3,
+        top: int = 5,
         blur_sigma: float = 0.0,
     ) -> None:
         super().__init__()
         self.map_size = map_size
         self.learning_rate = learning_rate
+        self.top = top
         self.blur_sigma = blur_sigma
         self.scaler = FeatureScaler(channels)
         self.flows = nn.ModuleList(
@@ -218,8 +221,8 @@ class FastFlow(nn.Module):
         return torch.stack(resized).mean(dim=0)
 
     def scores(self, features: Sequence[Tensor]) -> Tensor:
-        """Anomaly scores of the pictures: the highest of their positions', shape (B,)."""
-        return self.patch_scores(features).amax(dim=(1, 2))
+        """Anomaly scores of the pictures: the mean of their highest, shape (B,)."""
+        return image_scores(self.patch_scores(features), self.top)
 
     def maps(self, features: Sequence[Tensor]) -> Tensor:
         """Anomaly maps: the positions' scores, resized bilinearly, shape (B, H, W)."""

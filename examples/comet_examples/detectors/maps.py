@@ -1,10 +1,24 @@
-"""From the scores of patches to anomaly maps in the pictures' size."""
+"""From the scores of patches to those of pictures and to anomaly maps."""
 
 import math
 
 import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tvf
+
+
+def image_scores(patch_scores: Tensor, top: int) -> Tensor:
+    """Anomaly scores of pictures: the mean of their highest patch scores.
+
+    Args:
+        patch_scores: Shape (B, h, w).
+        top: How many, >= 1; 1 is the maximum, as in the papers. All where there are fewer.
+
+    Returns:
+        Scores, shape (B,).
+    """
+    patches = patch_scores.flatten(1)
+    return patches.topk(min(top, patches.shape[1]), dim=1).values.mean(dim=1)
 
 
 def smooth_maps(patch_scores: Tensor, size: tuple[int, int], blur_sigma: float) -> Tensor:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Adam, AdamW, Optimizer
 
-from comet_examples.detectors.maps import smooth_maps
+from comet_examples.detectors.maps import image_scores, smooth_maps
 from comet_examples.detectors.statistics import FeatureScaler
 from comet_examples.features import PatchFeatures
 
@@ -21,13 +21,14 @@ class SimpleNet(nn.Module):
 
     A linear adaptor maps the features; Gaussian noise on the adapted features stands in for
     anomalies; a discriminator with a hinge loss learns D > margin on the features and
-    D < -margin on the noisy ones. The anomaly score of a patch is -D, of a picture the maximum
-    over its patches. Score pictures in eval mode (batch norm).
+    D < -margin on the noisy ones. The anomaly score of a patch is -D, of a picture the mean of the
+    highest of its patches. Score pictures in eval mode (batch norm).
 
     The noise must fit the scale of the features. By default every channel is brought to mean 0 and
-    standard deviation 1 over the training set (:meth:`fit_statistics`), so that a noise of 0.25 is
-    a quarter of a standard deviation whatever the backbone. The paper has ``standardize=False`` and
-    ``noise_std=0.015``, which belongs to raw WRN50 features.
+    standard deviation 1 over the training set (:meth:`fit_statistics`), so that a noise of 0.5 is
+    half a standard deviation whatever the backbone. The defaults suit small backbones and CPUs; the
+    paper, with raw WRN50 features, has ``standardize=False, noise_std=0.015, hidden=1024,
+    patches=None, top=1``.
 
     Args:
         channels: Of the features, a single level: ``[dim]``.
@@ -36,6 +37,8 @@ class SimpleNet(nn.Module):
         noise_std: Standard deviation of the noise on the adapted features, > 0.
         margin: Of the hinge loss, > 0.
         standardize: Whether features are standardised first.
+        patches: Patches of a picture that a loss looks at, drawn anew each time; None for all.
+        top: Patch scores that a picture's score is the mean of, >= 1.
         blur_sigma: Of the Gaussian that smooths the maps, in pixels, >= 0.
     """
 
@@ -46,10 +49,12 @@ class SimpleNet(nn.Module):
         channels: Sequence[int],
         map_size: tuple[int, int],
         *,
-        hidden: int = 1024,
-        noise_std: float = 0.25,
+        hidden: int = 256,
+        noise_std: float = 0.5,
         margin: float = 0.5,
         standardize: bool = True,
+        patches: int | None = 96,
+        top: int = 5,
         blur_sigma: float = 4.0,
     ) -> None:
         super().__init__()
@@ -58,6 +63,8 @@ class SimpleNet(nn.Module):
         self.noise_std = noise_std
         self.margin = margin
         self.standardize = standardize
+        self.patches = patches
+        self.top = top
         self.blur_sigma = blur_sigma
         self.scaler = FeatureScaler([dim])
         self.adaptor = nn.Linear(dim, dim)
@@ -81,7 +88,7 @@ class SimpleNet(nn.Module):
             self.scaler.fit(batches)
 
     def losses(self, features: Sequence[Tensor]) -> Tensor:
-        """Mean hinge loss over the patches of each picture.
+        """Mean hinge loss over patches of each picture.
 
         Args:
             features: Patch features, one level (B, dim, h, w).
@@ -89,7 +96,7 @@ class SimpleNet(nn.Module):
         Returns:
             Losses, shape (B,), >= 0.
         """
-        adapted = self._adapted(features)
+        adapted = self._adapted(features, self.patches)
         noisy = adapted + self.noise_std * torch.randn_like(adapted)
         # Both halves in one batch, so that batch norm can't tell them apart by their statistics.
         confidence = self.discriminator(torch.cat([adapted, noisy]))
@@ -110,7 +117,7 @@ class SimpleNet(nn.Module):
         return -confidence.reshape(batch, height, width)
 
     def scores(self, features: Sequence[Tensor]) -> Tensor:
-        """Anomaly scores of the pictures: the highest of their patches'.
+        """Anomaly scores of the pictures: the mean of their highest patch scores.
 
         Args:
             features: Patch features, one level (B, dim, h, w).
@@ -118,7 +125,7 @@ class SimpleNet(nn.Module):
         Returns:
             Scores, shape (B,).
         """
-        return self.patch_scores(features).amax(dim=(1, 2))
+        return image_scores(self.patch_scores(features), self.top)
 
     def maps(self, features: Sequence[Tensor]) -> Tensor:
         """Anomaly maps: the patches' scores, resized bilinearly and smoothed.
@@ -138,9 +145,13 @@ class SimpleNet(nn.Module):
             Adam(self.discriminator.parameters(), lr=2e-4, weight_decay=1e-5),
         ]
 
-    def _adapted(self, features: Sequence[Tensor]) -> Tensor:
-        """Adapted features of all patches, (B * h * w, dim)."""
+    def _adapted(self, features: Sequence[Tensor], patches: int | None = None) -> Tensor:
+        """Adapted features of all patches, (B * h * w, dim), or of some positions."""
         # Without standardisation the scaler is the identity that checks the shape.
         (level,) = self.scaler(features)
-        adapted: Tensor = self.adaptor(level.permute(0, 2, 3, 1).flatten(0, 2))
+        positions = level.flatten(2)
+        if patches is not None and patches < positions.shape[2]:
+            drawn = torch.randperm(positions.shape[2], device=level.device)[:patches]
+            positions = positions[:, :, drawn]
+        adapted: Tensor = self.adaptor(positions.transpose(1, 2).flatten(0, 1))
         return adapted
