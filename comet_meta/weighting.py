@@ -1,5 +1,6 @@
 """Soft confident learning: how far each training sample can be trusted, from its anomaly score."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -14,6 +15,8 @@ Rule = Callable[[Tensor], Tensor]
 
 _MIN_SAMPLES = 8
 _EM_STEPS = 100
+_MIN_VARIANCE = 1e-3  # keeps the normal density from collapsing onto one sample
+_TINY = 1e-300
 
 
 class Weighting(NamedTuple):
@@ -91,12 +94,14 @@ def hard_weights(scores: Tensor, kappa: float = 1.5) -> Weighting:
 
 
 def posterior_weights(scores: Tensor) -> Weighting:
-    """Posterior of being normal, w = P(normal | s), in a mixture of two normal distributions.
+    """Posterior of being normal, w = P(normal | s), in a mixture of a normal and a uniform density.
 
-    The mixture is fitted to the standardised scores by expectation-maximisation from a fixed
-    start, so equal scores give equal weights in any order and on any scale. Two normals of unequal
-    width cross twice; below the mean of the normal component a lower score is never less
-    confident, and above it the posterior is replaced by its running minimum.
+    Normal samples' scores are taken as normally distributed, bad samples' as uniform between median
+    and maximum: nothing is assumed of them but that they score high. The mixture is fitted by
+    expectation-maximisation from a fixed start to scores measured from their median in units of
+    their mean absolute deviation, so equal scores give equal weights in any order and on any scale.
+    Up to the centre of the normal density all samples have the highest posterior; above it the
+    posterior falls with the score.
 
     Args:
         scores: Anomaly scores, shape (N,), not all equal.
@@ -107,39 +112,34 @@ def posterior_weights(scores: Tensor) -> Weighting:
     Example:
         >>> scores = torch.cat([torch.linspace(0, 1, 90), torch.linspace(4, 6, 10)])
         >>> weights = posterior_weights(scores).weights
-        >>> bool(weights[:85].min() > 0.9), bool(weights[90:].max() < 0.01)
+        >>> bool(weights[:90].min() > 0.9), bool(weights[90:].max() < 0.01)
         (True, True)
     """
-    centre = quantile(scores, 0.5)
+    centred = scores - quantile(scores, 0.5)
     # Double precision: EM sums over all samples, and the tails are where it matters.
-    x = ((scores - centre).double() / (scores - centre).abs().double().mean()).contiguous()
+    x = centred.double() / centred.abs().double().mean()
+    # In order, so that a permutation of the samples doesn't change the sums' rounding.
     order = x.argsort(stable=True)
     ordered = x[order]
-    anomalous = 0.05 + 0.9 * (ordered > quantile(ordered, 0.8)).double()
+    if ordered[-1] == 0:  # nothing lies above the median
+        return Weighting(torch.ones_like(scores), scores.max())
+    anomalous_density = (ordered >= 0) / ordered[-1]
+    normal = 0.05 + 0.9 * (ordered <= quantile(ordered, 0.8)).double()
+    mean = ordered.new_zeros(())
     for _ in range(_EM_STEPS):
-        means, variances, shares = _mixture(ordered, anomalous)
-        log_density = shares.log() - 0.5 * (
-            variances.log() + (ordered[:, None] - means).square() / variances
+        share = normal.mean()
+        mean = (normal * ordered).mean() / share
+        variance = (normal * (ordered - mean).square()).mean() / share + _MIN_VARIANCE
+        density = (
+            torch.exp(-(ordered - mean).square() / (2 * variance)) / (math.tau * variance).sqrt()
         )
-        anomalous = log_density.softmax(dim=1)[:, 1]
-    normal = 1 - anomalous
-    below = ordered <= means[0]
-    confident = torch.where(below, torch.where(below, normal, 0.0).amax(), normal)
-    monotone = confident.cummin(dim=0).values
-    weights = torch.empty_like(monotone)
-    weights[order] = monotone
+        joint = share * density
+        normal = joint / (joint + (1 - share) * anomalous_density).clamp_min(_TINY)
+    normal = torch.where(ordered <= mean, normal.amax(), normal)
+    weights = torch.empty_like(normal)
+    weights[order] = normal.cummin(dim=0).values
     weights = weights.to(scores.dtype)
     return Weighting(weights, _half_point(scores, weights))
-
-
-def _mixture(x: Tensor, anomalous: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Means, variances and shares, each (2,), of the normal and the anomalous component."""
-    memberships = torch.stack([1 - anomalous, anomalous], dim=1)
-    sizes = memberships.sum(dim=0).clamp_min(1e-9)
-    means = (memberships * x[:, None]).sum(dim=0) / sizes
-    variances = (memberships * (x[:, None] - means).square()).sum(dim=0) / sizes
-    # A floor on the widths keeps a component from collapsing onto one sample.
-    return means, variances + 1e-3, sizes / len(x)
 
 
 def _half_point(scores: Tensor, weights: Tensor) -> Tensor:
@@ -183,9 +183,7 @@ class SoftConfidentWeighter(nn.Module):
         kappa: Width of the fence of ``"hard"`` and ``"ratio"``, >= 0 (paper: 1.5).
         momentum: Share of a sample's earlier score that stays when a new one comes, in [0, 1).
 
-    The posterior is fitted with normal distributions. Scores with a heavy upper tail, such as
-    squared errors, come closer to that as roots: ``weighter.fit(scores.sqrt())``. Let the model
-    learn something before the first fit: weights from an untrained one can lock in.
+    Let the model learn something before the first fit: weights from an untrained one can lock in.
 
     Weights are in [0, 1]. Those of the named rules are non-increasing in the score, follow a
     permutation of the samples, and (except ``"ratio"``) don't depend on the scores' offset and
