@@ -43,11 +43,12 @@ def main() -> None:
     bench = Benchmark(options.backbone, roots, options.device, options.epochs)
     tasks = [task for name in options.tasks for task in bench.expanded(name)]
     runs = Runs(options.out)
+    # Seeds outermost: what is finished when the time is up makes whole tables.
     grid = itertools.product(
-        options.detectors, tasks, options.noise, options.seeds, options.methods
+        options.seeds, tasks, options.detectors, options.noise, options.methods
     )
     part, parts = (int(number) for number in options.shard.split("/"))
-    for number, (detector, task, noise, seed, method) in enumerate(grid):
+    for number, (seed, task, detector, noise, method) in enumerate(grid):
         if number % parts != part - 1:
             continue
         key = bench.key(detector, task, noise, seed, method)

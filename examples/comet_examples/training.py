@@ -24,6 +24,7 @@ from comet_meta.optimizer import MetaMode
 
 Method = Literal["plain", "oracle", "paper", "comet"]
 _SCORING_BATCH = 32
+_WARM_UP = 2  # epochs before the first weights: an untrained detector's would lock in
 
 
 class ResumeError(ValueError):
@@ -185,7 +186,7 @@ def train(
             batch = [level.to(device) for level in features]
             reports.append(optimizer.step(_rows_of(batch, detector), index))
         module.eval()
-        if optimizer.weighter is not None:
+        if optimizer.weighter is not None and epoch + 1 >= min(_WARM_UP, settings.epochs):
             optimizer.weighter.fit(collect_scores(score, scoring))
         means = torch.tensor(
             [[r.objective, r.mean_weight, r.strength] for r in reports], device="cpu"

@@ -170,7 +170,7 @@ def test_elpv_leaves_uncertain_cells_out_and_splits_once():
     elpv = DATASETS["elpv"]
     assert elpv.categories(None) == ["mono", "poly"]
     split = elpv.load(None, "mono")
-    assert (len(split.train), len(split.test)) == (412, 176 + 313)
+    assert (len(split.train), len(split.test)) == (400, 188 + 313)
     assert {s.label for s in split.train} == {0}
     assert not {s.path for s in split.train} & {s.path for s in split.test}
     assert all(s.path.is_file() for s in split.test)

@@ -422,8 +422,14 @@ def test_the_documents_commands_are_understood(document):
         assert cli._options(detector, dataset, shlex.split(arguments)).data_root is not None
 
 
-PAPER_NOISE = {"standardize": False, "noise_std": 0.015}
-PAPER_FLOW = {"steps": 8, "hidden_ratio": 1.0}
+PAPER_NOISE = {
+    "standardize": False,
+    "noise_std": 0.015,
+    "hidden": 1024,
+    "patches": None,
+    "top": 1,
+}
+PAPER_FLOW = {"steps": 8, "hidden_ratio": 1.0, "top": 1}
 
 
 @pytest.mark.parametrize(
@@ -433,7 +439,7 @@ PAPER_FLOW = {"steps": 8, "hidden_ratio": 1.0}
         ("simplenet", PAPER_BACKBONE, "viaduct", Preset(Transform(329, 288), 160, PAPER_NOISE)),
         ("fastflow", PAPER_BACKBONE, "mvtec", Preset(Transform(329, 288), 160, PAPER_FLOW)),
         ("newcomer", PAPER_BACKBONE, "news", Preset(Transform(329, 288), 160)),
-        ("simplenet", "resnet18", "elpv", Preset(Transform(176), 15)),
+        ("simplenet", "resnet18", "elpv", Preset(Transform(176), 16)),
         ("simplenet", "resnet18", "viaduct", Preset(Transform(256), 40)),
         ("newcomer", "resnet18", "news", Preset(Transform(256, 256), 40)),
     ],
