@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import cast
 
 import timm
@@ -43,7 +44,7 @@ class ResNetAutoencoder(nn.Module):
         self.encoder = timm.create_model("resnet18", features_only=True, out_indices=(4,))
         widths = (512, 128, 64, 32, 16)
         layers: list[nn.Module] = []
-        for width, following in zip(widths, widths[1:], strict=False):
+        for width, following in pairwise(widths):
             layers += [
                 nn.Upsample(scale_factor=2),
                 nn.Conv2d(width, following, 3, padding=1, bias=False),

@@ -10,7 +10,6 @@ query rows; forward only for reptile) and the one update of the outer optimizer.
 
 import argparse
 import itertools
-import platform
 import time
 from collections.abc import Callable, Sequence
 
@@ -34,7 +33,7 @@ def main() -> None:
     options = _parser().parse_args()
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)
-    print(f"{machine()}, Python {platform.python_version()}; medians [quartiles] of {options.rounds}")
+    print(f"{machine()}; medians [quartiles] of {options.rounds} rounds")
     for name in options.cases:
         print(f"\n### {name}: {(CASES[name].__doc__ or '').splitlines()[0]}\n")
         rows = [drop_in(name, device, options.rounds, penalty) for penalty in (False, True)]
@@ -103,7 +102,7 @@ def plain_step(case: Case) -> Step:
     def step() -> None:
         for optimizer in case.optimizers:
             optimizer.zero_grad()
-        case.losses(rows).mean().backward()
+        torch.autograd.backward(case.losses(rows).mean())
         for optimizer in case.optimizers:
             optimizer.step()
 
@@ -122,7 +121,7 @@ def drop_in_step(case: Case, penalty: bool) -> Step:
 
     def step() -> None:
         optimizer.zero_grad()
-        optimizer.objective(case.losses(rows), case.index).backward()
+        torch.autograd.backward(optimizer.objective(case.losses(rows), case.index))
         optimizer.step()
 
     return step
@@ -152,7 +151,7 @@ def floor_step(case: Case, mode: MetaMode, inner_steps: int) -> Step:
     def passed(rows: Tensor) -> None:
         for optimizer in case.optimizers:
             optimizer.zero_grad()
-        case.losses(rows).mean().backward()
+        torch.autograd.backward(case.losses(rows).mean())
 
     def step() -> None:
         for _ in range(inner_steps):
@@ -216,7 +215,7 @@ def peak_bytes(step: Step, device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device) - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
-    events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
+    events = profiler.profiler.kineto_results.events()
     changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
     return int(np.cumsum([size for _, size in sorted(changes)]).max())
 
