@@ -1,7 +1,7 @@
 """The meta-step: inner steps on the support rows, the meta-gradient from the query rows.
 
-Like ``loss.backward()``, a meta-step adds its gradient to the parameters' ``.grad``. Besides saving
-a copy of it, that lets steps add up: gradient accumulation and tasks are the same thing.
+Gradients add up in ``.grad``, as those of backward passes do: that takes no copy of them, neither
+in memory nor in time. What ``.grad`` held before is set aside meanwhile.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -32,16 +32,18 @@ class Task(NamedTuple):
     query: Tensor
 
 
-class MetaLosses(NamedTuple):
-    """Losses of a meta-step, averaged over its tasks, detached.
+class MetaGradient(NamedTuple):
+    """Outcome of a meta-step, averaged over its tasks.
 
     Attributes:
-        support: Objective of the support rows before the inner steps, shape ().
-        query: Objective of the query rows after them, shape ().
+        gradients: One for each parameter, in its shape; None for a parameter that no loss used.
+        support_loss: Objective of the support rows before the inner steps, shape ().
+        query_loss: Objective of the query rows after them, shape ().
     """
 
-    support: Tensor
-    query: Tensor
+    gradients: list[Tensor | None]
+    support_loss: Tensor
+    query_loss: Tensor
 
 
 def split_tasks(
@@ -99,6 +101,45 @@ def restored(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         _copy(tensors, saved)
 
 
+def gradients_of(loss: Tensor, parameters: Sequence[Tensor]) -> list[Tensor | None]:
+    """Gradients of a loss, apart from what ``.grad`` holds.
+
+    Other than those of ``torch.autograd.grad``, they can be added to in place: no two of them are
+    one tensor, and none has a stride of 0.
+
+    Args:
+        loss: Shape ().
+        parameters: Leaf tensors that require grad.
+
+    Returns:
+        One for each parameter; None for one that the loss doesn't use.
+    """
+    with _empty_gradients(parameters):
+        torch.autograd.backward(loss, inputs=list(parameters))
+        return [parameter.grad for parameter in parameters]
+
+
+@torch.no_grad()
+def add_gradients(parameters: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
+    """Add to ``.grad``.
+
+    Args:
+        parameters: Leaf tensors.
+        gradients: One for each, or None; they become ``.grad``, without a copy, where there's none.
+    """
+    held, more = [], []
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        if gradient is None:
+            continue
+        if parameter.grad is None:
+            parameter.grad = gradient
+        else:
+            held.append(parameter.grad)
+            more.append(gradient)
+    if held:
+        torch._foreach_add_(held, more)
+
+
 class AdamDirection:
     """Adam's update direction with torch's default betas, differentiable in the gradients."""
 
@@ -138,8 +179,8 @@ def first_order(
     inner_steps: int,
     buffers: Sequence[Tensor] = (),
     scale: Tensor | None = None,
-) -> MetaLosses:
-    """Add the meta-gradient without derivatives of the inner steps to ``.grad``.
+) -> MetaGradient:
+    """Meta-gradient without derivatives of the inner steps.
 
     With theta' the parameters after the inner steps:
 
@@ -150,7 +191,7 @@ def first_order(
     - ``"reptile"``: (theta - theta') / (inner_lr * inner_steps), the mean direction of the inner
       steps (Nichol et al. 2018); the query rows are judged, not learned from.
 
-    Each is a gradient to descend along. A parameter that no loss used keeps the ``.grad`` it has.
+    Each is a gradient to descend along.
 
     Args:
         objective: Loss of some rows, shape (), at the parameters' current values.
@@ -164,14 +205,14 @@ def first_order(
             pass, at theta, made of them; the later passes leave no trace.
         scale: What the gradient is multiplied by, shape (), > 0: losses are multiplied before
             their backward pass, so that float16 gradients don't underflow, and inner steps divide
-            by it again. If an inner gradient overflows, the gradient added is not finite.
+            by it again. If a gradient of theirs overflows, the meta-gradient isn't finite either.
 
     Returns:
-        The losses.
+        The gradients and the losses, averaged over tasks; the losses unscaled.
     """
     losses = []
     after_first_pass: list[Tensor] = []
-    with restored(parameters) as origin, restored(buffers):
+    with _empty_gradients(parameters), restored(parameters) as origin, restored(buffers):
         for number, task in enumerate(tasks):
             if number > 0:
                 _copy(parameters, origin)
@@ -192,14 +233,15 @@ def first_order(
                     query_loss = objective(task.query)
                     moved = torch._foreach_sub(origin, list(parameters))
                     torch._foreach_mul_(moved, factor / (inner_lr * inner_steps))
-                    _add_gradients(parameters, _where_used(moved, descent.used))
+                    add_gradients(parameters, _where_used(moved, descent.used))
             else:
                 query_loss = objective(task.query)
                 share = query_share if mode == "mldg" else 1
                 torch.autograd.backward(query_loss * (factor * share), inputs=list(parameters))
             losses.append(query_loss.detach())
+        gradients: list[Tensor | None] = [parameter.grad for parameter in parameters]
     _copy(buffers, after_first_pass)
-    return _mean(losses)
+    return MetaGradient(gradients, *_mean(losses))
 
 
 class _Descent:
@@ -228,19 +270,13 @@ class _Descent:
         """Take a step, and add ``keep`` times the scaled gradient to ``.grad``."""
         factor = keep or 1.0
         scaled = loss * factor if self._scale is None else loss * (self._scale * factor)
-        held = [parameter.grad for parameter in self._parameters]
-        # Through .grad, because autograd.grad may return one tensor for two parameters, or a
-        # stride of 0: neither can be added to in place.
-        _set_gradients(self._parameters, [None] * len(held))
-        torch.autograd.backward(scaled, inputs=self._parameters)
-        found = [parameter.grad for parameter in self._parameters]
+        found = gradients_of(scaled, self._parameters)
         self.used = [
             used or gradient is not None for used, gradient in zip(self.used, found, strict=True)
         ]
         self._move(_filled(found, self._parameters), factor)
-        _set_gradients(self._parameters, held)
         if keep:
-            _add_gradients(self._parameters, found)
+            add_gradients(self._parameters, found)
 
     @torch.no_grad()
     def _move(self, gradients: Gradients, factor: float) -> None:
@@ -298,8 +334,8 @@ def second_order(
     inner_lr: float,
     inner_steps: int,
     scale: Tensor | None = None,
-) -> MetaLosses:
-    """Add the gradient of the query loss through the inner steps to ``.grad``.
+) -> MetaGradient:
+    """Gradient of the query loss through the inner steps.
 
     Args:
         closure: Per-sample losses of some rows, rows (R,) -> (R,), by way of ``model``.
@@ -313,8 +349,8 @@ def second_order(
         scale: As for :func:`first_order`.
 
     Returns:
-        The losses. The model's own parameters never change; its buffers keep what the first pass,
-        at theta, made of them.
+        The gradients and the losses, averaged over tasks; the losses unscaled. The model's own
+        parameters never change; its buffers keep what the first pass, at theta, made of them.
 
     Raises:
         ValueError: If a parameter isn't one of the model's.
@@ -333,7 +369,7 @@ def second_order(
         losses: Tensor = functional_call(harness, replaced, (rows,), tie_weights=True)
         return objective(losses, rows, values)
 
-    with restored(buffers):
+    with _empty_gradients(parameters), restored(buffers):
         for task in tasks:
             direction = AdamDirection() if inner == "adam" else list
             fast = list(parameters)
@@ -357,8 +393,9 @@ def second_order(
             query_loss = loss_at(fast, task.query)
             losses.append(query_loss.detach())
             torch.autograd.backward(query_loss * (factor / len(tasks)), inputs=list(parameters))
+        summed: list[Tensor | None] = [parameter.grad for parameter in parameters]
     _copy(buffers, after_first_pass)
-    return _mean(losses)
+    return MetaGradient(summed, *_mean(losses))
 
 
 class _ClosureModule(nn.Module):
@@ -403,30 +440,22 @@ def _unscaled(gradients: Gradients, scale: Tensor) -> tuple[Gradients, Tensor]:
     return [gradient.masked_fill(~finite, 0) for gradient in unscaled], finite
 
 
-def _set_gradients(parameters: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
-    for parameter, gradient in zip(parameters, gradients, strict=True):
-        parameter.grad = gradient
-
-
-@torch.no_grad()
-def _add_gradients(parameters: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
-    """Add to ``.grad``; a first gradient becomes ``.grad`` without a copy."""
-    held, more = [], []
-    for parameter, gradient in zip(parameters, gradients, strict=True):
-        if gradient is None:
-            continue
-        if parameter.grad is None:
+@contextmanager
+def _empty_gradients(parameters: Sequence[Tensor]) -> Iterator[None]:
+    """Set ``.grad`` aside, and put it back on leaving."""
+    held = [parameter.grad for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for parameter, gradient in zip(parameters, held, strict=True):
             parameter.grad = gradient
-        else:
-            held.append(parameter.grad)
-            more.append(gradient)
-    if held:
-        torch._foreach_add_(held, more)
 
 
-def _mean(losses: Sequence[Tensor]) -> MetaLosses:
-    """Support and query losses in turn, averaged over tasks."""
-    return MetaLosses(*torch.stack(list(losses)).view(-1, 2).mean(dim=0))
+def _mean(losses: Sequence[Tensor]) -> Tensor:
+    """Support and query losses in turn, averaged over tasks, shape (2,)."""
+    return torch.stack(list(losses)).view(-1, 2).mean(dim=0)
 
 
 def _copies(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -15,9 +15,11 @@ from comet_meta import distributed
 from comet_meta.checks import FiniteCheck, as_index, check_losses
 from comet_meta.inner_loop import (
     InnerOptimizer,
-    MetaLosses,
+    MetaGradient,
     Task,
+    add_gradients,
     first_order,
+    gradients_of,
     second_order,
     split_tasks,
 )
@@ -302,7 +304,7 @@ class CoMetOptimizerWrapper(Optimizer):
         Raises:
             TypeError: If losses or index have a wrong dtype.
             ValueError: If the batch is empty or of one sample, losses are not (R,) or not finite,
-                or ``share`` isn't > 0. Parameters are then as before; clear the gradients.
+                or ``share`` isn't > 0. Parameters and gradients are then as before.
             IndexError: If a position lies outside the data set.
 
         Example:
@@ -342,7 +344,7 @@ class CoMetOptimizerWrapper(Optimizer):
             return (weights[rows].to(losses) * losses).mean() + self._penalty(at)
 
         if self.meta == "none":
-            result = self._undivided(losses_of, weights, parameters, scale)
+            result = self._undivided_gradient(losses_of, weights, parameters, scale)
         else:
             tasks = [
                 # Not to wait for the device, which a copy of ordinary memory otherwise does.
@@ -365,35 +367,37 @@ class CoMetOptimizerWrapper(Optimizer):
                 result = first_order(
                     objective, parameters, tasks, mode=self.meta, buffers=buffers, **inner
                 )
-        # Averaging once more what earlier batches of the step left in .grad doesn't change it.
+        earlier = [parameter.grad for parameter in parameters]
+        for parameter, gradient in zip(parameters, result.gradients, strict=True):
+            parameter.grad = gradient
         distributed.average_gradients(parameters)
+        add_gradients(parameters, earlier)
         if self.regularizer is not None and len(index) > 1:
-            self._observe(*result)
+            self._observe(result.support_loss, result.query_loss)
         return StepReport(
-            objective=torch.lerp(*result, self.query_fraction),
-            support_loss=result.support,
-            query_loss=result.query,
+            objective=torch.lerp(result.support_loss, result.query_loss, self.query_fraction),
+            support_loss=result.support_loss,
+            query_loss=result.query_loss,
             strength=strength,
             mean_weight=weights.mean(),
             min_weight=weights.min(),
         )
 
-    def _undivided(
+    def _undivided_gradient(
         self,
         losses_of: Closure,
         weights: Tensor,
         parameters: Sequence[Tensor],
         scale: Tensor | None,
-    ) -> MetaLosses:
-        """Add the gradient of the whole batch; its losses are told apart only for the report."""
+    ) -> MetaGradient:
+        """The gradient of the whole batch, its losses told apart only for the report."""
         losses = losses_of(torch.arange(len(weights), device=weights.device))
         weighted = weights.to(losses) * losses
         penalty = self._penalty(parameters)
         objective = weighted.mean() + penalty
-        torch.autograd.backward(
-            objective if scale is None else objective * scale, inputs=list(parameters)
-        )
-        return MetaLosses(*(self._support_query(weighted.detach()) + penalty.detach()))
+        gradients = gradients_of(objective if scale is None else objective * scale, parameters)
+        support_loss, query_loss = self._support_query(weighted.detach()) + penalty.detach()
+        return MetaGradient(gradients, support_loss, query_loss)
 
     def _support_query(self, weighted: Tensor) -> Tensor:
         """Mean loss of a random support and query part, shape (2,); of the sample if B = 1."""

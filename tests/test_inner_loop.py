@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from comet_meta import CoMetOptimizerWrapper, CovarianceMetaRegularizer, SoftConfidentWeighter
-from comet_meta.inner_loop import AdamDirection, first_order, second_order, split_tasks
+from comet_meta.inner_loop import AdamDirection, Task, first_order, second_order, split_tasks
 
 FIRST_ORDER = ("fomaml", "mldg", "reptile")
 
@@ -59,7 +59,7 @@ def one_task(mode: str, inner: str = "sgd", steps: int = 1):
     task = type(rows)(support=torch.tensor([0, 1, 2]), query=torch.tensor([3, 4]))
     settings = {"inner": inner, "inner_lr": 0.1, "inner_steps": steps}
     if mode == "maml":
-        losses = second_order(
+        result = second_order(
             lambda rows: model.losses(X[rows]),
             lambda losses, rows, parameters: losses.mean(),
             model,
@@ -68,26 +68,26 @@ def one_task(mode: str, inner: str = "sgd", steps: int = 1):
             **settings,
         )
     else:
-        losses = first_order(
+        result = first_order(
             lambda rows: model.losses(X[rows]).mean(), [model.theta], [task], mode=mode, **settings
         )
     assert model.theta.item() == 0.0
-    return model.theta.grad.item(), losses
+    return result
 
 
 @pytest.mark.parametrize("mode", BY_HAND)
 def test_one_inner_step_by_hand(mode):
-    gradient, losses = one_task(mode)
-    assert gradient == pytest.approx(BY_HAND[mode])
-    assert losses.support.item() == pytest.approx((1 + 4 + 9) / 6)
-    assert losses.query.item() == pytest.approx((6.8**2 + 10.8**2) / 4)
+    result = one_task(mode)
+    assert result.gradients[0].item() == pytest.approx(BY_HAND[mode])
+    assert result.support_loss.item() == pytest.approx((1 + 4 + 9) / 6)
+    assert result.query_loss.item() == pytest.approx((6.8**2 + 10.8**2) / 4)
 
 
 @pytest.mark.parametrize("mode", BY_HAND)
 def test_the_meta_update_moves_towards_the_adapted_weights(mode):
     # All data lie above theta = 0, so theta' > 0: descending along the gradient must increase it.
-    assert one_task(mode, steps=3)[0] < 0
-    assert one_task(mode, inner="adam", steps=3)[0] < 0
+    assert one_task(mode, steps=3).gradients[0].item() < 0
+    assert one_task(mode, inner="adam", steps=3).gradients[0].item() < 0
 
 
 @pytest.mark.parametrize("mode", FIRST_ORDER)
@@ -97,8 +97,7 @@ def test_every_task_starts_from_theta(mode):
     tasks = split_tasks(12, 2, 0.3)
 
     def gradients(tasks):
-        model.zero_grad()
-        first_order(
+        return first_order(
             lambda rows: model.losses(data[rows]).mean(),
             list(model.parameters()),
             tasks,
@@ -106,8 +105,7 @@ def test_every_task_starts_from_theta(mode):
             inner="sgd",
             inner_lr=0.5,
             inner_steps=2,
-        )
-        return [p.grad for p in model.parameters()]
+        ).gradients
 
     first, second = gradients(tasks[:1]), gradients(tasks[1:])
     for both, a, b in zip(gradients(tasks), first, second, strict=True):
@@ -170,7 +168,7 @@ def test_maml_equals_an_explicitly_unrolled_inner_loop(inner, steps, tasks):
         total = total + objective(fast, query) / tasks
     expected = torch.autograd.grad(total, values)
 
-    second_order(
+    result = second_order(
         lambda rows: model.losses(data[rows]),
         lambda losses, rows, at: (
             (weights[rows] * losses).mean() + decay * sum(p.square().sum() for p in at)
@@ -182,15 +180,15 @@ def test_maml_equals_an_explicitly_unrolled_inner_loop(inner, steps, tasks):
         inner_lr=lr,
         inner_steps=steps,
     )
-    for found, reference in zip(model.parameters(), expected, strict=True):
-        torch.testing.assert_close(found.grad, reference, rtol=1e-9, atol=1e-12)
+    for found, reference in zip(result.gradients, expected, strict=True):
+        torch.testing.assert_close(found, reference, rtol=1e-9, atol=1e-12)
 
 
 def test_mldg_becomes_the_plain_gradient_as_the_inner_step_vanishes():
     torch.manual_seed(0)
     model, data = Net(), torch.randn(10, 3).double()
     plain = torch.autograd.grad(model.losses(data).mean(), list(model.parameters()))
-    first_order(
+    result = first_order(
         lambda rows: model.losses(data[rows]).mean(),
         list(model.parameters()),
         split_tasks(10, 1, 0.3),
@@ -199,8 +197,8 @@ def test_mldg_becomes_the_plain_gradient_as_the_inner_step_vanishes():
         inner_lr=1e-12,
         inner_steps=1,
     )
-    for found, reference in zip(model.parameters(), plain, strict=True):
-        torch.testing.assert_close(found.grad, reference, rtol=1e-9, atol=1e-11)
+    for found, reference in zip(result.gradients, plain, strict=True):
+        torch.testing.assert_close(found, reference, rtol=1e-9, atol=1e-11)
 
 
 class BatchNormNet(nn.Module):
@@ -306,3 +304,60 @@ def test_inner_steps_are_seen_inside_autocast():
             torch.arange(4),
         )
     assert report.query_loss < 0.9 * report.support_loss
+
+
+@pytest.mark.parametrize("mode", FIRST_ORDER)
+@pytest.mark.parametrize("inner", ["sgd", "adam"])
+@pytest.mark.parametrize("scaled", [True, False])
+def test_the_device_is_never_waited_for(mode, inner, scaled):
+    # On the meta device there are no values: whatever looks at one raises.
+    with torch.device("meta"):
+        model, data = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), torch.randn(32, 4)
+        tasks = [Task(torch.arange(7), torch.arange(3)) for _ in range(2)]
+        scale = torch.ones(())
+    with pytest.raises(RuntimeError, match="meta"):
+        bool(data.isfinite().all())
+    result = first_order(
+        lambda rows: model(data[rows]).square().mean(),
+        list(model.parameters()),
+        tasks,
+        mode=mode,
+        inner=inner,
+        inner_lr=0.1,
+        inner_steps=2,
+        buffers=list(model.buffers()),
+        scale=scale if scaled else None,
+    )
+    assert result.query_loss.device.type == "meta"
+
+
+@pytest.mark.parametrize("mode", FIRST_ORDER)
+@pytest.mark.parametrize("steps", [1, 3])
+def test_first_order_adam_equals_an_inner_loop_with_torchs_own(mode, steps):
+    torch.manual_seed(0)
+    model, data, lr = Net(), torch.randn(10, 3).double(), 0.05
+    (task,) = split_tasks(10, 1, 0.3)
+    settings = {"mode": mode, "inner": "adam", "inner_lr": lr, "inner_steps": steps}
+    parameters = list(model.parameters())
+    theta = [p.detach().clone() for p in parameters]
+
+    def gradients(rows):
+        return torch.autograd.grad(model.losses(data[rows]).mean(), parameters)
+
+    found = first_order(
+        lambda rows: model.losses(data[rows]).mean(), parameters, [task], **settings
+    )
+    support = gradients(task.support)
+    adam = torch.optim.Adam(parameters, lr=lr)
+    for _ in range(steps):
+        for p, g in zip(parameters, gradients(task.support), strict=True):
+            p.grad = g
+        adam.step()
+    query = gradients(task.query)
+    expected = {
+        "fomaml": query,
+        "mldg": [0.7 * s + 0.3 * q for s, q in zip(support, query, strict=True)],
+        "reptile": [(t - p) / (lr * steps) for t, p in zip(theta, parameters, strict=True)],
+    }[mode]
+    for ours, reference in zip(found.gradients, expected, strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-9, atol=1e-12)
