@@ -300,8 +300,12 @@ class _AdamState:
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         self._mean = [torch.zeros_like(parameter) for parameter in parameters]
         self._square = [torch.zeros_like(parameter) for parameter in parameters]
-        self._steps = [torch.zeros((), device=parameter.device) for parameter in parameters]
         self._fused = all(parameter.device.type in ("cpu", "cuda") for parameter in parameters)
+        # Where torch has no fused kernel, it reads the number of steps: that must be on the CPU.
+        self._steps = [
+            torch.zeros((), device=parameter.device if self._fused else "cpu")
+            for parameter in parameters
+        ]
 
     def step(self, parameters: list[Tensor], gradients: Gradients, lr: float) -> None:
         adam(
