@@ -25,7 +25,7 @@ from comet_meta import CoMetOptimizerWrapper, CovarianceMetaRegularizer, SoftCon
 from comet_meta.inner_loop import split_tasks
 from comet_meta.optimizer import MetaMode
 
-Step = Callable[[], None]
+Step = Callable[[], object]
 
 
 def main() -> None:
