@@ -69,14 +69,15 @@ def throughput(options: argparse.Namespace) -> list[dict[str, str | float]]:
         "store, half": lambda: fill(True, 0),
         "store, two workers": lambda: fill(False, 2),
     }
-    seconds = interleaved(list(ways.values()), options.rounds, device, warm_up=1)
+    times = interleaved(list(ways.values()), options.rounds, device, warm_up=1)
     return [
         {
             "way": way,
-            "pictures a second": f"{len(paths) / np.median(own):.1f}",
-            "speed-up": quartiles(seconds[0] / own),
+            "pictures a second": f"{len(paths) / np.median(own.wall):.1f}",
+            "speed-up": quartiles(times[0].wall / own.wall),
+            "of processor": quartiles(times[0].processor / own.processor),
         }
-        for way, own in zip(ways, seconds, strict=True)
+        for way, own in zip(ways, times, strict=True)
     ]
 
 

@@ -2,6 +2,8 @@
 
 Steps that are compared run next to each other, in an order that changes from round to round, and
 what counts is the median of the ratios within rounds: load on the machine hits both sides alike.
+Ratios of processor time (all threads of this process) stand beside those of time on the wall: they
+hold on a busy machine too, if idle threads don't spin (``OMP_WAIT_POLICY=passive``).
 
 A full step is held against two things: a plain step, and its own floor, which is the
 forward and backward passes that the method is made of (inner steps on the support rows, then the
@@ -12,6 +14,7 @@ import argparse
 import itertools
 import time
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,6 +29,18 @@ from comet_meta.inner_loop import split_tasks
 from comet_meta.optimizer import MetaMode
 
 Step = Callable[[], object]
+
+
+class Times(NamedTuple):
+    """Seconds of a step in each round, shape (rounds,).
+
+    Attributes:
+        wall: On the wall.
+        processor: Of all threads of this process.
+    """
+
+    wall: np.ndarray
+    processor: np.ndarray
 
 
 def main() -> None:
@@ -61,10 +76,7 @@ def drop_in(name: str, device: torch.device, rounds: int, penalty: bool) -> dict
     plain, ours = interleaved(steps, rounds, device)
     return {
         "step": "drop-in with penalty" if penalty else "drop-in",
-        "plain, ms": f"{1e3 * np.median(plain):.1f}",
-        "/ plain": quartiles(ours / plain),
-        "/ floor": "",
-        "floor / plain": "",
+        **columns(plain, ours, None),
         "extra memory": extra_memory(steps, build(name, device), device),
     }
 
@@ -78,14 +90,24 @@ def full(
         full_step(build(name, device), mode, inner_steps),
         floor_step(build(name, device), mode, inner_steps),
     ]
-    plain, ours, floor = interleaved(steps, rounds, device)
     return {
         "step": f"{mode}, K = {inner_steps}",
-        "plain, ms": f"{1e3 * np.median(plain):.1f}",
-        "/ plain": quartiles(ours / plain),
-        "/ floor": quartiles(ours / floor),
-        "floor / plain": quartiles(floor / plain),
+        **columns(*interleaved(steps, rounds, device)),
         "extra memory": extra_memory(steps, build(name, device), device),
+    }
+
+
+def columns(plain: Times, ours: Times, floor: Times | None) -> dict[str, str | float]:
+    """The ratios of a row."""
+    return {
+        "plain, ms": f"{1e3 * np.median(plain.wall):.0f}",
+        "/ plain": quartiles(ours.wall / plain.wall),
+        "/ floor": "" if floor is None else quartiles(ours.wall / floor.wall),
+        "processor / plain": quartiles(ours.processor / plain.processor),
+        "processor / floor": "" if floor is None else quartiles(ours.processor / floor.processor),
+        "floor / plain": ""
+        if floor is None
+        else f"{np.median(floor.processor / plain.processor):.2f}",
     }
 
 
@@ -176,9 +198,9 @@ def fitted_weighter(device: torch.device) -> SoftConfidentWeighter:
 
 def interleaved(
     steps: Sequence[Step], rounds: int, device: torch.device, warm_up: int = 3
-) -> list[np.ndarray]:
-    """Seconds of each step in each round, (rounds,) each."""
-    seconds = np.empty((len(steps), rounds))
+) -> list[Times]:
+    """Times of each step in each round."""
+    seconds = np.empty((len(steps), 2, rounds))
     for step in steps:
         for _ in range(warm_up):
             step()
@@ -186,11 +208,14 @@ def interleaved(
         order = np.roll(np.arange(len(steps)), number)
         for which in order if number % 2 else order[::-1]:
             synchronize(device)
-            start = time.perf_counter()
+            wall, processor = time.perf_counter(), time.process_time()
             steps[which]()
             synchronize(device)
-            seconds[which, number] = time.perf_counter() - start
-    return list(seconds)
+            seconds[which, :, number] = (
+                time.perf_counter() - wall,
+                time.process_time() - processor,
+            )
+    return [Times(*own) for own in seconds]
 
 
 def synchronize(device: torch.device) -> None:
