@@ -52,8 +52,9 @@ def main() -> None:
     for name in options.cases:
         print(f"\n### {name}: {(CASES[name].__doc__ or '').splitlines()[0]}\n")
         rows = [drop_in(name, device, options.rounds, penalty) for penalty in (False, True)]
-        grid = itertools.product(options.modes, options.inner_steps)
-        rows += [full(name, device, options.rounds, mode, k) for mode, k in grid]
+        for mode, k in itertools.product(options.modes, options.inner_steps):
+            if mode != "none" or k == 1:  # it has no inner steps
+                rows.append(full(name, device, options.rounds, mode, k))
         print(table(rows))
 
 
@@ -62,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--modes", nargs="+", default=["mldg", "fomaml", "reptile"])
+    parser.add_argument("--modes", nargs="+", default=["none", "mldg", "fomaml", "reptile"])
     parser.add_argument("--inner-steps", nargs="+", type=int, default=[1, 3, 5])
     parser.add_argument("--rounds", type=int, default=24)
     parser.add_argument("--threads", type=int, default=2)
@@ -91,7 +92,7 @@ def full(
         floor_step(build(name, device), mode, inner_steps),
     ]
     return {
-        "step": f"{mode}, K = {inner_steps}",
+        "step": mode if mode == "none" else f"{mode}, K = {inner_steps}",
         **columns(*interleaved(steps, rounds, device)),
         "extra memory": extra_memory(steps, build(name, device), device),
     }
@@ -169,6 +170,7 @@ def floor_step(case: Case, mode: MetaMode, inner_steps: int) -> Step:
     """The passes that the method is made of, and the outer update, without anything in between."""
     (task,) = split_tasks(len(case.index), 1, 0.3, torch.Generator().manual_seed(0))
     support, query = (rows.to(case.index.device) for rows in task)
+    every = torch.arange(len(case.index), device=case.index.device)
 
     def passed(rows: Tensor) -> None:
         for optimizer in case.optimizers:
@@ -176,9 +178,11 @@ def floor_step(case: Case, mode: MetaMode, inner_steps: int) -> Step:
         torch.autograd.backward(case.losses(rows).mean())
 
     def step() -> None:
-        for _ in range(inner_steps):
+        for _ in range(0 if mode == "none" else inner_steps):
             passed(support)
-        if mode == "reptile":
+        if mode == "none":
+            passed(every)
+        elif mode == "reptile":
             with torch.no_grad():
                 case.losses(query)
         else:

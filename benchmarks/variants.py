@@ -71,12 +71,14 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 
 
 def compiled(build: Callable[[], nn.Module], data: Tensor, rounds: int) -> str:
-    """Full steps of the default mode with a compiled model over the same without."""
+    """Full steps with a compiled model over the same without."""
 
     def full_step(compile_it: bool) -> Callable[[], object]:
         model = build().to(data.device)
         forward = torch.compile(model, dynamic=True) if compile_it else model
-        optimizer = CoMetOptimizerWrapper(torch.optim.AdamW(model.parameters(), lr=1e-4))
+        optimizer = CoMetOptimizerWrapper(
+            torch.optim.AdamW(model.parameters(), lr=1e-4), meta="mldg"
+        )
         index = torch.arange(len(data), device=data.device)
 
         def losses(rows: Tensor) -> Tensor:
