@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple, cast, get_args, overload
 
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.optim import Optimizer
 from typing_extensions import Self, override
 
@@ -16,7 +17,9 @@ from comet_meta.inner_loop import (
     InnerOptimizer,
     MetaGradient,
     Task,
+    add_gradients,
     first_order,
+    gradients_of,
     second_order,
     split_tasks,
 )
@@ -231,9 +234,9 @@ class CoMetOptimizerWrapper(Optimizer):
         """Take a step.
 
         Without ``index``: step the wrapped optimizers on the gradients there are (level 1). With
-        ``index``: compute the meta-gradient from the closure, put it in the parameters' ``.grad``
-        (replacing what is there) and step (level 2). To clip these gradients, register a step
-        pre-hook on a wrapped optimizer.
+        ``index``: clear the gradients, compute the meta-gradient (:meth:`backward`) and step
+        (level 2). To clip it, register a step pre-hook on a wrapped optimizer, or call
+        ``backward`` and ``step()`` yourself.
 
         Args:
             closure: With ``index``, a function from rows of the batch, shape (R,), to their losses
@@ -258,7 +261,10 @@ class CoMetOptimizerWrapper(Optimizer):
             raise TypeError(
                 "step(closure, index) needs a closure from rows of the batch to their losses"
             )
-        return self._full_step(cast("Closure", closure), as_index(index, self._num_samples))
+        self.zero_grad()
+        report = self.backward(cast("Closure", closure), index)
+        self._plain_step(None)
+        return report
 
     def _plain_step(self, closure: Callable[[], float] | None) -> float | None:
         loss: float | None = None
@@ -270,12 +276,60 @@ class CoMetOptimizerWrapper(Optimizer):
         return loss
 
     @torch.enable_grad()
-    def _full_step(self, closure: Closure, index: Tensor) -> StepReport:
+    def backward(
+        self,
+        closure: Closure,
+        index: Tensor | Sequence[int],
+        *,
+        share: float = 1.0,
+        scaler: GradScaler | None = None,
+    ) -> StepReport:
+        """Add the meta-gradient of a batch to ``.grad``, as ``loss.backward()`` adds a gradient.
+
+        ``step(closure, index)`` is ``zero_grad``, ``backward`` and ``step``. Apart, they leave room
+        for gradient accumulation, clipping and a ``GradScaler``. With a scaler, enter autocast
+        inside the closure, and go on with ``scaler.unscale_``, ``scaler.step`` and
+        ``scaler.update`` as in any loop: a step whose inner or outer gradients overflow is skipped.
+
+        Args:
+            closure: From rows of the batch, shape (R,), to their losses, shape (R,); see
+                :meth:`step`.
+            index: Positions of the batch's samples in the data set, shape (B,).
+            share: What the gradient counts, > 0: 1 / n where n batches make up one step.
+            scaler: Scales the losses for float16 autocast; inner steps use unscaled gradients.
+
+        Returns:
+            The report; its losses are neither scaled nor shared out.
+
+        Raises:
+            TypeError: If losses or index have a wrong dtype.
+            ValueError: If the batch is empty or of one sample, losses are not (R,) or not finite,
+                or ``share`` isn't > 0. Parameters and gradients are then as before.
+            IndexError: If a position lies outside the data set.
+
+        Example:
+            Two batches to a step:
+
+            >>> data, model = torch.randn(16, 3), nn.Linear(3, 3)
+            >>> optimizer = CoMetOptimizerWrapper(torch.optim.SGD(model.parameters(), lr=0.1))
+            >>> for batch in torch.arange(16).split(8):
+            ...     def losses(rows): return (model(data[batch[rows]]) - 1).square().mean(dim=1)
+            ...     report = optimizer.backward(losses, batch, share=1 / 2)
+            >>> optimizer.step()
+            >>> optimizer.zero_grad()
+        """
+        index = as_index(index, self._num_samples)
+        if not share > 0:
+            raise ValueError(f"share is {share}; expected 1 / n where n batches make up a step")
         parameters = self._trained()
         if not parameters:
             raise ValueError("none of the optimizer's parameters requires grad: nothing to train")
         weights = self._weights(index, len(index))
         strength = self._strength(parameters)
+        scale = None
+        if scaler is not None or share != 1:
+            scale = torch.full((), share, device=parameters[0].device)
+            scale = scale if scaler is None else scaler.scale(scale)
 
         def objective(rows: Tensor) -> Tensor:
             return soft_confident_loss(losses_of(rows), rows, parameters)
@@ -290,16 +344,18 @@ class CoMetOptimizerWrapper(Optimizer):
             return (weights[rows].to(losses) * losses).mean() + self._penalty(at)
 
         if self.meta == "none":
-            result = self._undivided_gradient(losses_of, weights, parameters)
+            result = self._undivided_gradient(losses_of, weights, parameters, scale)
         else:
             tasks = [
-                Task(task.support.to(index.device), task.query.to(index.device))
+                # Not to wait for the device, which a copy of ordinary memory otherwise does.
+                Task(*(rows.to(index.device, non_blocking=True) for rows in task))
                 for task in split_tasks(len(index), self.tasks, self.query_fraction, self.generator)
             ]
             inner: dict[str, Any] = {
                 "inner": self.inner_optimizer,
                 "inner_lr": self.inner_lr,
                 "inner_steps": self.inner_steps,
+                "scale": scale,
             }
             if self.meta == "maml":
                 model = cast("nn.Module", self.model)
@@ -311,11 +367,11 @@ class CoMetOptimizerWrapper(Optimizer):
                 result = first_order(
                     objective, parameters, tasks, mode=self.meta, buffers=buffers, **inner
                 )
+        earlier = [parameter.grad for parameter in parameters]
         for parameter, gradient in zip(parameters, result.gradients, strict=True):
             parameter.grad = gradient
         distributed.average_gradients(parameters)
-        for optimizer in self.optimizers:
-            optimizer.step()
+        add_gradients(parameters, earlier)
         if self.regularizer is not None and len(index) > 1:
             self._observe(result.support_loss, result.query_loss)
         return StepReport(
@@ -328,17 +384,20 @@ class CoMetOptimizerWrapper(Optimizer):
         )
 
     def _undivided_gradient(
-        self, losses_of: Closure, weights: Tensor, parameters: Sequence[Tensor]
+        self,
+        losses_of: Closure,
+        weights: Tensor,
+        parameters: Sequence[Tensor],
+        scale: Tensor | None,
     ) -> MetaGradient:
         """The gradient of the whole batch, its losses told apart only for the report."""
         losses = losses_of(torch.arange(len(weights), device=weights.device))
         weighted = weights.to(losses) * losses
         penalty = self._penalty(parameters)
-        gradients = torch.autograd.grad(
-            weighted.mean() + penalty, list(parameters), allow_unused=True
-        )
+        objective = weighted.mean() + penalty
+        gradients = gradients_of(objective if scale is None else objective * scale, parameters)
         support_loss, query_loss = self._support_query(weighted.detach()) + penalty.detach()
-        return MetaGradient(list(gradients), support_loss, query_loss)
+        return MetaGradient(gradients, support_loss, query_loss)
 
     def _support_query(self, weighted: Tensor) -> Tensor:
         """Mean loss of a random support and query part, shape (2,); of the sample if B = 1."""
