@@ -1,5 +1,6 @@
 """One training loop for every detector and method, with checkpoints that resume bit-exactly."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from comet_meta import (
     CovarianceMetaRegularizer,
     IndexedDataset,
     SoftConfidentWeighter,
+    StepReport,
     collect_scores,
 )
 from comet_meta.optimizer import MetaMode
@@ -87,7 +89,8 @@ class Training:
     Attributes:
         detector: In eval mode.
         optimizer: The wrapper, with the weighter where the method has one.
-        history: One entry for each epoch: mean loss, mean weight, lambda(Sigma).
+        history: One entry for each epoch: mean loss, mean weight, lambda(Sigma), and how many
+            times a picture was left out because its loss wasn't finite.
     """
 
     detector: Detector
@@ -150,7 +153,7 @@ def train(
 
     Raises:
         ResumeError: If the checkpoint is damaged or belongs to another run.
-        ValueError: If there are fewer than two pictures.
+        ValueError: If there are fewer than two pictures, or no loss of an epoch was finite.
     """
     if len(data) < 2:
         raise ValueError(f"there are {len(data)} training pictures; expected at least 2")
@@ -188,10 +191,7 @@ def train(
         module.eval()
         if optimizer.weighter is not None and epoch + 1 >= min(_WARM_UP, settings.epochs):
             optimizer.weighter.fit(collect_scores(score, scoring))
-        means = torch.tensor(
-            [[r.objective, r.mean_weight, r.strength] for r in reports], device="cpu"
-        ).mean(dim=0)
-        history.append(dict(zip(("loss", "mean_weight", "strength"), means.tolist(), strict=True)))
+        history.append(_summary(reports, epoch))
         if checkpoint is not None:
             _write(
                 checkpoint,
@@ -229,6 +229,16 @@ def predict(
 
 def _rows_of(batch: Sequence[Tensor], detector: Detector) -> Callable[[Tensor], Tensor]:
     return lambda rows: detector.losses([level[rows] for level in batch])
+
+
+def _summary(reports: Sequence[StepReport], epoch: int) -> dict[str, float]:
+    """An epoch's entry of the history; steps that were skipped have no losses."""
+    rows = [[r.objective, r.mean_weight, r.strength] for r in reports]
+    loss, weight, strength = torch.tensor(rows, device="cpu").nanmean(dim=0).tolist()
+    if math.isnan(loss):
+        raise ValueError(f"every step of epoch {epoch + 1} was skipped: no loss was finite")
+    dropped = sum(int(r.dropped) for r in reports)
+    return {"loss": loss, "mean_weight": weight, "strength": strength, "dropped": dropped}
 
 
 def _write(path: Path, state: dict[str, Any]) -> None:
