@@ -271,7 +271,7 @@ class CoMetOptimizerWrapper(Optimizer):
         (replacing what is there) and step (level 2). To clip these gradients, register a step
         pre-hook on a wrapped optimizer.
 
-        If a loss turns out not to be finite, the closure gives the losses of all rows once more, with
+        If a loss turns out not to be finite, the closure gives all rows' losses once more, with
         ``model`` in eval mode, so that batch norm doesn't spread a NaN to the others. The step is
         then computed anew without the samples that were found. If that fails too (fewer than two
         are left to split, or inner steps or gradients diverge), it is skipped. Whatever the closure
