@@ -1,5 +1,6 @@
 """One training loop for every detector and method, with checkpoints that resume bit-exactly."""
 
+import io
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -242,8 +243,11 @@ def _summary(reports: Sequence[StepReport], epoch: int) -> dict[str, float]:
 
 
 def _write(path: Path, state: dict[str, Any]) -> None:
+    # By way of memory: torch's own writer hides a full disk behind an error of its own.
+    content = io.BytesIO()
+    torch.save(state, content)
     with replacing(path) as aside:
-        torch.save(state, aside)
+        aside.write_bytes(content.getbuffer())
 
 
 def _read(path: Path, run: dict[str, Any]) -> dict[str, Any]:
