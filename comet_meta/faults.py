@@ -89,6 +89,11 @@ class LossWatch:
             self._usable |= not everywhere(not bool(batch.finite.any()), batch.finite.device)
         return observed
 
+    def note(self, *, usable: bool) -> None:
+        """Note a batch whose gradient was added, or couldn't be."""
+        self._dropped |= not usable
+        self._usable |= usable
+
     def forbids_step(self, parameters: Sequence[Tensor]) -> bool:
         """Whether the gradients can't be used; starts a new account.
 
@@ -100,15 +105,17 @@ class LossWatch:
         if not dropped:
             return False
         if not usable:
-            warn_of_skipped("no sample of the batch had a finite loss", parameters)
+            check_parameters(parameters)
+            _LOGGER.warning("step skipped: none of its losses could be used")
             return True
         gradients = [p.grad for p in parameters if p.grad is not None]
         if everywhere(all_finite(gradients), parameters[0].device):
             return False
-        warn_of_skipped(
-            "although they were left out, these samples made the gradients NaN or infinite (as a "
-            "NaN in a picture does); step(closure, index) learns from the others all the same",
-            parameters,
+        check_parameters(parameters)
+        _LOGGER.warning(
+            "step skipped: although they were left out, these samples made the gradients NaN or "
+            "infinite (as a NaN in a picture does); step(closure, index) learns from the others "
+            "all the same"
         )
         return True
 
@@ -163,15 +170,19 @@ def warn_of_dropped(finite: Tensor, index: Tensor | None) -> None:
     )
 
 
-def warn_of_skipped(reason: str, parameters: Sequence[Tensor]) -> None:
-    """Say why a step is skipped.
+def warn_of_left_out(reason: str) -> None:
+    """Say why a batch isn't learned from."""
+    _LOGGER.warning("batch left out: %s", reason)
+
+
+def check_parameters(parameters: Sequence[Tensor]) -> None:
+    """Refuse to go on with a model that is lost.
 
     Args:
-        reason: The reason.
         parameters: All that are trained.
 
     Raises:
-        ValueError: If they are not finite themselves, so that no later step could be taken either.
+        ValueError: If they are NaN or infinite, so that no step could be taken any more.
     """
     if not everywhere(all_finite(parameters), parameters[0].device):
         raise ValueError(
@@ -179,7 +190,6 @@ def warn_of_skipped(reason: str, parameters: Sequence[Tensor]) -> None:
             "to the last checkpoint and lower the learning rate, clip the gradients, or leave "
             "autocast for the loss"
         )
-    _LOGGER.warning("step skipped: %s", reason)
 
 
 @contextmanager

@@ -3,10 +3,12 @@
 import logging
 from collections import ChainMap
 from collections.abc import Callable, Iterable, MutableMapping, Sequence
+from functools import partial
 from typing import Any, Literal, NamedTuple, cast, get_args, overload
 
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.optim import Optimizer
 from typing_extensions import Self, override
 
@@ -16,17 +18,20 @@ from comet_meta.faults import (
     Look,
     LossWatch,
     all_finite,
+    check_parameters,
     evaluating,
     everywhere,
     undone_on_error,
     warn_of_dropped,
-    warn_of_skipped,
+    warn_of_left_out,
 )
 from comet_meta.inner_loop import (
     InnerOptimizer,
     MetaGradient,
     Task,
+    add_gradients,
     first_order,
+    gradients_of,
     second_order,
     split_tasks,
 )
@@ -43,7 +48,7 @@ Closure = Callable[[Tensor], Tensor]
 class StepReport(NamedTuple):
     """What one full step did, as detached tensors of shape (); reading one waits for its device.
 
-    The losses of a step that was skipped are NaN.
+    The losses of a batch that was left out are NaN.
 
     Attributes:
         objective: Weighted loss plus penalty of the whole batch; support and query losses in
@@ -54,7 +59,7 @@ class StepReport(NamedTuple):
         mean_weight: Mean confidence of the batch, in [0, 1].
         min_weight: Least confidence in the batch, in [0, 1].
         dropped: Number of samples left out because their loss was NaN or infinite; the whole batch
-            if the step was skipped.
+            if none of it could be learned from.
     """
 
     objective: Tensor
@@ -77,9 +82,9 @@ class CoMetOptimizerWrapper(Optimizer):
     ``step(closure, index)`` also takes the meta-step of ``meta``.
 
     A sample whose loss is NaN or infinite is left out and named in a warning (logging). A step that
-    can't be taken without it is skipped, and a warning says so; parameters, gradients and state of
-    the wrapped optimizers are then untouched. On CUDA, losses are looked at when the backward pass
-    is queued already, so that the device never waits.
+    can't be taken without it is skipped, and a warning says so; parameters and state of the wrapped
+    optimizers are then untouched. On CUDA, losses are looked at when the backward pass is queued
+    already, so that the device never waits.
 
     Args:
         optimizer: The optimizer to wrap, or a sequence of them. LBFGS is refused, because it
@@ -267,16 +272,16 @@ class CoMetOptimizerWrapper(Optimizer):
         """Take a step.
 
         Without ``index``: step the wrapped optimizers on the gradients there are (level 1). With
-        ``index``: compute the meta-gradient from the closure, put it in the parameters' ``.grad``
-        (replacing what is there) and step (level 2). To clip these gradients, register a step
-        pre-hook on a wrapped optimizer.
+        ``index``: clear the gradients, compute the meta-gradient (:meth:`backward`) and step
+        (level 2). To clip it, register a step pre-hook on a wrapped optimizer, or call
+        ``backward`` and ``step()`` yourself.
 
         If a loss turns out not to be finite, the closure gives all rows' losses once more, with
         ``model`` in eval mode, so that batch norm doesn't spread a NaN to the others. The step is
         then computed anew without the samples that were found. If that fails too (fewer than two
         are left to split, or inner steps or gradients diverge), it is skipped. Whatever the closure
-        raises leaves parameters, gradients, optimizer state, the generator and (with ``model``)
-        buffers as they were.
+        raises leaves parameters, optimizer state, the generator and (with ``model``) buffers as
+        they were.
 
         Args:
             closure: With ``index``, a function from rows of the batch, shape (R,), to their losses
@@ -301,7 +306,10 @@ class CoMetOptimizerWrapper(Optimizer):
             raise TypeError(
                 "step(closure, index) needs a closure from rows of the batch to their losses"
             )
-        return self._full_step(cast("Closure", closure), as_index(index, self._num_samples))
+        self.zero_grad()
+        report = self.backward(cast("Closure", closure), index)
+        self._plain_step(None)
+        return report
 
     def _plain_step(self, closure: Callable[[], float] | None) -> float | None:
         loss: float | None = None
@@ -315,66 +323,134 @@ class CoMetOptimizerWrapper(Optimizer):
         return loss
 
     @torch.enable_grad()
-    def _full_step(self, closure: Closure, index: Tensor) -> StepReport:
+    def backward(
+        self,
+        closure: Closure,
+        index: Tensor | Sequence[int],
+        *,
+        share: float = 1.0,
+        scaler: GradScaler | None = None,
+    ) -> StepReport:
+        """Add the meta-gradient of a batch to ``.grad``, as ``loss.backward()`` adds a gradient.
+
+        ``step(closure, index)`` is ``zero_grad``, ``backward`` and ``step``. Apart, they leave room
+        for gradient accumulation, clipping and a ``GradScaler``. With a scaler, enter autocast
+        inside the closure, and go on with ``scaler.unscale_``, ``scaler.step`` and
+        ``scaler.update`` as in any loop: a step whose inner or outer gradients overflow is skipped.
+
+        Args:
+            closure: From rows of the batch, shape (R,), to their losses, shape (R,); see
+                :meth:`step`.
+            index: Positions of the batch's samples in the data set, shape (B,).
+            share: What the gradient counts, > 0: 1 / n where n batches make up one step.
+            scaler: Scales the losses for float16 autocast; inner steps use unscaled gradients.
+
+        Returns:
+            The report; its losses are neither scaled nor shared out.
+
+        Raises:
+            TypeError: If losses or index have a wrong dtype.
+            ValueError: If the batch is empty or of one sample, losses are not (R,), the parameters
+                are NaN or infinite, or ``share`` isn't > 0. Gradients are then as before.
+            IndexError: If a position lies outside the data set.
+
+        Example:
+            Two batches to a step:
+
+            >>> data, model = torch.randn(16, 3), nn.Linear(3, 3)
+            >>> optimizer = CoMetOptimizerWrapper(torch.optim.SGD(model.parameters(), lr=0.1))
+            >>> for batch in torch.arange(16).split(8):
+            ...     def losses(rows): return (model(data[batch[rows]]) - 1).square().mean(dim=1)
+            ...     report = optimizer.backward(losses, batch, share=1 / 2)
+            >>> optimizer.step()
+            >>> optimizer.zero_grad()
+        """
+        index = as_index(index, self._num_samples)
+        if not share > 0:
+            raise ValueError(f"share is {share}; expected 1 / n where n batches make up a step")
         parameters = self._trained()
         if not parameters:
             raise ValueError("none of the optimizer's parameters requires grad: nothing to train")
         weights = self._weights(index, len(index))
         strength = self._strength(parameters)
+        scale = None
+        if scaler is not None or share != 1:
+            scale = torch.full((), share, device=parameters[0].device)
+            scale = scale if scaler is None else scaler.scale(scale)
+
+        attempt = partial(
+            self._meta_gradient, parameters=parameters, scale=scale, scaled=scaler is not None
+        )
         buffers = [] if self.model is None else list(self.model.buffers())
         with undone_on_error(self.generator, buffers) as undo:
-            result = self._meta_gradient(closure, weights, parameters)
+            result = attempt(closure, weights)
             if result is None:
                 undo()
                 kept = self._finite_rows(closure, index)
                 undo()
                 weights = weights[kept]
-                result = self._second_attempt(closure, kept, weights, parameters)
+                result = self._second_attempt(attempt, closure, kept, weights, parameters)
                 if result is None:
                     undo()
-        nan = strength.new_full((), torch.nan)
-        support_loss, query_loss = nan, nan
+        self._watch.note(usable=result is not None)
+        dropped = len(index) - len(weights)
         if result is not None:
-            support_loss, query_loss = result.support_loss, result.query_loss
+            earlier = [parameter.grad for parameter in parameters]
             for parameter, gradient in zip(parameters, result.gradients, strict=True):
                 parameter.grad = gradient
             distributed.average_gradients(parameters)
-            for optimizer in self.optimizers:
-                optimizer.step()
+            add_gradients(parameters, earlier)
+            support_loss, query_loss = result.support_loss, result.query_loss
             if self.regularizer is not None and len(index) > 1:
                 self._observe(support_loss, query_loss)
+        else:
+            dropped = len(index)
+            support_loss = query_loss = strength.new_full((), torch.nan)
+            if scaler is not None:  # which asks for gradients, and skips the step for these
+                add_gradients(parameters, [torch.full_like(p, torch.nan) for p in parameters])
         return StepReport(
             objective=torch.lerp(support_loss, query_loss, self.query_fraction),
             support_loss=support_loss,
             query_loss=query_loss,
             strength=strength,
-            mean_weight=weights.mean() if len(weights) else nan,
-            min_weight=weights.min() if len(weights) else nan,
-            dropped=torch.tensor(len(index) - len(weights) if result is not None else len(index)),
+            mean_weight=weights.mean() if len(weights) else query_loss,
+            min_weight=weights.min() if len(weights) else query_loss,
+            dropped=torch.tensor(dropped),
         )
 
     def _second_attempt(
-        self, closure: Closure, kept: Tensor, weights: Tensor, parameters: list[Tensor]
+        self,
+        attempt: Callable[[Closure, Tensor], MetaGradient | None],
+        closure: Closure,
+        kept: Tensor,
+        weights: Tensor,
+        parameters: Sequence[Tensor],
     ) -> MetaGradient | None:
-        """The gradient of the samples that are left, weights (K,); None if the step is skipped."""
+        """The gradient of the samples that are left, weights (K,); None if there can't be one."""
         enough = len(kept) >= (1 if self.meta == "none" else 2)
         reason = "too few samples of the batch have a finite loss"
         result = None
         if everywhere(enough, parameters[0].device):
             # A process whose own samples are all fine goes along, with all of them.
-            result = self._meta_gradient(lambda rows: closure(kept[rows]), weights, parameters)
+            result = attempt(lambda rows: closure(kept[rows]), weights)
             reason = (
                 "losses that are finite at the parameters, or their gradients, are not so in the "
                 "course of the step; lower inner_lr or the learning rate"
             )
         if result is None:
-            warn_of_skipped(reason, parameters)
+            check_parameters(parameters)
+            warn_of_left_out(reason)
         return result
 
     def _meta_gradient(
-        self, closure: Closure, weights: Tensor, parameters: list[Tensor]
+        self,
+        closure: Closure,
+        weights: Tensor,
+        parameters: list[Tensor],
+        scale: Tensor | None,
+        scaled: bool,
     ) -> MetaGradient | None:
-        """The gradient of a batch of samples of weights (B,); None if a loss in it isn't finite."""
+        """The gradient of samples of weights (B,); None if one of their losses isn't finite."""
         looks: list[Look] = []
 
         def losses_of(rows: Tensor) -> Tensor:
@@ -389,10 +465,13 @@ class CoMetOptimizerWrapper(Optimizer):
             return loss
 
         if self.meta == "none":
-            result = self._undivided_gradient(losses_of, soft_confident_loss, weights, parameters)
+            result = self._undivided_gradient(
+                losses_of, soft_confident_loss, weights, parameters, scale
+            )
         else:
             tasks = [
-                Task(task.support.to(weights.device), task.query.to(weights.device))
+                # Not to wait for the device, which a copy of ordinary memory otherwise does.
+                Task(*(rows.to(weights.device, non_blocking=True) for rows in task))
                 for task in split_tasks(
                     len(weights), self.tasks, self.query_fraction, self.generator
                 )
@@ -401,6 +480,7 @@ class CoMetOptimizerWrapper(Optimizer):
                 "inner": self.inner_optimizer,
                 "inner_lr": self.inner_lr,
                 "inner_steps": self.inner_steps,
+                "scale": scale,
             }
             if self.meta == "maml":
                 model = cast("nn.Module", self.model)
@@ -419,7 +499,8 @@ class CoMetOptimizerWrapper(Optimizer):
                 )
         sound = all(looks)
         device = parameters[0].device
-        if device.type == "cpu":  # elsewhere it would mean waiting for the backward pass
+        # Elsewhere it would mean waiting for the backward pass; a scaler looks itself.
+        if device.type == "cpu" and not scaled:
             sound = sound and all_finite([g for g in result.gradients if g is not None])
         return result if everywhere(sound, device) else None
 
@@ -439,17 +520,17 @@ class CoMetOptimizerWrapper(Optimizer):
         objective: Callable[[Tensor, Tensor, Sequence[Tensor]], Tensor],
         weights: Tensor,
         parameters: Sequence[Tensor],
+        scale: Tensor | None,
     ) -> MetaGradient:
         """The gradient of the whole batch, its losses told apart only for the report."""
         rows = torch.arange(len(weights), device=weights.device)
         losses = losses_of(rows)
-        gradients = torch.autograd.grad(
-            objective(losses, rows, parameters), list(parameters), allow_unused=True
-        )
+        loss = objective(losses, rows, parameters)
+        gradients = gradients_of(loss if scale is None else loss * scale, parameters)
         with torch.no_grad():
             weighted = weights.to(losses) * losses
             support_loss, query_loss = self._support_query(weighted) + self._penalty(parameters)
-        return MetaGradient(list(gradients), support_loss, query_loss)
+        return MetaGradient(gradients, support_loss, query_loss)
 
     def _support_query(self, weighted: Tensor) -> Tensor:
         """Mean loss of a random support and query part, shape (2,); of the sample if B = 1."""

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +51,25 @@ def model_uncertainty(covariance: Tensor) -> Tensor:
     """
     (a, b), (c, d) = covariance
     return torch.log1p((a * d - b * c).clamp(*_DET_RANGE)) / math.log(101)
+
+
+class _SquaredNorm(torch.autograd.Function):
+    """||theta||^2 of a list of tensors, shape ().
+
+    It reads the parameters once and writes their gradient once, where autograd's own rules take
+    several passes over memory. Twice differentiable everywhere, also at 0, as MAML needs it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *parameters: Tensor) -> Tensor:
+        ctx.save_for_backward(*parameters)
+        return torch.stack(torch._foreach_norm(parameters)).square().sum()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
+        # No foreach: torch can't differentiate its product with a tensor once more.
+        factor = 2 * gradient
+        return tuple(parameter * factor for parameter in ctx.saved_tensors)
 
 
 class CovarianceMetaRegularizer(nn.Module):
@@ -154,9 +174,8 @@ class CovarianceMetaRegularizer(nn.Module):
         chosen = [p for p in parameters if p.dim() > 1 or not self.exclude_1d]
         if not chosen:
             return self.pairs.new_zeros(())
-        # Squares rather than norms: a norm has no second derivative at 0, which MAML would need.
-        squares = torch.stack([parameter.square().sum() for parameter in chosen])
-        return self.strength.to(squares.device) * squares.sum()
+        square: Tensor = _SquaredNorm.apply(*chosen)
+        return self.strength.to(square.device) * square
 
     def extra_repr(self) -> str:
         """The settings, for ``repr``."""

@@ -226,7 +226,7 @@ def test_sparse_gradients_are_refused_by_a_meta_step(meta, inner):
     optimizer = CoMetOptimizerWrapper(
         torch.optim.SGD(table.parameters(), lr=0.1), meta=meta, inner_optimizer=inner, model=table
     )
-    with pytest.raises(TypeError, match=r"sparse gradient .*meta='none', or .*sparse=False"):
+    with pytest.raises(TypeError, match=r"sparse gradient.*meta='none', or sparse=False"):
         optimizer.step(lambda rows: embedding_losses(table, torch.arange(8), rows), range(8))
     assert torch.equal(table.weight, before)
 

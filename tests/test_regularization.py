@@ -69,6 +69,18 @@ def test_strength_starts_at_its_base_and_stays_bounded():
         assert 0.005 <= float(regularizer.strength) <= 0.005 * (1 + 0.5 * 0.151)
 
 
+def test_the_penalty_by_hand_and_its_derivatives():
+    regularizer = CovarianceMetaRegularizer(strength=0.5, gamma=0.0)
+    a = torch.tensor([[1.0, -2.0]], dtype=torch.float64, requires_grad=True)
+    b = torch.zeros(2, dtype=torch.float64, requires_grad=True)  # a norm has no gradient here
+    penalty = regularizer.penalty([a, b])
+    assert float(penalty.detach()) == pytest.approx(0.5 * 5)
+    gradients = torch.autograd.grad(penalty, [a, b])
+    assert [g.tolist() for g in gradients] == [[[1.0, -2.0]], [0.0, 0.0]]
+    assert torch.autograd.gradcheck(lambda *p: regularizer.penalty(p), (a, b))
+    assert torch.autograd.gradgradcheck(lambda *p: regularizer.penalty(p), (a, b))
+
+
 def test_losses_that_do_not_vary_are_certain():
     regularizer = CovarianceMetaRegularizer()
     for _ in range(6):
