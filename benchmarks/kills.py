@@ -8,17 +8,18 @@ its end. Detector, optimizers, weights, loss history and random state must then 
 training that nobody killed.
 """
 
+import os
+
+os.environ["TQDM_DISABLE"] = "1"
+
 import argparse
 import hashlib
-import io
-import os
 import random
 import signal
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
-from contextlib import redirect_stderr
 from pathlib import Path
 from typing import cast, get_args
 
@@ -28,6 +29,7 @@ from comet_examples.files import sole_writer
 from comet_examples.training import FeatureRows, Method, Training, TrainingSettings, train
 from runs import machine
 from torch import Tensor, nn
+from tqdm import tqdm
 
 _EPOCHS = 6
 
@@ -74,8 +76,7 @@ def in_a_child(body: Callable[[], None], kill_after: float | None = None) -> boo
     if child == 0:
         status = 1
         try:
-            with redirect_stderr(io.StringIO()):  # the bars of progress
-                body()
+            body()
             status = 0
         finally:
             os._exit(status)
@@ -131,7 +132,9 @@ def main(kills: int, seed: int) -> Counter[str]:
     Raises:
         SystemExit: If a resumed training ended in other bits.
     """
-    torch.set_num_threads(1)  # a forked process must not inherit a pool of threads
+    # A fork takes no thread along, but the locks that they hold.
+    torch.set_num_threads(1)
+    tqdm.monitor_interval = 0
     draw = random.Random(seed)
     expected, duration = {}, {}
     for method in get_args(Method):

@@ -26,6 +26,7 @@ from comet_examples.files import replacing, sole_writer
 from comet_examples.training import ResumeError, TrainingSettings, train
 from test_scripts import run, tree
 from test_training import a_data_set, build, same
+from tqdm import tqdm
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork")
 
@@ -34,6 +35,7 @@ def in_a_child(body: Callable[[], object]) -> int:
     """The way a child process ends that runs the body: 0, or minus the signal that killed it."""
     child = os.fork()
     if child == 0:
+        tqdm.set_lock(threading.RLock())  # another thread may have held the old one
         try:
             body()
         finally:
