@@ -1,5 +1,6 @@
 """A short version of benchmarks/kills.py."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,8 +16,7 @@ def test_killed_trainings_resume_bit_equal():
     # In a process of its own: this one may have threads, which don't go with forks.
     done = subprocess.run(
         [sys.executable, str(SCRIPT), "--kills", "4", "--seed", "1"],
-        env={"PYTHONPATH": "examples", "OMP_NUM_THREADS": "1"},
-        cwd=SCRIPT.parents[1],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
         timeout=300,
