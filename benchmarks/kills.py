@@ -17,6 +17,7 @@ import hashlib
 import random
 import signal
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -132,9 +133,11 @@ def main(kills: int, seed: int) -> Counter[str]:
     Raises:
         SystemExit: If a resumed training ended in other bits.
     """
-    # A fork takes no thread along, but the locks that they hold.
+    # A fork takes no thread along, but the locks that they hold; and a process that is killed would
+    # keep the lock that tqdm shares among processes.
     torch.set_num_threads(1)
     tqdm.monitor_interval = 0
+    tqdm.set_lock(threading.RLock())
     draw = random.Random(seed)
     expected, duration = {}, {}
     for method in get_args(Method):
