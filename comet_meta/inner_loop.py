@@ -152,6 +152,8 @@ class AdamDirection:
 
     def __call__(self, gradients: Gradients) -> Gradients:
         """Bias-corrected mean over bias-corrected root mean square, one for each gradient."""
+        given = gradients
+        gradients = _real(given)
         self._steps += 1
         first, second = self._betas
         squares = torch._foreach_mul(gradients, gradients)
@@ -165,7 +167,11 @@ class AdamDirection:
         square = torch._foreach_div(self._square, 1 - second**self._steps)
         # The clamp keeps the derivative of the root finite where a gradient is exactly 0.
         root = torch._foreach_sqrt(torch._foreach_clamp_min(square, self._eps**2))
-        return list(torch._foreach_div(mean, torch._foreach_add(root, self._eps)))
+        directions = torch._foreach_div(mean, torch._foreach_add(root, self._eps))
+        return [
+            torch.view_as_complex(direction) if gradient.is_complex() else direction
+            for direction, gradient in zip(directions, given, strict=True)
+        ]
 
 
 def first_order(
@@ -298,8 +304,8 @@ class _AdamState:
     """torch's own Adam, on gradients that aren't in ``.grad``."""
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
-        self._mean = [torch.zeros_like(parameter) for parameter in parameters]
-        self._square = [torch.zeros_like(parameter) for parameter in parameters]
+        self._mean = [torch.zeros_like(parameter) for parameter in _real(parameters)]
+        self._square = [torch.zeros_like(parameter) for parameter in _real(parameters)]
         self._fused = all(parameter.device.type in ("cpu", "cuda") for parameter in parameters)
         # Where torch has no fused kernel, it reads the number of steps: that must be on the CPU.
         self._steps = [
@@ -309,8 +315,8 @@ class _AdamState:
 
     def step(self, parameters: list[Tensor], gradients: Gradients, lr: float) -> None:
         adam(
-            parameters,
-            gradients,
+            _real(parameters),
+            _real(gradients),
             self._mean,
             self._square,
             [],
@@ -427,10 +433,20 @@ def _names(module: nn.Module, parameters: Sequence[Tensor]) -> list[str]:
 
 def _filled(found: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> Gradients:
     """Gradients, 0 for what wasn't used."""
+    if any(gradient is not None and gradient.is_sparse for gradient in found):
+        raise TypeError(
+            "a parameter has a sparse gradient, which inner steps can't take; use meta='none', or "
+            "sparse=False in the embedding"
+        )
     return [
         torch.zeros_like(parameter) if gradient is None else gradient
         for parameter, gradient in zip(parameters, found, strict=True)
     ]
+
+
+def _real(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Complex tensors as pairs of real ones, on the same memory; the others as they are."""
+    return [torch.view_as_real(x) if x.is_complex() else x for x in tensors]
 
 
 def _where_used(gradients: Sequence[Tensor], used: Sequence[bool]) -> list[Tensor | None]:
