@@ -104,9 +104,9 @@ def posterior_weights(scores: Tensor, spare: float = 0.1) -> Weighting:
     Up to the centre of the normal density all samples have the posterior of the centre; above it
     the posterior falls with the score.
 
-    Where bad samples score much like normal ones, no fit can tell how many there are. Training loses
-    little by a tenth less of the samples, but much by bad ones: so the highest scores get weight 0
-    whatever the fit says.
+    Where bad samples score much like normal ones, no fit can tell how many there are. Training
+    loses little by a tenth less of the samples, but much by bad ones: so the highest scores get
+    weight 0 whatever the fit says.
 
     More than 16,384 scores are fitted by their histogram of 8,192 bins, which changes no weight by
     more than 0.001; time and memory stay linear in N.
