@@ -99,7 +99,7 @@ def test_a_meta_step_on_an_uneven_batch_counts_processes_by_their_rows(both):
     same_on_both(both[0]["mldg uneven"], both[1]["mldg uneven"])
     model = ranks.Model()
     adam = torch.optim.Adam(model.parameters(), lr=0.05)
-    weighter = SoftConfidentWeighter(ranks.N)
+    weighter = SoftConfidentWeighter(ranks.N, rule=ranks.falling)
     weighter.fit(ranks.SCORES)
     theta = list(model.parameters())
     strength = CovarianceMetaRegularizer(gamma=0.0).strength
