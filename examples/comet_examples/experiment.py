@@ -25,7 +25,15 @@ from comet_examples.detectors import DETECTORS, Detector
 from comet_examples.features import FeatureStore
 from comet_examples.metrics import image_metrics, pixel_metrics
 from comet_examples.presets import Preset
-from comet_examples.training import FeatureRows, Training, TrainingSettings, predict, train
+from comet_examples.training import (
+    FeatureRows,
+    Training,
+    TrainingSettings,
+    Wrap,
+    predict,
+    train,
+    wrap,
+)
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -97,6 +105,7 @@ class Experiment:
         *,
         checkpoint: Path | None = None,
         resume: bool = False,
+        wrap: Wrap = wrap,
     ) -> Outcome:
         """Train one method on a split and judge it on the split's test set.
 
@@ -105,6 +114,7 @@ class Experiment:
             settings: How to train; ``"oracle"`` leaves the bad training pictures out.
             checkpoint: File to write after every epoch.
             resume: Continue from it.
+            wrap: Makes the optimizer; by default the method's.
 
         Returns:
             The outcome of the last epoch.
@@ -121,6 +131,7 @@ class Experiment:
             checkpoint=checkpoint,
             identity=f"{split.category} with pictures and settings {digest}",
             resume=resume,
+            wrap=wrap,
         )
         scores, maps = self.predict(training, split.test)
         return Outcome(training, self._figures(split, scores, maps), scores, maps)
