@@ -117,25 +117,32 @@ class CoMetCallback(lightning.CoMetCallback):
             )
         _LOGGER.info("%s: weights act on %s", type(pl_module).__name__, self.by)
         super().on_train_start(trainer, pl_module)
+
+    @override
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Take the place of the model's loss, for this batch."""
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         if self.by == "losses":
             self._hooks = [
-                loss.register_forward_hook(self._weigh, with_kwargs=True) for loss in losses
+                loss.register_forward_hook(self._weigh, with_kwargs=True)
+                for loss in _loss_modules(pl_module)
             ]
 
     @override
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave the model as it was."""
+    def _withdraw(self) -> None:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-        super().on_train_end(trainer, pl_module)
+        super()._withdraw()
 
     def _index(self, batch: Any) -> Tensor:
         return torch.tensor([self._position[str(path)] for path in batch.image_path])
 
     @override
     def _training_step(
-        self, original: Callable[..., Any], batch: Any, *args: Any, **kwargs: Any
+        self, module: Any, original: Callable[..., Any], batch: Any, *args: Any, **kwargs: Any
     ) -> Any:
         self._positions = self._index(batch)
         self._steps += 1
@@ -149,7 +156,6 @@ class CoMetCallback(lightning.CoMetCallback):
         if len(rows) < len(self._positions):
             batch = lightning._take(batch, rows, len(self._positions))
         output = original(batch, *args, **kwargs)
-        module = self._replaced[0][0]
         if not module.automatic_optimization:
             return output  # its losses have passed by manual_backward
         if isinstance(output, Mapping):
@@ -158,7 +164,7 @@ class CoMetCallback(lightning.CoMetCallback):
 
     @override
     def _manual_backward(
-        self, original: Callable[..., Any], loss: Tensor, *args: Any, **kwargs: Any
+        self, _: Any, original: Callable[..., Any], loss: Tensor, *args: Any, **kwargs: Any
     ) -> Any:
         return original(loss * self._kept if self.by == "rows" else loss, *args, **kwargs)
 

@@ -110,7 +110,7 @@ class CoMetCallback(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the place of the module's loss."""
+        """Get ready to take the place of the module's loss."""
         self._check(trainer, pl_module)
         if self.weighter is None:
             self.weighter = SoftConfidentWeighter(len(_loader(trainer).dataset))  # type: ignore[arg-type]
@@ -124,8 +124,25 @@ class CoMetCallback(Callback):
         )
         if self._saved:
             self._comet.load_state_dict(self._comet.state_dict() | self._saved)
+
+    @override
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Take the place of the module's loss, for this batch.
+
+        Between batches the module is itself, so that checkpoints and copies of it are, too.
+        """
+        self._withdraw()
         self._replace(pl_module, "training_step", self._training_step)
         self._replace(pl_module, "manual_backward", self._manual_backward)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Give the module its methods back."""
+        self._withdraw()
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -145,18 +162,11 @@ class CoMetCallback(Callback):
             self.weighter.fit(self._collect(self.scores, trainer, pl_module))
 
     @override
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Give the module its methods back."""
-        for module, name in self._replaced:
-            delattr(module, name)
-        self._replaced.clear()
-
-    @override
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         """Give the module its methods back."""
-        self.on_train_end(trainer, pl_module)
+        self._withdraw()
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -189,18 +199,22 @@ class CoMetCallback(Callback):
 
         @functools.wraps(original)
         def method(*args: Any, **kwargs: Any) -> Any:
-            return by(original, *args, **kwargs)
+            return by(module, original, *args, **kwargs)
 
         setattr(module, name, method)
         self._replaced.append((module, name))
 
+    def _withdraw(self) -> None:
+        for module, name in self._replaced:
+            delattr(module, name)
+        self._replaced.clear()
+
     def _training_step(
-        self, original: Callable[..., Any], batch: Any, *args: Any, **kwargs: Any
+        self, module: Any, original: Callable[..., Any], batch: Any, *args: Any, **kwargs: Any
     ) -> Any:
         index, batch = self._split(batch)
         self._positions = index
         self._steps += 1
-        module = self._replaced[0][0]
         if not module.automatic_optimization:
             return original(batch, *args, **kwargs)
         if self.meta != "none":
@@ -208,11 +222,13 @@ class CoMetCallback(Callback):
         output = original(batch, *args, **kwargs)
         losses = _losses_of(output)
         objective = self._objective(losses)
-        self._take_in(index, losses)
+        if self.scores is None and module.current_epoch + 1 >= self.warm_up:
+            assert self.weighter is not None
+            self.weighter.update(index.cpu(), losses.detach().float().cpu())
         return {**output, "loss": objective} if isinstance(output, Mapping) else objective
 
     def _manual_backward(
-        self, original: Callable[..., Any], loss: Tensor, *args: Any, **kwargs: Any
+        self, _: Any, original: Callable[..., Any], loss: Tensor, *args: Any, **kwargs: Any
     ) -> Any:
         if loss.dim() == 1:
             loss = self._objective(loss)
@@ -222,13 +238,6 @@ class CoMetCallback(Callback):
         assert self._comet is not None
         self._weighed += 1
         return self._comet.objective(losses, self._positions)
-
-    def _take_in(self, index: Tensor, losses: Tensor) -> None:
-        """Keep the losses of a training step as scores, where there are no others."""
-        assert self.weighter is not None
-        module = self._replaced[0][0]
-        if self.scores is None and module.current_epoch + 1 >= self.warm_up:
-            self.weighter.update(index.cpu(), losses.detach().float().cpu())
 
     def _meta_step(self, step: Callable[[Any], Any], index: Tensor, batch: Any) -> Tensor:
         """The objective of the full method, with the meta-gradient as its gradient."""

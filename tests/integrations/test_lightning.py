@@ -296,11 +296,17 @@ def test_resume_from_a_checkpoint_is_exact(tmp_path, meta, every):
     assert torch.equal(again.regularizer.pairs, weights.regularizer.pairs)
 
 
-def test_the_module_is_itself_again_after_training_and_after_an_error():
+class Looks(pl.Callback):
+    """Looks at the module after every batch, where checkpoints are saved."""
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        assert "training_step" not in vars(pl_module)
+        assert "manual_backward" not in vars(pl_module)
+
+
+def test_the_module_is_itself_again_after_every_batch_and_after_an_error():
     module = Module()
-    fit(module, callback())
-    assert "training_step" not in vars(module)
-    assert "manual_backward" not in vars(module)
+    fit(module, callback(), callbacks=[Looks()])
     fit(module, data=DataLoader(DATA, batch_size=BATCH))  # and trains without the callback
 
     broken = callback(scores=lambda module, batch: 1 / 0)
