@@ -1,5 +1,6 @@
 """Loader helpers: batches that know which samples they hold, and the scores of a whole set."""
 
+import logging
 from collections.abc import Callable, Iterable, Sized
 from typing import Any, Generic, TypeVar
 
@@ -11,6 +12,7 @@ from comet_meta import distributed
 from comet_meta.checks import as_index
 
 T = TypeVar("T")
+_LOGGER = logging.getLogger(__name__)
 
 
 class IndexedDataset(Dataset[tuple[int, T]], Generic[T]):
@@ -58,7 +60,8 @@ def collect_scores(
     """Anomaly scores of a whole data set, by sample.
 
     Put the model in eval mode first. With several processes, each scores the part that its loader
-    has, and all of them get all scores.
+    has, and all of them get all scores. A sample whose score is NaN or infinite is named in a
+    warning (logging) and gets the highest of the finite scores, so that it is the most suspect.
 
     Args:
         score_fn: Scores of a batch: what the loader yields behind the index -> (B,).
@@ -66,11 +69,12 @@ def collect_scores(
             :class:`IndexedDataset`, in any order. It must reach every sample.
 
     Returns:
-        Scores on the CPU, float32, shape (N,), sample i at position i.
+        Scores on the CPU, float32, finite, shape (N,), sample i at position i.
 
     Raises:
         TypeError: If the loader has no data set with a length.
-        ValueError: If ``score_fn`` doesn't return one score per sample, or samples were left out.
+        ValueError: If ``score_fn`` doesn't return one score per sample, samples were left out, or
+            no score is finite.
 
     Example:
         >>> from torch.utils.data import DataLoader
@@ -93,12 +97,33 @@ def collect_scores(
                 f"score_fn returned shape {tuple(found.shape)} for {len(positions)} samples; "
                 "expected (B,), one anomaly score per sample"
             )
-        scores[positions] = found.detach().to("cpu", torch.float32)
+        found = found.detach().to("cpu", torch.float32)
+        scores[positions] = torch.where(found.isfinite(), found, torch.inf)  # NaN: not seen yet
     scores = distributed.merge_by_index(scores)
     missing = scores.isnan().nonzero().flatten().tolist()
     if missing:
         raise ValueError(
-            f"{len(missing)} of {len(scores)} samples have no score (first: {missing[:5]}): either "
-            "the loader left them out (drop_last=True?) or their score is NaN"
+            f"{len(missing)} of {len(scores)} samples have no score (first: {missing[:5]}): the "
+            "loader left them out; use drop_last=False and a sampler that reaches all of them"
         )
-    return scores
+    return _finite(scores)
+
+
+def _finite(scores: Tensor) -> Tensor:
+    """Scores (N,) with the highest finite one in the place of those that are not finite."""
+    finite = scores.isfinite()
+    if finite.all():
+        return scores
+    bad = (~finite).nonzero().flatten().tolist()
+    if not finite.any():
+        raise ValueError(
+            "no sample's score is finite: the model's parameters are NaN or infinite, or its batch "
+            "norm's running statistics; go back to the last checkpoint"
+        )
+    _LOGGER.warning(
+        "scores of %d of %d samples are NaN or infinite and taken for the highest: samples %s",
+        len(bad),
+        len(scores),
+        bad[:8],
+    )
+    return torch.where(finite, scores, scores[finite].max())

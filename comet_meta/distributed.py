@@ -90,14 +90,14 @@ def own_generator(shared: torch.Generator) -> torch.Generator:
     return torch.Generator().manual_seed(seed + dist.get_rank())
 
 
-def share(rows: int, device: torch.device) -> Tensor | float:
+def share(rows: Tensor | int, device: torch.device) -> Tensor | float:
     """This process's part of the joined batch, times the number of processes.
 
     Frameworks average gradients over processes. Where the batches are of unequal size, a mean over
     the local rows has to be multiplied by this to make that average the mean over all rows.
 
     Args:
-        rows: Number of rows of this process, B >= 1.
+        rows: Number of rows of this process, B >= 0, shape ().
         device: Where the result is needed.
 
     Returns:
@@ -105,9 +105,9 @@ def share(rows: int, device: torch.device) -> Tensor | float:
     """
     if world_size() == 1:
         return 1.0
-    total = torch.full((), float(rows), device=device)
+    total = torch.as_tensor(rows, dtype=torch.float32, device=device).clone()
     dist.all_reduce(total)
-    return rows * world_size() / total
+    return rows * world_size() / total.clamp_min(1)
 
 
 def average(tensor: Tensor) -> Tensor:

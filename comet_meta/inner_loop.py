@@ -1,4 +1,8 @@
-"""The meta-step: inner steps on the support rows, the meta-gradient from the query rows."""
+"""The meta-step: inner steps on the support rows, the meta-gradient from the query rows.
+
+Gradients add up in ``.grad``, as those of backward passes do: that takes no copy of them, neither
+in memory nor in time. What ``.grad`` held before is set aside meanwhile.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -7,6 +11,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.optim.adam import adam
 
 from comet_meta.distributed import is_sharded, local, sharded_like
 
@@ -91,11 +96,57 @@ def restored(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     Yields:
         Copies of the values on entry.
     """
-    saved = [tensor.detach().clone() for tensor in tensors]
+    saved = _copies(tensors)
     try:
         yield saved
     finally:
         _copy(tensors, saved)
+
+
+def gradients_of(loss: Tensor, parameters: Sequence[Tensor]) -> list[Tensor | None]:
+    """Gradients of a loss, apart from what ``.grad`` holds.
+
+    Other than those of ``torch.autograd.grad``, they can be added to in place: no two of them are
+    one tensor, and none has a stride of 0.
+
+    Args:
+        loss: Shape ().
+        parameters: Leaf tensors that require grad.
+
+    Returns:
+        One for each parameter; None for one that the loss doesn't use.
+    """
+    with _empty_gradients(parameters):
+        _backward(loss, parameters)
+        return [parameter.grad for parameter in parameters]
+
+
+def _backward(loss: Tensor, parameters: Sequence[Tensor]) -> None:
+    """Add the gradients of a loss to ``.grad``, where possible of these parameters alone."""
+    # FSDP2 computes with gathered copies; its hooks bring their gradients back to the shards.
+    gathered = is_sharded(parameters[0])
+    torch.autograd.backward(loss, inputs=None if gathered else list(parameters))
+
+
+@torch.no_grad()
+def add_gradients(parameters: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
+    """Add to ``.grad``.
+
+    Args:
+        parameters: Leaf tensors.
+        gradients: One for each, or None; they become ``.grad``, without a copy, where there's none.
+    """
+    held, more = [], []
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        if gradient is None:
+            continue
+        if parameter.grad is None:
+            parameter.grad = gradient
+        else:
+            held.append(parameter.grad)
+            more.append(gradient)
+    if held:
+        torch._foreach_add_(held, more)
 
 
 class AdamDirection:
@@ -110,6 +161,8 @@ class AdamDirection:
 
     def __call__(self, gradients: Gradients) -> Gradients:
         """Bias-corrected mean over bias-corrected root mean square, one for each gradient."""
+        given = gradients
+        gradients = _real(given)
         self._steps += 1
         first, second = self._betas
         squares = torch._foreach_mul(gradients, gradients)
@@ -123,11 +176,11 @@ class AdamDirection:
         square = torch._foreach_div(self._square, 1 - second**self._steps)
         # The clamp keeps the derivative of the root finite where a gradient is exactly 0.
         root = torch._foreach_sqrt(torch._foreach_clamp_min(square, self._eps**2))
-        return list(torch._foreach_div(mean, torch._foreach_add(root, self._eps)))
-
-
-def _direction(inner: InnerOptimizer) -> Callable[[Gradients], Gradients]:
-    return AdamDirection() if inner == "adam" else lambda gradients: gradients
+        directions = torch._foreach_div(mean, torch._foreach_add(root, self._eps))
+        return [
+            torch.view_as_complex(direction) if gradient.is_complex() else direction
+            for direction, gradient in zip(directions, given, strict=True)
+        ]
 
 
 def first_order(
@@ -140,6 +193,7 @@ def first_order(
     inner_lr: float,
     inner_steps: int,
     buffers: Sequence[Tensor] = (),
+    scale: Tensor | None = None,
 ) -> MetaGradient:
     """Meta-gradient without derivatives of the inner steps.
 
@@ -164,42 +218,138 @@ def first_order(
         inner_steps: Their number >= 1.
         buffers: Module buffers that ``objective`` changes (batch norm). They keep what the first
             pass, at theta, made of them; the later passes leave no trace.
+        scale: What the gradient is multiplied by, shape (), > 0: losses are multiplied before
+            their backward pass, so that float16 gradients don't underflow, and inner steps divide
+            by it again. If a gradient of theirs overflows, the meta-gradient isn't finite either.
 
     Returns:
-        The gradients and the losses, averaged over tasks.
+        The gradients and the losses, averaged over tasks; the losses unscaled.
     """
-    meta = _Accumulator(parameters)
-    values = [local(parameter.detach()) for parameter in parameters]
+    losses = []
     after_first_pass: list[Tensor] = []
-    with restored(values) as origin, restored(buffers):
-        for task in tasks:
-            direction = _direction(inner)
+    values = [local(parameter.detach()) for parameter in parameters]
+    with _empty_gradients(parameters), restored(values) as origin, restored(buffers):
+        for number, task in enumerate(tasks):
+            if number > 0:
+                _copy(values, origin)
+            query_share = len(task.query) / (len(task.support) + len(task.query))
+            descent = _Descent(parameters, values, inner, inner_lr, scale)
             for k in range(inner_steps):
-                loss = objective(task.support)
-                gradients = meta.gradients_of(loss, parameters)
+                support_loss = objective(task.support)
                 if k == 0:
-                    support_loss, support_gradients = loss.detach(), gradients
-                    after_first_pass = after_first_pass or [b.clone() for b in buffers]
-                _move(values, direction(gradients), -inner_lr)
+                    losses.append(support_loss.detach())
+                    after_first_pass = after_first_pass or _copies(buffers)
+                if k == 0 and mode == "mldg":
+                    descent(support_loss, keep=(1 - query_share) / len(tasks))
+                else:
+                    descent(support_loss)
+            factor = descent.verdict / len(tasks)
             if mode == "reptile":
                 # FSDP2 puts gathered parameters away only in a backward pass.
                 gathered = is_sharded(parameters[0])
                 with torch.set_grad_enabled(gathered):
                     query_loss = objective(task.query)
                 if gathered:
-                    meta.gradients_of(query_loss, parameters)
-                moved = torch._foreach_sub(origin, values)
-                gradients = list(torch._foreach_div(moved, inner_lr * inner_steps))
+                    gradients_of(query_loss, parameters)
+                with torch.no_grad():
+                    moved = torch._foreach_sub(origin, values)
+                    torch._foreach_mul_(moved, factor / (inner_lr * inner_steps))
+                    whole = [sharded_like(m, p) for m, p in zip(moved, parameters, strict=True)]
+                    add_gradients(parameters, _where_used(whole, descent.used))
             else:
                 query_loss = objective(task.query)
-                gradients = meta.gradients_of(query_loss, parameters)
-                if mode == "mldg":
-                    share = len(task.query) / (len(task.support) + len(task.query))
-                    gradients = list(torch._foreach_lerp(support_gradients, gradients, share))
-            meta.add(gradients, support_loss, query_loss)
-            _copy(values, origin)
+                share = query_share if mode == "mldg" else 1
+                _backward(query_loss * (factor * share), parameters)
+            losses.append(query_loss.detach())
+        gradients: list[Tensor | None] = [parameter.grad for parameter in parameters]
     _copy(buffers, after_first_pass)
-    return meta.mean()
+    return MetaGradient(gradients, *_mean(losses))
+
+
+class _Descent:
+    """The inner steps of a task, on the parameters in place.
+
+    Attributes:
+        used: Which of the parameters had a gradient so far.
+        verdict: ``scale`` (1 where there is none), NaN once a gradient has overflowed.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[Tensor],
+        values: list[Tensor],
+        inner: InnerOptimizer,
+        inner_lr: float,
+        scale: Tensor | None,
+    ) -> None:
+        self.used = [False] * len(parameters)
+        self.verdict: Tensor | float = 1.0 if scale is None else scale
+        self._parameters = list(parameters)
+        self._values = values  # this process's part of them
+        self._lr = inner_lr
+        self._scale = scale
+        self._adam = _AdamState(values) if inner == "adam" else None
+
+    def __call__(self, loss: Tensor, keep: float = 0.0) -> None:
+        """Take a step, and add ``keep`` times the scaled gradient to ``.grad``."""
+        factor = keep or 1.0
+        scaled = loss * factor if self._scale is None else loss * (self._scale * factor)
+        found = gradients_of(scaled, self._parameters)
+        self.used = [
+            used or gradient is not None for used, gradient in zip(self.used, found, strict=True)
+        ]
+        parts = [None if gradient is None else local(gradient) for gradient in found]
+        self._move(_filled(parts, self._values), factor)
+        if keep:
+            add_gradients(self._parameters, found)
+
+    @torch.no_grad()
+    def _move(self, gradients: Gradients, factor: float) -> None:
+        if self._scale is not None:
+            gradients, finite = _unscaled(gradients, self._scale * factor)
+            self.verdict = torch.where(finite, self.verdict, torch.nan)
+            factor = 1.0
+        if self._adam is None:
+            torch._foreach_add_(self._values, gradients, alpha=-self._lr / factor)
+        else:
+            if factor != 1:
+                gradients = list(torch._foreach_div(gradients, factor))
+            self._adam.step(self._values, gradients, self._lr)
+        # Inside autocast, torch keeps low-precision copies of the weights: they are stale now.
+        torch.clear_autocast_cache()
+
+
+class _AdamState:
+    """torch's own Adam, on gradients that aren't in ``.grad``."""
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self._mean = [torch.zeros_like(parameter) for parameter in _real(parameters)]
+        self._square = [torch.zeros_like(parameter) for parameter in _real(parameters)]
+        self._fused = all(parameter.device.type in ("cpu", "cuda") for parameter in parameters)
+        # Where torch has no fused kernel, it reads the number of steps: that must be on the CPU.
+        self._steps = [
+            torch.zeros((), device=parameter.device if self._fused else "cpu")
+            for parameter in parameters
+        ]
+
+    def step(self, parameters: list[Tensor], gradients: Gradients, lr: float) -> None:
+        adam(
+            _real(parameters),
+            _real(gradients),
+            self._mean,
+            self._square,
+            [],
+            self._steps,
+            fused=self._fused,
+            foreach=not self._fused,
+            amsgrad=False,
+            beta1=0.9,
+            beta2=0.999,
+            lr=lr,
+            weight_decay=0.0,
+            eps=1e-8,
+            maximize=False,
+        )
 
 
 def second_order(
@@ -212,8 +362,9 @@ def second_order(
     inner: InnerOptimizer,
     inner_lr: float,
     inner_steps: int,
+    scale: Tensor | None = None,
 ) -> MetaGradient:
-    """Gradient of the query loss through the inner steps (MAML, Finn et al. 2017).
+    """Gradient of the query loss through the inner steps.
 
     Args:
         closure: Per-sample losses of some rows, rows (R,) -> (R,), by way of ``model``.
@@ -224,18 +375,22 @@ def second_order(
         inner: Rule of the inner steps.
         inner_lr: Their step size > 0.
         inner_steps: Their number >= 1.
+        scale: As for :func:`first_order`.
 
     Returns:
-        The gradients and the losses, averaged over tasks. The model's own parameters never change;
-        its buffers keep what the first pass, at theta, made of them.
+        The gradients and the losses, averaged over tasks; the losses unscaled. The model's own
+        parameters never change; its buffers keep what the first pass, at theta, made of them.
 
     Raises:
         ValueError: If a parameter isn't one of the model's.
+
+    Source: Finn, Abbeel, Levine: Model-Agnostic Meta-Learning for Fast Adaptation of Deep Networks,
+    ICML 2017.
     """
     harness = _ClosureModule(model, closure)
     names = _names(harness, parameters)
     buffers = list(model.buffers())
-    meta = _Accumulator(parameters)
+    losses = []
     after_first_pass: list[Tensor] = []
 
     def loss_at(values: Sequence[Tensor], rows: Tensor) -> Tensor:
@@ -243,93 +398,33 @@ def second_order(
         losses: Tensor = functional_call(harness, replaced, (rows,), tie_weights=True)
         return objective(losses, rows, values)
 
-    with restored(buffers):
+    with _empty_gradients(parameters), restored(buffers):
         for task in tasks:
-            direction = _direction(inner)
+            direction = AdamDirection() if inner == "adam" else list
             fast = list(parameters)
+            factor: Tensor | float = 1.0 if scale is None else scale
             for k in range(inner_steps):
                 loss = loss_at(fast, task.support)
-                gradients = meta.gradients_of(loss, fast, create_graph=True)
                 if k == 0:
-                    support_loss = loss.detach()
-                    after_first_pass = after_first_pass or [b.clone() for b in buffers]
+                    losses.append(loss.detach())
+                    after_first_pass = after_first_pass or _copies(buffers)
+                found = torch.autograd.grad(
+                    loss if scale is None else loss * scale,
+                    fast,
+                    create_graph=True,
+                    allow_unused=True,
+                )
+                gradients = _filled(found, fast)
+                if scale is not None:
+                    gradients, finite = _unscaled(gradients, scale)
+                    factor = torch.where(finite, factor, torch.nan)
                 fast = list(torch._foreach_add(fast, direction(gradients), alpha=-inner_lr))
             query_loss = loss_at(fast, task.query)
-            meta.add(meta.gradients_of(query_loss, parameters), support_loss, query_loss)
+            losses.append(query_loss.detach())
+            torch.autograd.backward(query_loss * (factor / len(tasks)), inputs=list(parameters))
+        summed: list[Tensor | None] = [parameter.grad for parameter in parameters]
     _copy(buffers, after_first_pass)
-    return meta.mean()
-
-
-def gradients_of(
-    loss: Tensor, parameters: Sequence[Tensor], *, create_graph: bool = False
-) -> list[Tensor | None]:
-    """Gradients of a loss that leave ``.grad`` as it is.
-
-    Args:
-        loss: Shape ().
-        parameters: Leaf tensors that require grad, or non-leaves of the loss's graph.
-        create_graph: Whether the gradients will be differentiated in turn.
-
-    Returns:
-        One for each parameter; None for one that the loss doesn't use.
-    """
-    if not any(is_sharded(parameter) for parameter in parameters):
-        return list(
-            torch.autograd.grad(
-                loss, list(parameters), create_graph=create_graph, allow_unused=True
-            )
-        )
-    # FSDP2 computes with gathered copies; only its hooks, which backward() runs, know how their
-    # gradients come back to the shards.
-    earlier = [parameter.grad for parameter in parameters]
-    for parameter in parameters:
-        parameter.grad = None
-    torch.autograd.backward(loss)
-    found = [parameter.grad for parameter in parameters]
-    for parameter, gradient in zip(parameters, earlier, strict=True):
-        parameter.grad = gradient
-    return found
-
-
-class _Accumulator:
-    """Averages the gradients of tasks; a parameter that no loss used ends with no gradient."""
-
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
-        self._parameters = parameters
-        self._used = [False] * len(parameters)
-        self._total: Gradients = []
-        self._losses: list[Tensor] = []
-
-    def gradients_of(
-        self, loss: Tensor, parameters: Sequence[Tensor], *, create_graph: bool = False
-    ) -> Gradients:
-        found = gradients_of(loss, parameters, create_graph=create_graph)
-        self._used = [
-            used or gradient is not None for used, gradient in zip(self._used, found, strict=True)
-        ]
-        return [
-            torch.zeros_like(local(parameter)) if gradient is None else local(gradient)
-            for parameter, gradient in zip(parameters, found, strict=True)
-        ]
-
-    def add(self, gradients: Gradients, support_loss: Tensor, query_loss: Tensor) -> None:
-        if self._total:
-            torch._foreach_add_(self._total, gradients)
-        else:
-            self._total = gradients
-        self._losses.append(torch.stack([support_loss.detach(), query_loss.detach()]))
-
-    def mean(self) -> MetaGradient:
-        if len(self._losses) > 1:
-            torch._foreach_div_(self._total, len(self._losses))
-        gradients = [
-            sharded_like(total, parameter) if used else None
-            for total, parameter, used in zip(
-                self._total, self._parameters, self._used, strict=True
-            )
-        ]
-        support_loss, query_loss = torch.stack(self._losses).mean(dim=0)
-        return MetaGradient(gradients, support_loss, query_loss)
+    return MetaGradient(summed, *_mean(losses))
 
 
 class _ClosureModule(nn.Module):
@@ -355,15 +450,61 @@ def _names(module: nn.Module, parameters: Sequence[Tensor]) -> list[str]:
     return [name_of[id(parameter)] for parameter in parameters]
 
 
-@torch.no_grad()
-def _move(targets: Sequence[Tensor], directions: Sequence[Tensor], length: float) -> None:
-    torch._foreach_add_(list(targets), list(directions), alpha=length)
-    torch.clear_autocast_cache()
+def _filled(found: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> Gradients:
+    """Gradients, 0 for what wasn't used."""
+    if any(gradient is not None and gradient.is_sparse for gradient in found):
+        raise TypeError(
+            "a parameter has a sparse gradient, which inner steps can't take; use meta='none', or "
+            "sparse=False in the embedding"
+        )
+    return [
+        torch.zeros_like(parameter) if gradient is None else gradient
+        for parameter, gradient in zip(parameters, found, strict=True)
+    ]
+
+
+def _real(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Complex tensors as pairs of real ones, on the same memory; the others as they are."""
+    return [torch.view_as_real(x) if x.is_complex() else x for x in tensors]
+
+
+def _where_used(gradients: Sequence[Tensor], used: Sequence[bool]) -> list[Tensor | None]:
+    return [g if was_used else None for g, was_used in zip(gradients, used, strict=True)]
+
+
+def _unscaled(gradients: Gradients, scale: Tensor) -> tuple[Gradients, Tensor]:
+    """Gradients over ``scale``, and whether all are finite, shape (); 0 where not."""
+    unscaled = torch._foreach_div(gradients, scale)
+    finite = torch.stack(torch._foreach_norm(unscaled)).isfinite().all()
+    return [gradient.masked_fill(~finite, 0) for gradient in unscaled], finite
+
+
+@contextmanager
+def _empty_gradients(parameters: Sequence[Tensor]) -> Iterator[None]:
+    """Set ``.grad`` aside, and put it back on leaving."""
+    held = [parameter.grad for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for parameter, gradient in zip(parameters, held, strict=True):
+            parameter.grad = gradient
+
+
+def _mean(losses: Sequence[Tensor]) -> Tensor:
+    """Support and query losses in turn, averaged over tasks, shape (2,)."""
+    return torch.stack(list(losses)).view(-1, 2).mean(dim=0)
+
+
+def _copies(tensors: Sequence[Tensor]) -> list[Tensor]:
+    copies = [torch.empty_like(tensor) for tensor in tensors]
+    _copy(copies, tensors)
+    return copies
 
 
 @torch.no_grad()
 def _copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     if targets:
         torch._foreach_copy_(list(targets), list(sources))
-        # Inside autocast, torch keeps low-precision copies of the weights: they are stale now.
         torch.clear_autocast_cache()

@@ -3,19 +3,33 @@
 import logging
 from collections import ChainMap
 from collections.abc import Callable, Iterable, MutableMapping, Sequence
+from functools import partial
 from typing import Any, Literal, NamedTuple, cast, get_args, overload
 
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.optim import Optimizer
 from typing_extensions import Self, override
 
 from comet_meta import distributed
-from comet_meta.checks import FiniteCheck, as_index, check_losses
+from comet_meta.checks import as_index, check_losses
+from comet_meta.faults import (
+    Look,
+    LossWatch,
+    all_finite,
+    check_parameters,
+    evaluating,
+    everywhere,
+    undone_on_error,
+    warn_of_dropped,
+    warn_of_left_out,
+)
 from comet_meta.inner_loop import (
     InnerOptimizer,
     MetaGradient,
     Task,
+    add_gradients,
     first_order,
     gradients_of,
     second_order,
@@ -34,6 +48,8 @@ Closure = Callable[[Tensor], Tensor]
 class StepReport(NamedTuple):
     """What one full step did, as detached tensors of shape (); reading one waits for its device.
 
+    The losses of a batch that was left out are NaN.
+
     Attributes:
         objective: Weighted loss plus penalty of the whole batch; support and query losses in
             proportion to their rows, the latter at the adapted parameters.
@@ -42,6 +58,8 @@ class StepReport(NamedTuple):
         strength: lambda(Sigma) that the step used; 0 without a regularizer.
         mean_weight: Mean confidence of the batch, in [0, 1].
         min_weight: Least confidence in the batch, in [0, 1].
+        dropped: Number of samples left out because their loss was NaN or infinite; the whole batch
+            if none of it could be learned from.
     """
 
     objective: Tensor
@@ -50,6 +68,7 @@ class StepReport(NamedTuple):
     strength: Tensor
     mean_weight: Tensor
     min_weight: Tensor
+    dropped: Tensor
 
 
 class CoMetOptimizerWrapper(Optimizer):
@@ -61,6 +80,11 @@ class CoMetOptimizerWrapper(Optimizer):
     Level 1, drop-in: :meth:`objective` turns per-sample losses into the weighted, regularised
     objective; ``backward()`` and :meth:`step` stay the loop's own. Level 2, the full method:
     ``step(closure, index)`` also takes the meta-step of ``meta``.
+
+    A sample whose loss is NaN or infinite is left out and named in a warning (logging). A step that
+    can't be taken without it is skipped, and a warning says so; parameters and state of the wrapped
+    optimizers are then untouched. On CUDA, losses are looked at when the backward pass is queued
+    already, so that the device never waits.
 
     Args:
         optimizer: The optimizer to wrap, or a sequence of them. LBFGS is refused, because it
@@ -145,7 +169,7 @@ class CoMetOptimizerWrapper(Optimizer):
             generator = torch.Generator()
             generator.manual_seed(distributed.agreed_seed(torch.initial_seed()))
         self.generator = generator
-        self._finite = FiniteCheck()
+        self._watch = LossWatch()
         self.defaults = self.optimizers[0].defaults
         super().__setstate__({})  # the hooks and profiling that every torch optimizer has
         if meta != "none" and model is None:
@@ -198,8 +222,13 @@ class CoMetOptimizerWrapper(Optimizer):
         model little. With a regularizer, the losses of a random ``query_fraction`` of the batch
         count as validation losses for its next value.
 
+        Samples whose loss is NaN or infinite don't count, as if the batch had come without them.
+        Their gradients may still be NaN where such values entered the model; :meth:`step` then
+        skips the step.
+
         Args:
-            losses: Per-sample losses with their graph, shape (B,).
+            losses: Per-sample losses with their graph, shape (B,). Without one, as in validation,
+                nothing is left out or kept.
             index: Positions of the samples in the data set, shape (B,); needed with a weighter.
 
         Returns:
@@ -207,19 +236,31 @@ class CoMetOptimizerWrapper(Optimizer):
 
         Raises:
             TypeError: If losses or index have a wrong dtype.
-            ValueError: If losses are not (B,), are empty or not finite, or index is missing.
+            ValueError: If losses are not (B,) or are empty, or index is missing; or if no loss is
+                finite because the parameters aren't.
             IndexError: If a position lies outside the data set.
         """
         check_losses(losses)
         index = self._checked_index(index, losses.numel())
-        self._finite(losses, index)
+        self._settle()
         penalty = self._penalty(self._trained())
         weighted = self._weights(index, losses.numel()).to(losses) * losses
-        share = distributed.share(losses.numel(), losses.device)
+        if not losses.requires_grad:
+            return weighted.mean() + penalty  # nothing is learned from it
+        finite = torch.isfinite(losses.detach())
+        kept = torch.where(finite, weighted, 0)
+        # The factor is exactly 1 where all losses are finite.
+        rows = finite.sum()
+        part = distributed.share(rows, losses.device)
+        mean = kept.mean() * (len(finite) / rows.clamp_min(1) * part).to(losses)
+        observed = None
         if self.regularizer is not None and self._splits(losses.numel()):
             with torch.no_grad():
-                self._observe(*(self._support_query(weighted) * share + penalty))
-        return weighted.mean() * share + penalty
+                observed = self._support_query(kept) * part + penalty
+        self._watch.add(finite, index, observed)
+        if losses.device.type == "cpu":
+            self._settle()
+        return mean + penalty
 
     @overload  # type: ignore[override]
     def step(self, closure: Callable[[], float] | None = None) -> float | None: ...
@@ -234,15 +275,22 @@ class CoMetOptimizerWrapper(Optimizer):
         """Take a step.
 
         Without ``index``: step the wrapped optimizers on the gradients there are (level 1). With
-        ``index``: compute the meta-gradient from the closure, put it in the parameters' ``.grad``
-        (replacing what is there) and step (level 2). To clip these gradients, register a step
-        pre-hook on a wrapped optimizer.
+        ``index``: clear the gradients, compute the meta-gradient (:meth:`backward`) and step
+        (level 2). To clip it, register a step pre-hook on a wrapped optimizer, or call
+        ``backward`` and ``step()`` yourself.
+
+        If a loss turns out not to be finite, the closure gives all rows' losses once more, with
+        ``model`` in eval mode, so that batch norm doesn't spread a NaN to the others. The step is
+        then computed anew without the samples that were found. If that fails too (fewer than two
+        are left to split, or inner steps or gradients diverge), it is skipped. Whatever the closure
+        raises leaves parameters, optimizer state, the generator and (with ``model``) buffers as
+        they were.
 
         Args:
             closure: With ``index``, a function from rows of the batch, shape (R,), to their losses
-                at the parameters' current values, shape (R,). It is called several times, never
-                with the same row in support and query. Without ``index``, as for any torch
-                optimizer.
+                at the parameters' current values, shape (R,). It is called several times, and
+                never learns from a row in both support and query. Without ``index``, as for any
+                torch optimizer.
             index: Positions of the batch's samples in the data set, shape (B,), B >= 2 unless
                 ``meta="none"``. Rows come on its device.
 
@@ -251,8 +299,8 @@ class CoMetOptimizerWrapper(Optimizer):
 
         Raises:
             TypeError: If losses or index have a wrong dtype, or the closure is missing.
-            ValueError: If the batch is empty or of one sample, or losses are not (R,) or not
-                finite. Parameters are then as they were before the step.
+            ValueError: If the batch is empty or of one sample, losses are not (R,), or the
+                parameters are NaN or infinite.
             IndexError: If a position lies outside the data set.
         """
         if index is None:
@@ -261,19 +309,68 @@ class CoMetOptimizerWrapper(Optimizer):
             raise TypeError(
                 "step(closure, index) needs a closure from rows of the batch to their losses"
             )
-        return self._full_step(cast("Closure", closure), as_index(index, self._num_samples))
+        self.zero_grad()
+        report = self.backward(cast("Closure", closure), index)
+        self._plain_step(None)
+        return report
 
     def _plain_step(self, closure: Callable[[], float] | None) -> float | None:
         loss: float | None = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for optimizer in self.optimizers:
-            optimizer.step()
+        self._settle()
+        if not self._watch.forbids_step(self._trained()):
+            for optimizer in self.optimizers:
+                optimizer.step()
         return loss
 
     @torch.enable_grad()
-    def _full_step(self, closure: Closure, index: Tensor) -> StepReport:
+    def backward(
+        self,
+        closure: Closure,
+        index: Tensor | Sequence[int],
+        *,
+        share: float = 1.0,
+        scaler: GradScaler | None = None,
+    ) -> StepReport:
+        """Add the meta-gradient of a batch to ``.grad``, as ``loss.backward()`` adds a gradient.
+
+        ``step(closure, index)`` is ``zero_grad``, ``backward`` and ``step``. Apart, they leave room
+        for gradient accumulation, clipping and a ``GradScaler``. With a scaler, enter autocast
+        inside the closure, and go on with ``scaler.unscale_``, ``scaler.step`` and
+        ``scaler.update`` as in any loop: a step whose inner or outer gradients overflow is skipped.
+
+        Args:
+            closure: From rows of the batch, shape (R,), to their losses, shape (R,); see
+                :meth:`step`.
+            index: Positions of the batch's samples in the data set, shape (B,).
+            share: What the gradient counts, > 0: 1 / n where n batches make up one step.
+            scaler: Scales the losses for float16 autocast; inner steps use unscaled gradients.
+
+        Returns:
+            The report; its losses are neither scaled nor shared out.
+
+        Raises:
+            TypeError: If losses or index have a wrong dtype.
+            ValueError: If the batch is empty or of one sample, losses are not (R,), the parameters
+                are NaN or infinite, or ``share`` isn't > 0. Gradients are then as before.
+            IndexError: If a position lies outside the data set.
+
+        Example:
+            Two batches to a step:
+
+            >>> data, model = torch.randn(16, 3), nn.Linear(3, 3)
+            >>> optimizer = CoMetOptimizerWrapper(torch.optim.SGD(model.parameters(), lr=0.1))
+            >>> for batch in torch.arange(16).split(8):
+            ...     def losses(rows): return (model(data[batch[rows]]) - 1).square().mean(dim=1)
+            ...     report = optimizer.backward(losses, batch, share=1 / 2)
+            >>> optimizer.step()
+            >>> optimizer.zero_grad()
+        """
+        index = as_index(index, self._num_samples)
+        if not share > 0:
+            raise ValueError(f"share is {share}; expected 1 / n where n batches make up a step")
         parameters = self._trained()
         if not parameters:
             raise ValueError("none of the optimizer's parameters requires grad: nothing to train")
@@ -285,35 +382,119 @@ class CoMetOptimizerWrapper(Optimizer):
             )
         weights = self._weights(index, len(index))
         strength = self._strength(parameters)
-        share = distributed.share(len(index), index.device)
-        # Where the framework averages each gradient by itself, the losses have to be scaled.
-        scale = share if sharded else 1.0
+        scale = None
+        if scaler is not None or share != 1:
+            scale = torch.full((), share, device=parameters[0].device)
+            scale = scale if scaler is None else scaler.scale(scale)
 
-        def objective(rows: Tensor) -> Tensor:
-            return soft_confident_loss(losses_of(rows), rows, parameters)
+        attempt = partial(
+            self._meta_gradient, parameters=parameters, scale=scale, scaled=scaler is not None
+        )
+        buffers = [] if self.model is None else list(self.model.buffers())
+        with undone_on_error(self.generator, buffers) as undo:
+            result = attempt(closure, weights)
+            if result is None:
+                undo()
+                kept = self._finite_rows(closure, index)
+                undo()
+                weights = weights[kept]
+                result = self._second_attempt(attempt, closure, kept, weights, parameters)
+                if result is None:
+                    undo()
+        self._watch.note(usable=result is not None)
+        dropped = len(index) - len(weights)
+        if result is not None:
+            earlier = [parameter.grad for parameter in parameters]
+            for parameter, gradient in zip(parameters, result.gradients, strict=True):
+                parameter.grad = gradient
+            part = distributed.share(len(weights), index.device)
+            distributed.average_gradients(parameters, part)
+            add_gradients(parameters, earlier)
+            support_loss, query_loss = result.support_loss, result.query_loss
+            if self.regularizer is not None and self._splits(len(index)):
+                pair = torch.stack([support_loss, query_loss])
+                self._observe(*(pair if sharded else pair * part))
+        else:
+            dropped = len(index)
+            support_loss = query_loss = strength.new_full((), torch.nan)
+            if scaler is not None:  # which asks for gradients, and skips the step for these
+                add_gradients(parameters, [torch.full_like(p, torch.nan) for p in parameters])
+        return StepReport(
+            objective=torch.lerp(support_loss, query_loss, self.query_fraction),
+            support_loss=support_loss,
+            query_loss=query_loss,
+            strength=strength,
+            mean_weight=weights.mean() if len(weights) else query_loss,
+            min_weight=weights.min() if len(weights) else query_loss,
+            dropped=torch.tensor(dropped),
+        )
+
+    def _second_attempt(
+        self,
+        attempt: Callable[[Closure, Tensor], MetaGradient | None],
+        closure: Closure,
+        kept: Tensor,
+        weights: Tensor,
+        parameters: Sequence[Tensor],
+    ) -> MetaGradient | None:
+        """The gradient of the samples that are left, weights (K,); None if there can't be one."""
+        enough = len(kept) >= (1 if self.meta == "none" else 2)
+        reason = "too few samples of the batch have a finite loss"
+        result = None
+        if everywhere(enough, parameters[0].device):
+            # A process whose own samples are all fine goes along, with all of them.
+            result = attempt(lambda rows: closure(kept[rows]), weights)
+            reason = (
+                "losses that are finite at the parameters, or their gradients, are not so in the "
+                "course of the step; lower inner_lr or the learning rate"
+            )
+        if result is None:
+            check_parameters(parameters)
+            warn_of_left_out(reason)
+        return result
+
+    def _meta_gradient(
+        self,
+        closure: Closure,
+        weights: Tensor,
+        parameters: list[Tensor],
+        scale: Tensor | None,
+        scaled: bool,
+    ) -> MetaGradient | None:
+        """The gradient of samples of weights (B,); None if one of their losses isn't finite."""
+        looks: list[Look] = []
+        # Where the framework averages each gradient by itself, the losses have to be scaled.
+        sharded = distributed.is_sharded(parameters[0])
+        part = distributed.share(len(weights), weights.device) if sharded else 1.0
 
         def losses_of(rows: Tensor) -> Tensor:
             losses = closure(rows)
             check_losses(losses, len(rows))
-            self._finite(losses, index[rows])
             return losses
 
         def soft_confident_loss(losses: Tensor, rows: Tensor, at: Sequence[Tensor]) -> Tensor:
-            return (weights[rows].to(losses) * losses).mean() * scale + self._penalty(at)
+            loss = (weights[rows].to(losses) * losses).mean() * part + self._penalty(at)
+            # A NaN or infinite loss shows in the mean, whatever its weight: 0 * inf is NaN.
+            looks.append(Look(torch.isfinite(loss.detach())))
+            return loss
 
         generator = distributed.own_generator(self.generator)
-        lone = len(index) == 1 and self._splits(1)  # other processes have more of this batch
+        lone = len(weights) == 1 and self._splits(1)  # other processes have more of this batch
         if self.meta == "none" or lone:
-            result = self._undivided_gradient(losses_of, weights, parameters, scale)
+            result = self._undivided_gradient(
+                losses_of, soft_confident_loss, weights, parameters, scale, part
+            )
         else:
             tasks = [
-                Task(task.support.to(index.device), task.query.to(index.device))
-                for task in split_tasks(len(index), self.tasks, self.query_fraction, generator)
+                # Not to wait for the device, which a copy of ordinary memory otherwise does.
+                Task(*(rows.to(weights.device, non_blocking=True) for rows in task))
+                for task in split_tasks(len(weights), self.tasks, self.query_fraction, generator)
             ]
             inner: dict[str, Any] = {
                 "inner": self.inner_optimizer,
                 "inner_lr": self.inner_lr,
                 "inner_steps": self.inner_steps,
+                "scale": scale,
             }
             if self.meta == "maml":
                 model = cast("nn.Module", self.model)
@@ -323,38 +504,47 @@ class CoMetOptimizerWrapper(Optimizer):
             else:
                 buffers = [] if self.model is None else list(self.model.buffers())
                 result = first_order(
-                    objective, parameters, tasks, mode=self.meta, buffers=buffers, **inner
+                    lambda rows: soft_confident_loss(losses_of(rows), rows, parameters),
+                    parameters,
+                    tasks,
+                    mode=self.meta,
+                    buffers=buffers,
+                    **inner,
                 )
-        for parameter, gradient in zip(parameters, result.gradients, strict=True):
-            parameter.grad = gradient
-        distributed.average_gradients(parameters, share)
-        for optimizer in self.optimizers:
-            optimizer.step()
-        if self.regularizer is not None and self._splits(len(index)):
-            losses = torch.stack([result.support_loss, result.query_loss])
-            self._observe(*(losses if sharded else losses * share))
-        return StepReport(
-            objective=torch.lerp(result.support_loss, result.query_loss, self.query_fraction),
-            support_loss=result.support_loss,
-            query_loss=result.query_loss,
-            strength=strength,
-            mean_weight=weights.mean(),
-            min_weight=weights.min(),
-        )
+        sound = all(looks)
+        device = parameters[0].device
+        # Elsewhere it would mean waiting for the backward pass; a scaler looks itself.
+        if device.type == "cpu" and not scaled:
+            sound = sound and all_finite([g for g in result.gradients if g is not None])
+        return result if everywhere(sound, device) else None
+
+    @torch.no_grad()
+    def _finite_rows(self, closure: Closure, index: Tensor) -> Tensor:
+        """Rows of the batch whose loss is finite at the parameters; the others are named."""
+        with evaluating(self.model):
+            losses = closure(torch.arange(len(index), device=index.device))
+        check_losses(losses, len(index))
+        finite = torch.isfinite(losses)
+        warn_of_dropped(finite, index)
+        return finite.to(index.device).nonzero().flatten()
 
     def _undivided_gradient(
         self,
         losses_of: Closure,
+        objective: Callable[[Tensor, Tensor, Sequence[Tensor]], Tensor],
         weights: Tensor,
         parameters: Sequence[Tensor],
-        scale: Tensor | float,
+        scale: Tensor | None,
+        part: Tensor | float,
     ) -> MetaGradient:
         """The gradient of the whole batch, its losses told apart only for the report."""
-        losses = losses_of(torch.arange(len(weights), device=weights.device))
-        weighted = weights.to(losses) * losses * scale
-        penalty = self._penalty(parameters)
-        gradients = gradients_of(weighted.mean() + penalty, parameters)
-        support_loss, query_loss = self._support_query(weighted.detach()) + penalty.detach()
+        rows = torch.arange(len(weights), device=weights.device)
+        losses = losses_of(rows)
+        loss = objective(losses, rows, parameters)
+        gradients = gradients_of(loss if scale is None else loss * scale, parameters)
+        with torch.no_grad():
+            weighted = weights.to(losses) * losses * part
+            support_loss, query_loss = self._support_query(weighted) + self._penalty(parameters)
         return MetaGradient(gradients, support_loss, query_loss)
 
     def _splits(self, batch_size: int) -> bool:
@@ -404,6 +594,11 @@ class CoMetOptimizerWrapper(Optimizer):
         if self.regularizer is None:
             return torch.zeros((), device=parameters[0].device)
         return self.regularizer.strength.to(parameters[0].device)
+
+    def _settle(self) -> None:
+        """Look at the objective's batches that haven't been looked at."""
+        for losses in self._watch.read():
+            self._observe(*losses)
 
     def _observe(self, train_loss: Tensor, validation_loss: Tensor) -> None:
         if self.regularizer is not None:
@@ -456,10 +651,8 @@ class CoMetOptimizerWrapper(Optimizer):
         Returns:
             Tensors and plain containers only: ``torch.load(..., weights_only=True)`` reads it.
 
-        Raises:
-            ValueError: If the last batch's losses turn out not to be finite.
         """
-        self._finite.flush()
+        self._settle()
         return {
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "weighter": None if self.weighter is None else self.weighter.state_dict(),
@@ -505,6 +698,7 @@ class CoMetOptimizerWrapper(Optimizer):
         state = dict(self.__dict__)
         # Schedulers replace step on the instance by a wrapper that can't be copied.
         state.pop("step", None)
+        state["_watch"] = LossWatch()
         state["generator"] = self.generator.get_state()
         return state
 

@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from comet_meta.distributed import sum_of_squares
+from comet_meta.distributed import is_sharded, sum_of_squares
 
 _DET_RANGE = (1e-6, 100.0)
 
@@ -52,6 +53,25 @@ def model_uncertainty(covariance: Tensor) -> Tensor:
     """
     (a, b), (c, d) = covariance
     return torch.log1p((a * d - b * c).clamp(*_DET_RANGE)) / math.log(101)
+
+
+class _SquaredNorm(torch.autograd.Function):
+    """||theta||^2 of a list of tensors, shape ().
+
+    It reads the parameters once and writes their gradient once, where autograd's own rules take
+    several passes over memory. Twice differentiable everywhere, also at 0, as MAML needs it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *parameters: Tensor) -> Tensor:
+        ctx.save_for_backward(*parameters)
+        return torch.stack(torch._foreach_norm(parameters)).square().sum()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
+        # No foreach: torch can't differentiate its product with a tensor once more.
+        factor = 2 * gradient
+        return tuple(parameter * factor for parameter in ctx.saved_tensors)
 
 
 class CovarianceMetaRegularizer(nn.Module):
@@ -156,8 +176,9 @@ class CovarianceMetaRegularizer(nn.Module):
         chosen = [p for p in parameters if p.dim() > 1 or not self.exclude_1d]
         if not chosen:
             return self.pairs.new_zeros(())
-        squares = sum_of_squares(chosen)
-        return self.strength.to(squares.device) * squares
+        sharded = is_sharded(chosen[0])
+        square: Tensor = sum_of_squares(chosen) if sharded else _SquaredNorm.apply(*chosen)
+        return self.strength.to(square.device) * square
 
     def extra_repr(self) -> str:
         """The settings, for ``repr``."""

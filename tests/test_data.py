@@ -1,5 +1,6 @@
 """Loader helpers."""
 
+import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -26,3 +27,13 @@ def test_scores_carry_no_graph():
     theta = torch.ones(1, requires_grad=True)
     loader = DataLoader(IndexedDataset(torch.randn(6)), batch_size=3)
     assert not collect_scores(lambda batch: theta * batch, loader).requires_grad
+
+
+def test_a_score_that_is_not_finite_is_the_most_suspect(caplog):
+    scores = torch.tensor([1.0, torch.nan, 3.0, torch.inf, -torch.inf, 2.0])
+    loader = DataLoader(IndexedDataset(scores), batch_size=4)
+    assert collect_scores(lambda batch: batch, loader).tolist() == [1, 3, 3, 3, 3, 2]
+    assert "scores of 3 of 6 samples are NaN or infinite" in caplog.text
+    assert "samples [1, 3, 4]" in caplog.text
+    with pytest.raises(ValueError, match="no sample's score is finite"):
+        collect_scores(lambda batch: batch * torch.nan, loader)

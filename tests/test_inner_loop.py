@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from comet_meta import CoMetOptimizerWrapper, CovarianceMetaRegularizer, SoftConfidentWeighter
-from comet_meta.inner_loop import AdamDirection, first_order, second_order, split_tasks
+from comet_meta.inner_loop import AdamDirection, Task, first_order, second_order, split_tasks
 
 FIRST_ORDER = ("fomaml", "mldg", "reptile")
 
@@ -304,3 +304,60 @@ def test_inner_steps_are_seen_inside_autocast():
             torch.arange(4),
         )
     assert report.query_loss < 0.9 * report.support_loss
+
+
+@pytest.mark.parametrize("mode", FIRST_ORDER)
+@pytest.mark.parametrize("inner", ["sgd", "adam"])
+@pytest.mark.parametrize("scaled", [True, False])
+def test_the_device_is_never_waited_for(mode, inner, scaled):
+    # On the meta device there are no values: whatever looks at one raises.
+    with torch.device("meta"):
+        model, data = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), torch.randn(32, 4)
+        tasks = [Task(torch.arange(7), torch.arange(3)) for _ in range(2)]
+        scale = torch.ones(())
+    with pytest.raises(RuntimeError, match="meta"):
+        bool(data.isfinite().all())
+    result = first_order(
+        lambda rows: model(data[rows]).square().mean(),
+        list(model.parameters()),
+        tasks,
+        mode=mode,
+        inner=inner,
+        inner_lr=0.1,
+        inner_steps=2,
+        buffers=list(model.buffers()),
+        scale=scale if scaled else None,
+    )
+    assert result.query_loss.device.type == "meta"
+
+
+@pytest.mark.parametrize("mode", FIRST_ORDER)
+@pytest.mark.parametrize("steps", [1, 3])
+def test_first_order_adam_equals_an_inner_loop_with_torchs_own(mode, steps):
+    torch.manual_seed(0)
+    model, data, lr = Net(), torch.randn(10, 3).double(), 0.05
+    (task,) = split_tasks(10, 1, 0.3)
+    settings = {"mode": mode, "inner": "adam", "inner_lr": lr, "inner_steps": steps}
+    parameters = list(model.parameters())
+    theta = [p.detach().clone() for p in parameters]
+
+    def gradients(rows):
+        return torch.autograd.grad(model.losses(data[rows]).mean(), parameters)
+
+    found = first_order(
+        lambda rows: model.losses(data[rows]).mean(), parameters, [task], **settings
+    )
+    support = gradients(task.support)
+    adam = torch.optim.Adam(parameters, lr=lr)
+    for _ in range(steps):
+        for p, g in zip(parameters, gradients(task.support), strict=True):
+            p.grad = g
+        adam.step()
+    query = gradients(task.query)
+    expected = {
+        "fomaml": query,
+        "mldg": [0.7 * s + 0.3 * q for s, q in zip(support, query, strict=True)],
+        "reptile": [(t - p) / (lr * steps) for t, p in zip(theta, parameters, strict=True)],
+    }[mode]
+    for ours, reference in zip(found.gradients, expected, strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-9, atol=1e-12)

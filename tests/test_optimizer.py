@@ -302,6 +302,152 @@ def test_the_drop_in_objective_works_with_a_gradient_scaler():
         assert torch.isfinite(ours).all()
 
 
+def micro_batches(optimizer, model, batches, **options):
+    for index in batches:
+        optimizer.backward(
+            lambda rows, index=index: losses_of(model, DATA[index][rows]),
+            index,
+            share=1 / len(batches),
+            **options,
+        )
+    return [p.grad.clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("meta", MODES)
+@pytest.mark.parametrize("inner", ["sgd", "adam"])
+def test_gradients_of_micro_batches_add_up(meta, inner):
+    batches = torch.arange(32).split(8)
+    options = {"meta": meta, "inner_lr": 0.05, "inner_steps": 2, "inner_optimizer": inner}
+    gradients = []
+    for share in (True, False):
+        model = autoencoder()
+        optimizer = CoMetOptimizerWrapper(
+            torch.optim.SGD(model.parameters(), lr=0.1), model=model, **options
+        )
+        optimizer.generator.manual_seed(0)
+        if share:
+            gradients.append(micro_batches(optimizer, model, batches))
+            continue
+        total = [torch.zeros_like(p) for p in model.parameters()]
+        for index in batches:
+            model.load_state_dict(autoencoder().state_dict())
+            before = [p.detach().clone() for p in model.parameters()]
+            optimizer.param_groups[0]["lr"] = 1.0
+            # With SGD and lr = 1, what a step takes away is its gradient.
+            optimizer.step(
+                lambda rows, model=model, index=index: losses_of(model, DATA[index][rows]), index
+            )
+            for t, b, p in zip(total, before, model.parameters(), strict=True):
+                t += (b - p.detach()) / len(batches)
+        gradients.append(total)
+    for ours, reference in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-6)
+
+
+def test_a_plain_loop_accumulates_the_objective_as_usual():
+    model, whole = autoencoder(), autoencoder()
+    model.eval()  # batch norm would tell the batches apart
+    whole.eval()
+    weighter = SoftConfidentWeighter(32, rule=lambda scores: 1 - scores / 40)
+    weighter.fit(torch.arange(32.0))
+    optimizers = [
+        CoMetOptimizerWrapper(torch.optim.AdamW(m.parameters(), lr=1e-2), weighter=weighter)
+        for m in (model, whole)
+    ]
+    for index in torch.arange(32).split(8):
+        (optimizers[0].objective(losses_of(model, DATA[index]), index) / 4).backward()
+    optimizers[1].objective(losses_of(whole, DATA), torch.arange(32)).backward()
+    for ours, reference in zip(model.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, reference.grad)
+
+
+@pytest.mark.parametrize("meta", MODES)
+@pytest.mark.parametrize("inner", ["sgd", "adam"])
+def test_a_gradient_scaler_changes_nothing_but_the_range(meta, inner):
+    results = []
+    for scaler in (None, torch.amp.GradScaler("cpu", init_scale=2.0**12)):
+        model = autoencoder()
+        optimizer = CoMetOptimizerWrapper(
+            torch.optim.SGD(model.parameters(), lr=0.1),
+            weighter=SoftConfidentWeighter(32),
+            meta=meta,
+            inner_lr=0.1,
+            inner_optimizer=inner,
+            tasks=2,
+            model=model,
+        )
+        optimizer.generator.manual_seed(0)
+        for _ in range(3):
+            optimizer.zero_grad()
+            micro_batches(optimizer, model, torch.arange(32).split(16), scaler=scaler)
+            if scaler is None:
+                optimizer.step()
+            else:
+                largest = max(p.grad.abs().max() for p in model.parameters())
+                scaler.unscale_(optimizer)
+                assert largest == 2**12 * max(p.grad.abs().max() for p in model.parameters())
+                scaler.step(optimizer)
+                scaler.update()
+        results.append(list(model.parameters()))
+    # Powers of two scale without rounding.
+    for ours, reference in zip(*results, strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("meta", MODES)
+def test_a_step_whose_inner_gradients_overflow_is_skipped_and_the_scale_lowered(meta):
+    model = autoencoder()
+    optimizer = CoMetOptimizerWrapper(
+        torch.optim.SGD(model.parameters(), lr=0.1), meta=meta, model=model
+    )
+    # float32 overflows at this scale, as float16 does at a usual one.
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, backoff_factor=2.0**-120)
+    before = [p.detach().clone() for p in model.parameters()]
+    for step in range(2):
+        optimizer.zero_grad()
+        report = optimizer.backward(
+            lambda rows: 100 * losses_of(model, DATA[rows]), torch.arange(32), scaler=scaler
+        )
+        assert torch.isfinite(report.objective)
+        scaler.step(optimizer)
+        scaler.update()
+        moved = any(not torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+        assert moved == (step == 1)
+    assert scaler.get_scale() == 2.0**7
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("meta", MODES)
+def test_the_full_method_trains_under_autocast_with_a_scaler(dtype, meta):
+    model = autoencoder()
+    optimizer = CoMetOptimizerWrapper(
+        torch.optim.AdamW(model.parameters(), lr=1e-2), meta=meta, model=model
+    )
+    scaler = torch.amp.GradScaler("cpu", enabled=dtype == torch.float16)
+
+    def losses(rows):
+        with torch.autocast("cpu", dtype):
+            return (model(DATA[rows]).float() - DATA[rows]).square().mean(dim=1)
+
+    before = losses_of(model, DATA).mean().item()
+    for _ in range(60):
+        optimizer.zero_grad()
+        optimizer.backward(losses, torch.arange(32), scaler=scaler)
+        scaler.step(optimizer)
+        scaler.update()
+    assert losses_of(model, DATA).mean().item() < 0.7 * before
+
+
+def test_gradients_that_are_one_tensor_are_accumulated_apart():
+    # autograd.grad gives a and b one and the same gradient, c one with a stride of 0.
+    a, b, c = (torch.zeros(4, requires_grad=True) for _ in range(3))
+    optimizer = CoMetOptimizerWrapper(torch.optim.SGD([a, b, c], lr=1.0), meta="mldg")
+    for _ in range(2):
+        optimizer.backward(lambda rows: (a + b)[rows] + c.sum(), torch.arange(4))
+    assert a.grad.tolist() == b.grad.tolist() == [0.5] * 4
+    assert c.grad.tolist() == [2.0] * 4
+
+
 def test_frozen_parameters_stay():
     model = autoencoder()
     model[0].requires_grad_(False)

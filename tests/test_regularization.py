@@ -69,6 +69,18 @@ def test_strength_starts_at_its_base_and_stays_bounded():
         assert 0.005 <= float(regularizer.strength) <= 0.005 * (1 + 0.5 * 0.151)
 
 
+def test_the_penalty_by_hand_and_its_derivatives():
+    regularizer = CovarianceMetaRegularizer(strength=0.5, gamma=0.0)
+    a = torch.tensor([[1.0, -2.0]], dtype=torch.float64, requires_grad=True)
+    b = torch.zeros(2, dtype=torch.float64, requires_grad=True)  # a norm has no gradient here
+    penalty = regularizer.penalty([a, b])
+    assert float(penalty.detach()) == pytest.approx(0.5 * 5)
+    gradients = torch.autograd.grad(penalty, [a, b])
+    assert [g.tolist() for g in gradients] == [[[1.0, -2.0]], [0.0, 0.0]]
+    assert torch.autograd.gradcheck(lambda *p: regularizer.penalty(p), (a, b))
+    assert torch.autograd.gradgradcheck(lambda *p: regularizer.penalty(p), (a, b))
+
+
 def test_losses_that_do_not_vary_are_certain():
     regularizer = CovarianceMetaRegularizer()
     for _ in range(6):
@@ -89,3 +101,58 @@ def test_state_survives_saving():
 def test_a_loss_that_is_not_finite_is_refused_not_swallowed():
     with pytest.raises(ValueError, match="expected finite"):
         CovarianceMetaRegularizer().update(torch.tensor(torch.nan), torch.tensor(1.0))
+
+
+def test_pairs_that_do_not_count_change_nothing():
+    pairs = torch.tensor([[1.0, 2.0], [2.0, 1.0], [4.0, 5.0]], dtype=torch.float64)
+    rubbish = torch.tensor([[1e3, -1e3], [7.0, 0.0]], dtype=torch.float64)
+    valid = torch.tensor([False, True, True, False, True])
+    mixed = torch.stack([rubbish[0], pairs[0], pairs[1], rubbish[1], pairs[2]])
+    torch.testing.assert_close(loss_covariance(mixed, valid), loss_covariance(pairs))
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_losses_that_vary_have_variance_one_however_few(count):
+    pairs = torch.tensor([[1.0, 5.0], [2.0, 3.0], [3.0, 1.0], [4.0, -1.0]])[:count]
+    expected = torch.tensor([[1.0, -1.0], [-1.0, 1.0]])
+    torch.testing.assert_close(loss_covariance(pairs), expected)
+    padded = torch.cat([pairs, torch.full((3, 2), 9.0)])
+    torch.testing.assert_close(loss_covariance(padded, torch.arange(count + 3) < count), expected)
+
+
+def test_no_pair_and_one_pair_have_no_covariance():
+    assert torch.equal(loss_covariance(torch.zeros(0, 2)), torch.zeros(2, 2))
+    assert torch.equal(loss_covariance(torch.tensor([[3.0, 4.0]])), torch.zeros(2, 2))
+
+
+@pytest.mark.parametrize("level", [1e-3, 1.0, 1e4])
+def test_variation_counts_from_rounding_error_on_each_loss_by_its_own_measure(level):
+    eps = torch.finfo(torch.float32).eps
+    steps = torch.tensor([0.0, 1.0, 2.0])
+    rounding = level * (1 + steps * eps)  # the last bits: no variation
+    real = level * (1 + steps * 64 * eps)
+    other = torch.tensor([1e6, 3e6, 2e6])  # large beside it, which must not matter
+    assert loss_covariance(torch.stack([rounding, other], dim=1))[0, 0] == 0
+    assert loss_covariance(torch.stack([real, other], dim=1))[0, 0] == pytest.approx(1)
+
+
+def test_the_defaults_are_the_papers():
+    regularizer = CovarianceMetaRegularizer()
+    assert (regularizer.base_strength, regularizer.gamma, regularizer.window) == (0.005, 0.5, 5)
+    assert regularizer.count.dtype == torch.int64
+    assert CovarianceMetaRegularizer(window=2).pairs.shape == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"strength": -1.0}, "strength is -1.0; expected a finite number >= 0"),
+        ({"strength": math.inf}, "strength is inf; expected"),
+        ({"gamma": -0.5}, "gamma is -0.5; expected"),
+        ({"gamma": math.nan}, "gamma is nan; expected"),
+        ({"window": 1}, "window is 1; expected at least 2 loss pairs"),
+    ],
+)
+def test_arguments_out_of_range_are_named(arguments, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        CovarianceMetaRegularizer(**arguments)

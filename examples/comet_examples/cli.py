@@ -1,6 +1,7 @@
 """The command line that the example scripts share."""
 
 import argparse
+import io
 import logging
 import sys
 from collections.abc import Sequence
@@ -12,6 +13,8 @@ import torch
 
 from comet_examples.backbones import PAPER_BACKBONE, BackboneError, load_backbone
 from comet_examples.datasets import DATASETS, DatasetError, Transform, oracle
+from comet_examples.download import DownloadError
+from comet_examples.files import BusyError
 from comet_examples.presets import PRESETS, Preset, preset_for
 from comet_examples.report import table
 from comet_examples.session import Session
@@ -41,10 +44,12 @@ def main(detector: str, dataset: str, argv: Sequence[str] | None = None) -> int:
         The exit status: 0 done, 1 a category failed, 2 wrong arguments or data, 130 interrupted.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files needn't be printable
     options = _options(detector, dataset, argv)
     try:
         return _run(options, detector)
-    except (BackboneError, DatasetError, ResumeError) as error:
+    except (BackboneError, BusyError, DatasetError, DownloadError, ResumeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -130,7 +135,11 @@ def _parser(detector: str, dataset: str) -> argparse.ArgumentParser:
         "%(default)s)",
     )
     model.add_argument("--backbone", help="name of a timm model (default: the preset's)")
-    model.add_argument("--weights", help=".pth or .safetensors file of the backbone, or 'random'")
+    model.add_argument(
+        "--weights",
+        help=".pth or .safetensors file of the backbone, its address https://...#sha256=..., or "
+        "'random'",
+    )
     training = parser.add_argument_group("training")
     training.add_argument(
         "--epochs", type=_count, help="passes over the training set (default: the preset's)"
@@ -165,7 +174,7 @@ def _run(options: argparse.Namespace, detector: str) -> int:
     source = DATASETS[options.dataset]
     preset = _preset(options, detector)
     names = options.category or ["all"]
-    categories = source.categories(options.data_root) if names == ["all"] else names
+    categories = source.categories(options.data_root) if names == ["all"] else dict.fromkeys(names)
     splits = [source.load(options.data_root, name) for name in categories]
     session = Session(
         detector=detector,

@@ -33,5 +33,5 @@ def memory_prior(batches: Iterable[Sequence[Tensor]]) -> Tensor:
 
 def _patches(levels: Sequence[Tensor]) -> Tensor:
     """All levels on one coarse grid, shape (B, C, 6, 6), or less where the levels are smaller."""
-    size = [min(_GRID, side) for side in levels[-1].shape[-2:]]
-    return torch.cat([F.adaptive_avg_pool2d(level, size) for level in levels], dim=1)
+    height, width = (min(_GRID, side) for side in levels[-1].shape[-2:])
+    return torch.cat([F.adaptive_avg_pool2d(level, (height, width)) for level in levels], dim=1)

@@ -122,7 +122,7 @@ class Experiment:
         samples = oracle(split).train if settings.method == "oracle" else split.train
         content = f"{[sample.path for sample in samples]} {self.preset} {self._detector}"
         content += self._extractor.fingerprint
-        digest = hashlib.sha256(content.encode()).hexdigest()[:12]
+        digest = hashlib.sha256(content.encode(errors="surrogateescape")).hexdigest()[:12]
         training = train(
             self._build,
             self._rows(samples),

@@ -268,5 +268,6 @@ def _key(extractor: FeatureExtractor, paths: Sequence[Path], transform_key: str)
     digest = hashlib.sha256(f"{extractor.fingerprint} {transform_key}".encode())
     for path in paths:
         status = path.stat()
-        digest.update(f"{path.resolve()} {status.st_size} {status.st_mtime_ns}\n".encode())
+        digest.update(os.fsencode(path.resolve()))  # names needn't be valid UTF-8
+        digest.update(f" {status.st_size} {status.st_mtime_ns}\n".encode())
     return digest.hexdigest()[:32]

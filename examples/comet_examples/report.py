@@ -12,6 +12,7 @@ from comet_examples.datasets import Sample, Transform, load_image, load_mask
 from comet_meta import SoftConfidentWeighter
 
 mpl.rcParams.update({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False})
+mpl.rcParams["text.parse_math"] = False  # names are names, whatever dollar signs they have
 _GOOD, _BAD, _UNKNOWN = "#4c78a8", "#e4572e", "#9d9da1"
 _KINDS = {
     0: ("normal", _GOOD),
@@ -178,9 +179,14 @@ def table(rows: Sequence[Mapping[str, str | float]]) -> str:
     return "\n".join(lines)
 
 
+def printable(name: str) -> str:
+    """A file's name with escapes for bytes that are no valid text, which no font can draw."""
+    return name.encode(errors="backslashreplace").decode()
+
+
 def _truth(sample: Sample) -> tuple[str, str]:
     """Caption and colour: empty where nobody knows."""
-    caption = {0: "normal", 1: sample.defect, None: ""}[sample.label]
+    caption = {0: "normal", 1: printable(sample.defect), None: ""}[sample.label]
     return caption, _BAD if sample.label == 1 else "black"
 
 

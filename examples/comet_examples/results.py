@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,8 @@ def fingerprint(samples: Sequence[Sample]) -> str:
         digest.update(f"{sample.label}\n".encode())
         for path in filter(None, (sample.path, sample.mask)):
             status = path.stat()
-            digest.update(f"{path.resolve()} {status.st_size} {status.st_mtime_ns}\n".encode())
+            digest.update(os.fsencode(path.resolve()))  # names needn't be valid UTF-8
+            digest.update(f" {status.st_size} {status.st_mtime_ns}\n".encode())
     return f"{len(samples)} pictures, {digest.hexdigest()[:12]}"
 
 

@@ -3,7 +3,7 @@
 import platform
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from comet_examples.backbones import Backbone
 from comet_examples.datasets import DatasetError, Split, bad_samples, contaminate
 from comet_examples.experiment import Experiment, Outcome, can_be_judged
 from comet_examples.features import FeatureStore
+from comet_examples.files import sole_writer
 from comet_examples.metrics import curation_metrics
 from comet_examples.presets import Preset
 from comet_examples.results import Results, fingerprint
@@ -72,18 +73,21 @@ class Session:
 
         Raises:
             ResumeError: If ``out`` holds work that these settings can't go on from.
+            BusyError: If another run writes to a category's folder.
         """
         rows: list[dict[str, str | float]] = []
         failed: list[str] = []
         prepared = []
-        # All of them before the first training: a refusal must not come after hours.
-        for clean in categories:
-            with _reported(clean.category, failed):
-                prepared.append((clean, *self._prepared(clean)))
-        for clean, split, results in prepared:
-            with _reported(clean.category, failed):
-                self._finish(clean, split, results)
-            rows += results.rows(self.methods)
+        with ExitStack() as locks:
+            # All of them before the first training: a refusal must not come after hours.
+            for clean in categories:
+                locks.enter_context(sole_writer(self.out / clean.category))
+                with _reported(clean.category, failed):
+                    prepared.append((clean, *self._prepared(clean)))
+            for clean, split, results in prepared:
+                with _reported(clean.category, failed):
+                    self._finish(clean, split, results)
+                rows += results.rows(self.methods)
         return rows, failed
 
     def _prepared(self, clean: Split) -> tuple[Split, Results]:
@@ -141,7 +145,7 @@ def _reported(category: str, failed: list[str]) -> Iterator[None]:
         yield
     except ResumeError:
         raise
-    except ValueError as error:
+    except (ValueError, OSError) as error:  # a full disk, a file that vanished
         print(f"error: {category}: {error}", file=sys.stderr)
         failed.append(category)
 
@@ -184,7 +188,7 @@ def _draw(
     split: Split, outcome: Outcome, experiment: Experiment, folder: Path, method: Method
 ) -> None:
     """Write the pictures of a trained method."""
-    heading = f"{split.category}, {method}"
+    heading = f"{report.printable(split.category)}, {method}"
     transform = experiment.preset.transform
     if split.test:
         report.draw_heat_maps(

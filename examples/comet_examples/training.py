@@ -1,5 +1,7 @@
 """One training loop for every detector and method, with checkpoints that resume bit-exactly."""
 
+import io
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +21,7 @@ from comet_meta import (
     CovarianceMetaRegularizer,
     IndexedDataset,
     SoftConfidentWeighter,
+    StepReport,
     collect_scores,
 )
 from comet_meta.optimizer import MetaMode
@@ -87,7 +90,8 @@ class Training:
     Attributes:
         detector: In eval mode.
         optimizer: The wrapper, with the weighter where the method has one.
-        history: One entry for each epoch: mean loss, mean weight, lambda(Sigma).
+        history: One entry for each epoch: mean loss, mean weight, lambda(Sigma), and how many
+            times a picture was left out because its loss wasn't finite.
     """
 
     detector: Detector
@@ -157,7 +161,7 @@ def train(
 
     Raises:
         ResumeError: If the checkpoint is damaged or belongs to another run.
-        ValueError: If there are fewer than two pictures.
+        ValueError: If there are fewer than two pictures, or no loss of an epoch was finite.
     """
     if len(data) < 2:
         raise ValueError(f"there are {len(data)} training pictures; expected at least 2")
@@ -195,10 +199,7 @@ def train(
         module.eval()
         if optimizer.weighter is not None:
             optimizer.weighter.fit(collect_scores(score, scoring))
-        means = torch.tensor(
-            [[r.objective, r.mean_weight, r.strength] for r in reports], device="cpu"
-        ).mean(dim=0)
-        history.append(dict(zip(("loss", "mean_weight", "strength"), means.tolist(), strict=True)))
+        history.append(_summary(reports, epoch))
         if checkpoint is not None:
             _write(
                 checkpoint,
@@ -238,9 +239,22 @@ def _rows_of(batch: Sequence[Tensor], detector: Detector) -> Callable[[Tensor], 
     return lambda rows: detector.losses([level[rows] for level in batch])
 
 
+def _summary(reports: Sequence[StepReport], epoch: int) -> dict[str, float]:
+    """An epoch's entry of the history; steps that were skipped have no losses."""
+    rows = [[r.objective, r.mean_weight, r.strength] for r in reports]
+    loss, weight, strength = torch.tensor(rows, device="cpu").nanmean(dim=0).tolist()
+    if math.isnan(loss):
+        raise ValueError(f"every step of epoch {epoch + 1} was skipped: no loss was finite")
+    dropped = sum(int(r.dropped) for r in reports)
+    return {"loss": loss, "mean_weight": weight, "strength": strength, "dropped": dropped}
+
+
 def _write(path: Path, state: dict[str, Any]) -> None:
+    # By way of memory: torch's own writer hides a full disk behind an error of its own.
+    content = io.BytesIO()
+    torch.save(state, content)
     with replacing(path) as aside:
-        torch.save(state, aside)
+        aside.write_bytes(content.getbuffer())
 
 
 def _read(path: Path, run: dict[str, Any]) -> dict[str, Any]:

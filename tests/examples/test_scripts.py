@@ -123,6 +123,18 @@ def test_every_script_has_the_same_command_line(monkeypatch, capsys, script):
     assert help_of(script) == help_of("simplenet_mvtec")
 
 
+def test_the_command_line_is_the_golden_one(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert runs("simplenet_mvtec", monkeypatch, "--help") == 0
+    golden = Path(__file__).with_name("help.txt")
+    # Line breaks differ by version of Python.
+    assert capsys.readouterr().out.split() == golden.read_text(encoding="utf-8").split(), (
+        "the options changed: if that is meant, see that the README and the changelog say so, and "
+        "run COLUMNS=100 python examples/simplenet_mvtec.py --help > tests/examples/help.txt"
+    )
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_script_runs_end_to_end(tmp_path, monkeypatch, undrawn, script):
     root = tree(tmp_path / "data", script.split("_")[1])

@@ -89,6 +89,27 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
         train(build, a_data_set(), settings, checkpoint=file, identity="bottle", resume=True)
 
 
+def test_a_picture_of_nan_features_is_left_out_and_ranked_first(caplog):
+    data = a_data_set()
+    data.features[0][5, 0] = torch.nan
+    spoilt = train(unscaled, data, TrainingSettings("comet", epochs=3))
+    assert all(epoch["dropped"] == 1 for epoch in spoilt.history)
+    assert all(p.isfinite().all() for p in spoilt.detector.parameters())
+    assert spoilt.optimizer.weighter.ranking(5).tolist().count(5) == 1
+    assert "samples [5]" in caplog.text
+
+
+def unscaled() -> SimpleNet:
+    return SimpleNet([6], (12, 12), hidden=16, standardize=False)
+
+
+def test_an_epoch_without_any_step_is_an_error():
+    data = a_data_set()
+    data.features[0][:] = torch.nan
+    with pytest.raises(ValueError, match="every step of epoch 1 was skipped"):
+        train(unscaled, data, TrainingSettings("plain", epochs=2))
+
+
 def test_weights_are_one_per_picture_and_come_from_the_trained_model():
     data = a_data_set()
     trained = train(build, data, TrainingSettings("comet", epochs=3))

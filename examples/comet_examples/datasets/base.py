@@ -56,12 +56,21 @@ def image_files(folder: Path) -> list[Path]:
 
     Returns:
         The files, sorted by name.
+
+    Raises:
+        DatasetError: If one is a link to a file that isn't there.
     """
-    return sorted(
+    found = sorted(
         path
         for path in folder.iterdir()
-        if path.suffix.lower() in _SUFFIXES and not path.name.startswith(".") and path.is_file()
+        if path.suffix.lower() in _SUFFIXES and not path.name.startswith(".")
     )
+    for path in found:
+        if path.is_symlink() and not path.exists():
+            raise DatasetError(
+                f"{path} is a link to {path.readlink()}, which isn't there; restore or remove it"
+            )
+    return [path for path in found if path.is_file()]
 
 
 def subfolders(folder: Path) -> list[Path]:

@@ -2,7 +2,7 @@
 
 49 classes, published one archive a class (Fraunhofer, fordatis 363, CC BY 4.0). They are spelt
 ``11 ring cable lug`` or ``05_cable_end_sleeve``: a category is whatever folder is there, under its
-own name.
+own name. Archives ``<class>.zip`` in the root are unpacked beside themselves first.
 
 The normal pictures of ``val`` are left out of training and test: nothing is selected by them, and
 figures stay comparable to those on the published test set.
@@ -20,6 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from comet_examples.datasets._tree import load_tree, tree_categories
+from comet_examples.datasets.archives import unpack_missing
 from comet_examples.datasets.base import Sample, Split
 
 _NAME = "VIADUCT"
@@ -36,8 +37,11 @@ def categories(root: Path | None) -> list[str]:
         Their names, sorted.
 
     Raises:
-        DatasetError: If the folder is missing or holds no class.
+        DatasetError: If the folder is missing or holds no class, or an archive in it can't be
+            unpacked.
     """
+    if root is not None and root.is_dir():
+        unpack_missing(root)
     return tree_categories(root, _NAME)
 
 
@@ -54,8 +58,9 @@ def load(root: Path | None, category: str) -> Split:
         by name. The views of one object share their ``group``.
 
     Raises:
-        DatasetError: If class, split or a mask is missing.
+        DatasetError: If class, split or a mask is missing, or an archive can't be unpacked.
     """
+    categories(root)
     split = load_tree(root, category, _NAME, mask_suffixes=("_mask", ""))
     return replace(
         split,

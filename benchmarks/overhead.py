@@ -1,0 +1,230 @@
+"""What confident meta-learning adds to a training step, in time and memory.
+
+Steps that are compared run next to each other, in an order that changes from round to round, and
+what counts is the median of the ratios within rounds: load on the machine hits both sides alike.
+
+A full step is held against two things: a plain step, and its own floor, which is the
+forward and backward passes that the method is made of (inner steps on the support rows, then the
+query rows; forward only for reptile) and the one update of the outer optimizer.
+"""
+
+import argparse
+import itertools
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from cases import CASES, NUM_SAMPLES, Case
+from comet_examples.report import table
+from runs import machine
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from comet_meta import CoMetOptimizerWrapper, CovarianceMetaRegularizer, SoftConfidentWeighter
+from comet_meta.inner_loop import split_tasks
+from comet_meta.optimizer import MetaMode
+
+Step = Callable[[], None]
+
+
+def main() -> None:
+    """Measure and print."""
+    options = _parser().parse_args()
+    torch.set_num_threads(options.threads)
+    device = torch.device(options.device)
+    print(f"{machine()}; medians [quartiles] of {options.rounds} rounds")
+    for name in options.cases:
+        print(f"\n### {name}: {(CASES[name].__doc__ or '').splitlines()[0]}\n")
+        rows = [drop_in(name, device, options.rounds, penalty) for penalty in (False, True)]
+        grid = itertools.product(options.modes, options.inner_steps)
+        rows += [full(name, device, options.rounds, mode, k) for mode, k in grid]
+        print(table(rows))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--modes", nargs="+", default=["mldg", "fomaml", "reptile"])
+    parser.add_argument("--inner-steps", nargs="+", type=int, default=[1, 3, 5])
+    parser.add_argument("--rounds", type=int, default=24)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser
+
+
+def drop_in(name: str, device: torch.device, rounds: int, penalty: bool) -> dict[str, str | float]:
+    """A row of the table: objective, backward and step against a plain step."""
+    steps = [plain_step(build(name, device)), drop_in_step(build(name, device), penalty)]
+    plain, ours = interleaved(steps, rounds, device)
+    return {
+        "step": "drop-in with penalty" if penalty else "drop-in",
+        "plain, ms": f"{1e3 * np.median(plain):.1f}",
+        "/ plain": quartiles(ours / plain),
+        "/ floor": "",
+        "floor / plain": "",
+        "extra memory": extra_memory(steps, build(name, device), device),
+    }
+
+
+def full(
+    name: str, device: torch.device, rounds: int, mode: MetaMode, inner_steps: int
+) -> dict[str, str | float]:
+    """A row of the table: the full step against a plain step and against its floor."""
+    steps = [
+        plain_step(build(name, device)),
+        full_step(build(name, device), mode, inner_steps),
+        floor_step(build(name, device), mode, inner_steps),
+    ]
+    plain, ours, floor = interleaved(steps, rounds, device)
+    return {
+        "step": f"{mode}, K = {inner_steps}",
+        "plain, ms": f"{1e3 * np.median(plain):.1f}",
+        "/ plain": quartiles(ours / plain),
+        "/ floor": quartiles(ours / floor),
+        "floor / plain": quartiles(floor / plain),
+        "extra memory": extra_memory(steps, build(name, device), device),
+    }
+
+
+def build(name: str, device: torch.device) -> Case:
+    """The same case every time."""
+    torch.manual_seed(0)
+    return CASES[name](device)
+
+
+def plain_step(case: Case) -> Step:
+    """What a loop without the library does."""
+    rows = torch.arange(len(case.index), device=case.index.device)
+
+    def step() -> None:
+        for optimizer in case.optimizers:
+            optimizer.zero_grad()
+        torch.autograd.backward(case.losses(rows).mean())
+        for optimizer in case.optimizers:
+            optimizer.step()
+
+    return step
+
+
+def drop_in_step(case: Case, penalty: bool) -> Step:
+    """Level 1 of the library."""
+    device = case.index.device
+    rows = torch.arange(len(case.index), device=device)
+    optimizer = CoMetOptimizerWrapper(
+        case.optimizers,
+        weighter=fitted_weighter(device),
+        regularizer=CovarianceMetaRegularizer(1e-4).to(device) if penalty else None,
+    )
+
+    def step() -> None:
+        optimizer.zero_grad()
+        torch.autograd.backward(optimizer.objective(case.losses(rows), case.index))
+        optimizer.step()
+
+    return step
+
+
+def full_step(case: Case, mode: MetaMode, inner_steps: int) -> Step:
+    """Level 2 of the library."""
+    optimizer = CoMetOptimizerWrapper(
+        case.optimizers,
+        weighter=fitted_weighter(case.index.device),
+        meta=mode,
+        inner_steps=inner_steps,
+        model=case.model,
+    )
+
+    def step() -> None:
+        optimizer.step(case.losses, case.index)
+
+    return step
+
+
+def floor_step(case: Case, mode: MetaMode, inner_steps: int) -> Step:
+    """The passes that the method is made of, and the outer update, without anything in between."""
+    (task,) = split_tasks(len(case.index), 1, 0.3, torch.Generator().manual_seed(0))
+    support, query = (rows.to(case.index.device) for rows in task)
+
+    def passed(rows: Tensor) -> None:
+        for optimizer in case.optimizers:
+            optimizer.zero_grad()
+        torch.autograd.backward(case.losses(rows).mean())
+
+    def step() -> None:
+        for _ in range(inner_steps):
+            passed(support)
+        if mode == "reptile":
+            with torch.no_grad():
+                case.losses(query)
+        else:
+            passed(query)
+        for optimizer in case.optimizers:
+            optimizer.step()
+
+    return step
+
+
+def fitted_weighter(device: torch.device) -> SoftConfidentWeighter:
+    """Weights that differ from sample to sample."""
+    weighter = SoftConfidentWeighter(NUM_SAMPLES, rule=lambda scores: 1 - scores / scores.max())
+    weighter.fit(torch.arange(float(NUM_SAMPLES)))
+    return weighter.to(device)
+
+
+def interleaved(
+    steps: Sequence[Step], rounds: int, device: torch.device, warm_up: int = 3
+) -> list[np.ndarray]:
+    """Seconds of each step in each round, (rounds,) each."""
+    seconds = np.empty((len(steps), rounds))
+    for step in steps:
+        for _ in range(warm_up):
+            step()
+    for number in range(rounds):
+        order = np.roll(np.arange(len(steps)), number)
+        for which in order if number % 2 else order[::-1]:
+            synchronize(device)
+            start = time.perf_counter()
+            steps[which]()
+            synchronize(device)
+            seconds[which, number] = time.perf_counter() - start
+    return list(seconds)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def extra_memory(steps: Sequence[Step], case: Case, device: torch.device) -> str:
+    """Peak of the second step above the first's, in copies of the trained parameters."""
+    parameters = [p for p in case.model.parameters() if p.requires_grad]
+    plain, ours = (peak_bytes(step, device) for step in steps[:2])
+    return f"{(ours - plain) / sum(p.nbytes for p in parameters):+.2f}"
+
+
+def peak_bytes(step: Step, device: torch.device) -> int:
+    """Most bytes that tensors take during a step, above what they take before it."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        step()
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    events = profiler.profiler.kineto_results.events()
+    changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
+    return int(np.cumsum([size for _, size in sorted(changes)]).max())
+
+
+def quartiles(ratios: np.ndarray) -> str:
+    """``median [lower quartile, upper quartile]``."""
+    low, median, high = np.quantile(ratios, [0.25, 0.5, 0.75])
+    return f"{median:.3f} [{low:.3f}, {high:.3f}]"
+
+
+if __name__ == "__main__":
+    main()
