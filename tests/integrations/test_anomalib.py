@@ -208,9 +208,11 @@ def test_the_model_trains(pictures, name):
     hooks = [len(module._forward_hooks) for module in model.modules()]
     fit(model, pictures, comet, batch=1 if name == "EfficientAd" else 4)
     assert comet.by == by
-    assert comet.weighter.scores.shape == (12,)
-    assert torch.isfinite(comet.weighter.scores).all()
-    assert comet.weighter().min() < 0.5 or name == "Patchflow"  # its scores start out all equal
+    scores, weights = comet.weighter.scores, comet.weighter()
+    assert scores.shape == (12,)
+    assert torch.isfinite(scores).all()
+    # Random features leave some models' first scores all equal, and all weights 1.
+    assert (weights.min() < 0.5) == (scores.min() < scores.max())
     changed = zip(before, model.parameters(), strict=True)
     assert any(not torch.equal(old, new) for old, new in changed)
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
