@@ -72,9 +72,11 @@ def simplenet(device: torch.device) -> Case:
 
 
 def fastflow(device: torch.device) -> Case:
-    """FastFlow at 8 steps of hidden ratio 1, on levels of 64 and 128 channels."""
-    flow = FastFlow([64, 128], (128, 128), steps=8, hidden_ratio=1.0)
-    return _detector(flow, [torch.randn(BATCH, 64, 16, 16), torch.randn(BATCH, 128, 8, 8)], device)
+    """FastFlow, 8 steps of hidden ratio 1, on the levels of lite0 for pictures of 256 x 256."""
+    flow = FastFlow([40, 112], (256, 256), steps=8, hidden_ratio=1.0)
+    return _detector(
+        flow, [torch.randn(BATCH, 40, 32, 32), torch.randn(BATCH, 112, 16, 16)], device
+    )
 
 
 def autoencoder(device: torch.device) -> Case:

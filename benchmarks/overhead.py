@@ -2,6 +2,8 @@
 
 Steps that are compared run next to each other, in an order that changes from round to round, and
 what counts is the median of the ratios within rounds: load on the machine hits both sides alike.
+Ratios of processor time (all threads of this process) stand beside those of time on the wall: they
+hold on a busy machine too, if idle threads don't spin (``OMP_WAIT_POLICY=passive``).
 
 A full step is held against two things: a plain step, and its own floor, which is the
 forward and backward passes that the method is made of (inner steps on the support rows, then the
@@ -12,6 +14,7 @@ import argparse
 import itertools
 import time
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,7 +28,19 @@ from comet_meta import CoMetOptimizerWrapper, CovarianceMetaRegularizer, SoftCon
 from comet_meta.inner_loop import split_tasks
 from comet_meta.optimizer import MetaMode
 
-Step = Callable[[], None]
+Step = Callable[[], object]
+
+
+class Times(NamedTuple):
+    """Seconds of a step in each round, shape (rounds,).
+
+    Attributes:
+        wall: On the wall.
+        processor: Of all threads of this process.
+    """
+
+    wall: np.ndarray
+    processor: np.ndarray
 
 
 def main() -> None:
@@ -37,8 +52,9 @@ def main() -> None:
     for name in options.cases:
         print(f"\n### {name}: {(CASES[name].__doc__ or '').splitlines()[0]}\n")
         rows = [drop_in(name, device, options.rounds, penalty) for penalty in (False, True)]
-        grid = itertools.product(options.modes, options.inner_steps)
-        rows += [full(name, device, options.rounds, mode, k) for mode, k in grid]
+        for mode, k in itertools.product(options.modes, options.inner_steps):
+            if mode != "none" or k == 1:  # it has no inner steps
+                rows.append(full(name, device, options.rounds, mode, k))
         print(table(rows))
 
 
@@ -47,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--modes", nargs="+", default=["mldg", "fomaml", "reptile"])
+    parser.add_argument("--modes", nargs="+", default=["none", "mldg", "fomaml", "reptile"])
     parser.add_argument("--inner-steps", nargs="+", type=int, default=[1, 3, 5])
     parser.add_argument("--rounds", type=int, default=24)
     parser.add_argument("--threads", type=int, default=2)
@@ -61,10 +77,7 @@ def drop_in(name: str, device: torch.device, rounds: int, penalty: bool) -> dict
     plain, ours = interleaved(steps, rounds, device)
     return {
         "step": "drop-in with penalty" if penalty else "drop-in",
-        "plain, ms": f"{1e3 * np.median(plain):.1f}",
-        "/ plain": quartiles(ours / plain),
-        "/ floor": "",
-        "floor / plain": "",
+        **columns(plain, ours, None),
         "extra memory": extra_memory(steps, build(name, device), device),
     }
 
@@ -78,14 +91,24 @@ def full(
         full_step(build(name, device), mode, inner_steps),
         floor_step(build(name, device), mode, inner_steps),
     ]
-    plain, ours, floor = interleaved(steps, rounds, device)
     return {
-        "step": f"{mode}, K = {inner_steps}",
-        "plain, ms": f"{1e3 * np.median(plain):.1f}",
-        "/ plain": quartiles(ours / plain),
-        "/ floor": quartiles(ours / floor),
-        "floor / plain": quartiles(floor / plain),
+        "step": mode if mode == "none" else f"{mode}, K = {inner_steps}",
+        **columns(*interleaved(steps, rounds, device)),
         "extra memory": extra_memory(steps, build(name, device), device),
+    }
+
+
+def columns(plain: Times, ours: Times, floor: Times | None) -> dict[str, str | float]:
+    """The ratios of a row."""
+    return {
+        "plain, ms": f"{1e3 * np.median(plain.wall):.0f}",
+        "/ plain": quartiles(ours.wall / plain.wall),
+        "/ floor": "" if floor is None else quartiles(ours.wall / floor.wall),
+        "processor / plain": quartiles(ours.processor / plain.processor),
+        "processor / floor": "" if floor is None else quartiles(ours.processor / floor.processor),
+        "floor / plain": ""
+        if floor is None
+        else f"{np.median(floor.processor / plain.processor):.2f}",
     }
 
 
@@ -147,6 +170,7 @@ def floor_step(case: Case, mode: MetaMode, inner_steps: int) -> Step:
     """The passes that the method is made of, and the outer update, without anything in between."""
     (task,) = split_tasks(len(case.index), 1, 0.3, torch.Generator().manual_seed(0))
     support, query = (rows.to(case.index.device) for rows in task)
+    every = torch.arange(len(case.index), device=case.index.device)
 
     def passed(rows: Tensor) -> None:
         for optimizer in case.optimizers:
@@ -154,9 +178,11 @@ def floor_step(case: Case, mode: MetaMode, inner_steps: int) -> Step:
         torch.autograd.backward(case.losses(rows).mean())
 
     def step() -> None:
-        for _ in range(inner_steps):
+        for _ in range(0 if mode == "none" else inner_steps):
             passed(support)
-        if mode == "reptile":
+        if mode == "none":
+            passed(every)
+        elif mode == "reptile":
             with torch.no_grad():
                 case.losses(query)
         else:
@@ -176,9 +202,9 @@ def fitted_weighter(device: torch.device) -> SoftConfidentWeighter:
 
 def interleaved(
     steps: Sequence[Step], rounds: int, device: torch.device, warm_up: int = 3
-) -> list[np.ndarray]:
-    """Seconds of each step in each round, (rounds,) each."""
-    seconds = np.empty((len(steps), rounds))
+) -> list[Times]:
+    """Times of each step in each round."""
+    seconds = np.empty((len(steps), 2, rounds))
     for step in steps:
         for _ in range(warm_up):
             step()
@@ -186,11 +212,14 @@ def interleaved(
         order = np.roll(np.arange(len(steps)), number)
         for which in order if number % 2 else order[::-1]:
             synchronize(device)
-            start = time.perf_counter()
+            wall, processor = time.perf_counter(), time.process_time()
             steps[which]()
             synchronize(device)
-            seconds[which, number] = time.perf_counter() - start
-    return list(seconds)
+            seconds[which, :, number] = (
+                time.perf_counter() - wall,
+                time.process_time() - processor,
+            )
+    return [Times(*own) for own in seconds]
 
 
 def synchronize(device: torch.device) -> None:

@@ -14,6 +14,7 @@ import torch
 from comet_examples.backbones import PAPER_BACKBONE, BackboneError, load_backbone
 from comet_examples.datasets import DATASETS, DatasetError, Transform, oracle
 from comet_examples.download import DownloadError
+from comet_examples.features import FeatureStore
 from comet_examples.files import BusyError
 from comet_examples.presets import PRESETS, Preset, preset_for
 from comet_examples.report import table
@@ -140,6 +141,9 @@ def _parser(detector: str, dataset: str) -> argparse.ArgumentParser:
         help=".pth or .safetensors file of the backbone, its address https://...#sha256=..., or "
         "'random'",
     )
+    model.add_argument(
+        "--half-features", action="store_true", help="keep features in half precision"
+    )
     training = parser.add_argument_group("training")
     training.add_argument(
         "--epochs", type=_count, help="passes over the training set (default: the preset's)"
@@ -195,6 +199,7 @@ def _run(options: argparse.Namespace, detector: str) -> int:
         noise=options.noise or 0.0,
         overlap=options.overlap,
         resume=options.resume,
+        store=FeatureStore(half=options.half_features),
     )
     rows, failed = session.run([oracle(s) for s in splits] if options.curated else splits)
     if rows:

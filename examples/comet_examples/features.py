@@ -21,6 +21,7 @@ from comet_examples.backbones import Backbone
 
 _LOGGER = logging.getLogger(__name__)
 _MAX_DIM = 1536
+_LARGEST_HALF = torch.finfo(torch.float16).max
 
 
 class FeatureExtractor(nn.Module):
@@ -116,17 +117,27 @@ class FeatureStore:
 
     The key covers the extractor with its weights, the transform, and each file's path, size and
     time of change. Features that fit the budget are kept in memory for the life of the store,
-    larger ones in a memory-mapped file that later runs use again.
+    larger ones in a memory-mapped file that later runs use again. Several processes may share the
+    folder.
 
     Args:
         directory: Where files go; by default ``comet-meta`` in the user's cache folder.
         memory_budget: Most bytes of features to keep in memory, over all requests.
+        half: Keep float16 instead of float32: half the space, 11 significant bits. On CUDA the
+            backbone then runs in float16 too.
     """
 
-    def __init__(self, directory: Path | None = None, memory_budget: int = 4 * 2**30) -> None:
+    def __init__(
+        self,
+        directory: Path | None = None,
+        memory_budget: int = 4 * 2**30,
+        *,
+        half: bool = False,
+    ) -> None:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         self.directory = directory or cache / "comet-meta"
         self.memory_budget = memory_budget
+        self.half = half
         self._in_memory: dict[str, tuple[Tensor, ...]] = {}
 
     def get(
@@ -152,16 +163,17 @@ class FeatureStore:
             num_workers: Processes that read pictures.
 
         Returns:
-            Float32 levels on the CPU, each (N, C, h, w), row i for ``paths[i]``. Treat them as
-            read-only.
+            Levels on the CPU, each (N, C, h, w), row i for ``paths[i]``; float32, or float16 with
+            ``half``. Treat them as read-only.
 
         Raises:
-            ValueError: If there are no pictures, or they differ in size.
+            ValueError: If there are no pictures, they differ in size, or features are too large for
+                float16.
             OSError: If a file is missing.
         """
         if not paths:
             raise ValueError("there are no pictures to compute features of")
-        key = _key(extractor, paths, transform_key)
+        key = _key(extractor, paths, f"{transform_key} half" if self.half else transform_key)
         if key in self._in_memory:
             return self._in_memory[key]
         file = self.directory / f"{key}.npy"
@@ -172,10 +184,11 @@ class FeatureStore:
         pictures: DataLoader[list[Tensor]] = DataLoader(
             _Pictures(paths, load), batch_size, num_workers=num_workers, collate_fn=list
         )
-        batches = _extract(extractor.to(device).eval(), pictures, paths, device)
+        batches = _extract(extractor, pictures, paths, torch.device(device), self.half)
         first = next(batches)
         # One record a picture, so that the levels' shapes are kept in the file.
-        record = np.dtype([(str(i), np.float32, x.shape[1:]) for i, x in enumerate(first)])
+        kind = np.float16 if self.half else np.float32
+        record = np.dtype([(str(i), kind, x.shape[1:]) for i, x in enumerate(first)])
         size = len(paths) * record.itemsize
         if size <= self.memory_budget - self._held():
             _LOGGER.info("features of %d pictures: %.0f MB in memory", len(paths), size / 1e6)
@@ -194,10 +207,12 @@ class FeatureStore:
             )
             _fill(_levels(mapped), first, batches)
             mapped.flush()
+            # Opened before it is moved: another process may clear the folder or write the same.
+            stored = _levels(np.load(partial, mmap_mode="c"))
             partial.replace(file)
         finally:
             partial.unlink(missing_ok=True)
-        return _levels(np.load(file, mmap_mode="c"))
+        return stored
 
     def _held(self) -> int:
         return sum(level.nbytes for levels in self._in_memory.values() for level in levels)
@@ -220,10 +235,15 @@ def _extract(
     extractor: FeatureExtractor,
     pictures: DataLoader[list[Tensor]],
     paths: Sequence[Path],
-    device: torch.device | str,
+    device: torch.device,
+    half: bool,
 ) -> Iterator[list[Tensor]]:
     """Features of each batch, levels (b, C, h, w), on the CPU."""
     done, shape = 0, None
+    # Channels last suits convolutions on CPUs and GPUs alike; the values stay the same.
+    layout = torch.channels_last
+    extractor.to(device).to(memory_format=layout).eval()
+    autocast = torch.autocast(device.type, torch.float16, enabled=half and device.type == "cuda")
     with tqdm(total=len(paths), desc="features", unit="picture", leave=False) as progress:
         for batch in pictures:
             shape = shape or batch[0].shape
@@ -233,7 +253,15 @@ def _extract(
                         f"{paths[done + offset]} is {tuple(picture.shape)} after resizing, the "
                         f"pictures before it {tuple(shape)}; give a crop or a fixed (height, width)"
                     )
-            yield [level.cpu() for level in extractor(torch.stack(batch).to(device))]
+            images = torch.stack(batch).to(device).contiguous(memory_format=layout)
+            with autocast:
+                levels = [level.cpu() for level in extractor(images)]
+            if half and not all(bool((x.abs() < _LARGEST_HALF).all()) for x in levels):
+                raise ValueError(
+                    f"features of pictures behind {paths[done]} are too large for float16; keep "
+                    "float32 (half=False)"
+                )
+            yield levels
             done += len(batch)
             progress.update(len(batch))
 

@@ -27,7 +27,7 @@ from comet_meta import (
 from comet_meta.optimizer import MetaMode
 
 Method = Literal["plain", "oracle", "paper", "comet"]
-_SCORING_BATCH = 32
+_SCORING_BATCH = 16  # larger ones fall out of a CPU's cache
 
 
 class ResumeError(ValueError):
@@ -38,7 +38,7 @@ class FeatureRows(Dataset[tuple[Tensor, ...]]):
     """Some rows of the cached features of a category, without copying them.
 
     Args:
-        features: Of all pictures, levels (M, C, h, w).
+        features: Of all pictures, levels (M, C, h, w), of any floating-point type.
         rows: Which of them, shape (N,).
     """
 
@@ -52,13 +52,13 @@ class FeatureRows(Dataset[tuple[Tensor, ...]]):
 
     @override
     def __getitem__(self, index: int) -> tuple[Tensor, ...]:
-        """Features of one picture, levels (C, h, w)."""
-        return tuple(level[self.rows[index]] for level in self.features)
+        """Features of one picture, float32 levels (C, h, w)."""
+        return tuple(level[self.rows[index]].float() for level in self.features)
 
     def batches(self, device: torch.device | str = "cpu") -> Iterator[list[Tensor]]:
-        """All features in order, in batches, levels (B, C, h, w)."""
+        """All features in order, in batches, float32 levels (B, C, h, w)."""
         for rows in self.rows.split(_SCORING_BATCH):
-            yield [level[rows].to(device) for level in self.features]
+            yield [level[rows].to(device).float() for level in self.features]
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,9 @@
 
 import logging
 import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -246,3 +249,67 @@ def test_pictures_of_unequal_size_are_named(tiny, paths, tmp_path):
     Image.new("RGB", (80, 40)).save(paths[3])
     with pytest.raises(ValueError, match=r"3\.png is \(3, 32, 64\) after resizing"):
         get(FeatureStore(tmp_path), tiny_extractor(tiny), paths)
+
+
+def test_half_precision_keeps_eleven_bits(tiny, paths, tmp_path):
+    whole = get(FeatureStore(tmp_path / "cache", 0), PatchFeatures(tiny), paths).clone()
+    for _ in range(2):  # computed, then read
+        half = get(FeatureStore(tmp_path / "cache", 0, half=True), PatchFeatures(tiny), paths)
+        assert half.dtype == torch.float16
+        torch.testing.assert_close(half.float(), whole, rtol=2**-11, atol=2**-24)
+    sizes = sorted(file.stat().st_size for file in (tmp_path / "cache").iterdir())
+    assert len(sizes) == 2
+    assert sizes[1] - sizes[0] == whole.nbytes // 2
+
+
+def test_features_too_large_for_half_precision_are_refused(tiny, paths, tmp_path):
+    class Large(PatchFeatures):
+        def forward(self, images):
+            return [1e6 * level for level in super().forward(images)]
+
+    with pytest.raises(ValueError, match="too large for float16; keep float32"):
+        get(FeatureStore(tmp_path, half=True), Large(tiny), paths)
+
+
+WRITER = """
+import sys, time
+from pathlib import Path
+from comet_examples.backbones import load_backbone
+from comet_examples.datasets import Transform, load_image
+from comet_examples.features import FeatureStore, PatchFeatures
+
+folder, start = Path(sys.argv[1]), float(sys.argv[2])
+store, transform = FeatureStore(folder / "cache", 0), Transform(32)
+extractor, paths = PatchFeatures(load_backbone("resnet10t", "random")), sorted(folder.glob("*.png"))
+time.sleep(max(0, start - time.time()))
+for _ in range(10):  # now and then the file is there, half written, or being replaced
+    (level,) = store.get(
+        extractor, paths, lambda p: load_image(p, transform), transform_key=str(transform)
+    )
+    print(level.shape[0], repr(level.double().sum().item()))
+    for file in (folder / "cache").glob("*.npy"):
+        file.unlink(missing_ok=True)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_folder(paths, tmp_path):
+    python_path = os.pathsep.join(path for path in sys.path if path)
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", WRITER, str(tmp_path), str(time.time() + 10)],
+            env={**os.environ, "PYTHONPATH": python_path, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    results = [process.communicate(timeout=120) for process in processes]
+    for process, (_, errors) in zip(processes, results, strict=True):
+        assert process.returncode == 0, errors
+        assert "damaged" not in errors
+    lines = [line for output, _ in results for line in output.splitlines()]
+    assert len(lines) == 20
+    assert len(set(lines)) == 1
+    assert list((tmp_path / "cache").glob("*.partial")) == []

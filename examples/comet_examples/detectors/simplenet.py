@@ -151,11 +151,14 @@ class SimpleNet(nn.Module):
 
     def _adapted(self, features: Sequence[Tensor], patches: int | None = None) -> Tensor:
         """Adapted features of all patches, (B * h * w, dim), or of some positions."""
-        # Without standardisation the scaler is the identity that checks the shape.
-        (level,) = self.scaler(features)
+        (level,) = features
         positions = F.avg_pool2d(level, self.pool).flatten(2)
-        if patches is not None and patches < positions.shape[2]:
-            drawn = torch.randperm(positions.shape[2], device=level.device)[:patches]
-            positions = positions[:, :, drawn]
+        if patches is not None and patches < positions.shape[-1]:
+            drawn = torch.randperm(positions.shape[-1], device=level.device)[:patches]
+            positions = positions[..., drawn]
+        # Scaled last: only a few of the positions may be left. Without standardisation the scaler
+        # is the identity that checks the shape.
+        (scaled,) = self.scaler([positions.unsqueeze(-1)])
+        positions = scaled.squeeze(-1)
         adapted: Tensor = self.adaptor(positions.transpose(1, 2).flatten(0, 1))
         return adapted
