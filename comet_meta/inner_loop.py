@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.optim.adam import adam
 
+from comet_meta.distributed import is_sharded, local, sharded_like
+
 InnerOptimizer = Literal["sgd", "adam"]
 FirstOrderMode = Literal["fomaml", "mldg", "reptile"]
 Objective = Callable[[Tensor], Tensor]
@@ -115,8 +117,15 @@ def gradients_of(loss: Tensor, parameters: Sequence[Tensor]) -> list[Tensor | No
         One for each parameter; None for one that the loss doesn't use.
     """
     with _empty_gradients(parameters):
-        torch.autograd.backward(loss, inputs=list(parameters))
+        _backward(loss, parameters)
         return [parameter.grad for parameter in parameters]
+
+
+def _backward(loss: Tensor, parameters: Sequence[Tensor]) -> None:
+    """Add the gradients of a loss to ``.grad``, where possible of these parameters alone."""
+    # FSDP2 computes with gathered copies; its hooks bring their gradients back to the shards.
+    gathered = is_sharded(parameters[0])
+    torch.autograd.backward(loss, inputs=None if gathered else list(parameters))
 
 
 @torch.no_grad()
@@ -218,12 +227,13 @@ def first_order(
     """
     losses = []
     after_first_pass: list[Tensor] = []
-    with _empty_gradients(parameters), restored(parameters) as origin, restored(buffers):
+    values = [local(parameter.detach()) for parameter in parameters]
+    with _empty_gradients(parameters), restored(values) as origin, restored(buffers):
         for number, task in enumerate(tasks):
             if number > 0:
-                _copy(parameters, origin)
+                _copy(values, origin)
             query_share = len(task.query) / (len(task.support) + len(task.query))
-            descent = _Descent(parameters, inner, inner_lr, scale)
+            descent = _Descent(parameters, values, inner, inner_lr, scale)
             for k in range(inner_steps):
                 support_loss = objective(task.support)
                 if k == 0:
@@ -235,15 +245,21 @@ def first_order(
                     descent(support_loss)
             factor = descent.verdict / len(tasks)
             if mode == "reptile":
-                with torch.no_grad():
+                # FSDP2 puts gathered parameters away only in a backward pass.
+                gathered = is_sharded(parameters[0])
+                with torch.set_grad_enabled(gathered):
                     query_loss = objective(task.query)
-                    moved = torch._foreach_sub(origin, list(parameters))
+                if gathered:
+                    gradients_of(query_loss, parameters)
+                with torch.no_grad():
+                    moved = torch._foreach_sub(origin, values)
                     torch._foreach_mul_(moved, factor / (inner_lr * inner_steps))
-                    add_gradients(parameters, _where_used(moved, descent.used))
+                    whole = [sharded_like(m, p) for m, p in zip(moved, parameters, strict=True)]
+                    add_gradients(parameters, _where_used(whole, descent.used))
             else:
                 query_loss = objective(task.query)
                 share = query_share if mode == "mldg" else 1
-                torch.autograd.backward(query_loss * (factor * share), inputs=list(parameters))
+                _backward(query_loss * (factor * share), parameters)
             losses.append(query_loss.detach())
         gradients: list[Tensor | None] = [parameter.grad for parameter in parameters]
     _copy(buffers, after_first_pass)
@@ -261,6 +277,7 @@ class _Descent:
     def __init__(
         self,
         parameters: Sequence[Tensor],
+        values: list[Tensor],
         inner: InnerOptimizer,
         inner_lr: float,
         scale: Tensor | None,
@@ -268,9 +285,10 @@ class _Descent:
         self.used = [False] * len(parameters)
         self.verdict: Tensor | float = 1.0 if scale is None else scale
         self._parameters = list(parameters)
+        self._values = values  # this process's part of them
         self._lr = inner_lr
         self._scale = scale
-        self._adam = _AdamState(parameters) if inner == "adam" else None
+        self._adam = _AdamState(values) if inner == "adam" else None
 
     def __call__(self, loss: Tensor, keep: float = 0.0) -> None:
         """Take a step, and add ``keep`` times the scaled gradient to ``.grad``."""
@@ -280,7 +298,8 @@ class _Descent:
         self.used = [
             used or gradient is not None for used, gradient in zip(self.used, found, strict=True)
         ]
-        self._move(_filled(found, self._parameters), factor)
+        parts = [None if gradient is None else local(gradient) for gradient in found]
+        self._move(_filled(parts, self._values), factor)
         if keep:
             add_gradients(self._parameters, found)
 
@@ -291,11 +310,11 @@ class _Descent:
             self.verdict = torch.where(finite, self.verdict, torch.nan)
             factor = 1.0
         if self._adam is None:
-            torch._foreach_add_(self._parameters, gradients, alpha=-self._lr / factor)
+            torch._foreach_add_(self._values, gradients, alpha=-self._lr / factor)
         else:
             if factor != 1:
                 gradients = list(torch._foreach_div(gradients, factor))
-            self._adam.step(self._parameters, gradients, self._lr)
+            self._adam.step(self._values, gradients, self._lr)
         # Inside autocast, torch keeps low-precision copies of the weights: they are stale now.
         torch.clear_autocast_cache()
 

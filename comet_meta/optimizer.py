@@ -166,7 +166,8 @@ class CoMetOptimizerWrapper(Optimizer):
         self.tasks = tasks
         self.model = model
         if generator is None:
-            generator = torch.Generator().manual_seed(torch.initial_seed())
+            generator = torch.Generator()
+            generator.manual_seed(distributed.agreed_seed(torch.initial_seed()))
         self.generator = generator
         self._watch = LossWatch()
         self.defaults = self.optimizers[0].defaults
@@ -249,11 +250,13 @@ class CoMetOptimizerWrapper(Optimizer):
         finite = torch.isfinite(losses.detach())
         kept = torch.where(finite, weighted, 0)
         # The factor is exactly 1 where all losses are finite.
-        mean = kept.mean() * (len(finite) / finite.sum().clamp_min(1)).to(losses)
+        rows = finite.sum()
+        part = distributed.share(rows, losses.device)
+        mean = kept.mean() * (len(finite) / rows.clamp_min(1) * part).to(losses)
         observed = None
-        if self.regularizer is not None and losses.numel() > 1:
+        if self.regularizer is not None and self._splits(losses.numel()):
             with torch.no_grad():
-                observed = self._support_query(kept) + penalty
+                observed = self._support_query(kept) * part + penalty
         self._watch.add(finite, index, observed)
         if losses.device.type == "cpu":
             self._settle()
@@ -371,6 +374,12 @@ class CoMetOptimizerWrapper(Optimizer):
         parameters = self._trained()
         if not parameters:
             raise ValueError("none of the optimizer's parameters requires grad: nothing to train")
+        sharded = distributed.is_sharded(parameters[0])
+        if sharded and self.meta == "maml":
+            raise ValueError(
+                "meta='maml' can't differentiate through sharded parameters (FSDP2); use a "
+                "first-order mode such as 'mldg'"
+            )
         weights = self._weights(index, len(index))
         strength = self._strength(parameters)
         scale = None
@@ -398,11 +407,13 @@ class CoMetOptimizerWrapper(Optimizer):
             earlier = [parameter.grad for parameter in parameters]
             for parameter, gradient in zip(parameters, result.gradients, strict=True):
                 parameter.grad = gradient
-            distributed.average_gradients(parameters)
+            part = distributed.share(len(weights), index.device)
+            distributed.average_gradients(parameters, part)
             add_gradients(parameters, earlier)
             support_loss, query_loss = result.support_loss, result.query_loss
-            if self.regularizer is not None and len(index) > 1:
-                self._observe(support_loss, query_loss)
+            if self.regularizer is not None and self._splits(len(index)):
+                pair = torch.stack([support_loss, query_loss])
+                self._observe(*(pair if sharded else pair * part))
         else:
             dropped = len(index)
             support_loss = query_loss = strength.new_full((), torch.nan)
@@ -452,6 +463,9 @@ class CoMetOptimizerWrapper(Optimizer):
     ) -> MetaGradient | None:
         """The gradient of samples of weights (B,); None if one of their losses isn't finite."""
         looks: list[Look] = []
+        # Where the framework averages each gradient by itself, the losses have to be scaled.
+        sharded = distributed.is_sharded(parameters[0])
+        part = distributed.share(len(weights), weights.device) if sharded else 1.0
 
         def losses_of(rows: Tensor) -> Tensor:
             losses = closure(rows)
@@ -459,22 +473,22 @@ class CoMetOptimizerWrapper(Optimizer):
             return losses
 
         def soft_confident_loss(losses: Tensor, rows: Tensor, at: Sequence[Tensor]) -> Tensor:
-            loss = (weights[rows].to(losses) * losses).mean() + self._penalty(at)
+            loss = (weights[rows].to(losses) * losses).mean() * part + self._penalty(at)
             # A NaN or infinite loss shows in the mean, whatever its weight: 0 * inf is NaN.
             looks.append(Look(torch.isfinite(loss.detach())))
             return loss
 
-        if self.meta == "none":
+        generator = distributed.own_generator(self.generator)
+        lone = len(weights) == 1 and self._splits(1)  # other processes have more of this batch
+        if self.meta == "none" or lone:
             result = self._undivided_gradient(
-                losses_of, soft_confident_loss, weights, parameters, scale
+                losses_of, soft_confident_loss, weights, parameters, scale, part
             )
         else:
             tasks = [
                 # Not to wait for the device, which a copy of ordinary memory otherwise does.
                 Task(*(rows.to(weights.device, non_blocking=True) for rows in task))
-                for task in split_tasks(
-                    len(weights), self.tasks, self.query_fraction, self.generator
-                )
+                for task in split_tasks(len(weights), self.tasks, self.query_fraction, generator)
             ]
             inner: dict[str, Any] = {
                 "inner": self.inner_optimizer,
@@ -521,6 +535,7 @@ class CoMetOptimizerWrapper(Optimizer):
         weights: Tensor,
         parameters: Sequence[Tensor],
         scale: Tensor | None,
+        part: Tensor | float,
     ) -> MetaGradient:
         """The gradient of the whole batch, its losses told apart only for the report."""
         rows = torch.arange(len(weights), device=weights.device)
@@ -528,15 +543,20 @@ class CoMetOptimizerWrapper(Optimizer):
         loss = objective(losses, rows, parameters)
         gradients = gradients_of(loss if scale is None else loss * scale, parameters)
         with torch.no_grad():
-            weighted = weights.to(losses) * losses
+            weighted = weights.to(losses) * losses * part
             support_loss, query_loss = self._support_query(weighted) + self._penalty(parameters)
         return MetaGradient(gradients, support_loss, query_loss)
 
+    def _splits(self, batch_size: int) -> bool:
+        """Whether the batch, joined over all processes, has rows for support and query."""
+        return batch_size > 1 or distributed.world_size() > 1
+
     def _support_query(self, weighted: Tensor) -> Tensor:
         """Mean loss of a random support and query part, shape (2,); of the sample if B = 1."""
+        generator = distributed.own_generator(self.generator)
         if len(weighted) == 1:
             return weighted.expand(2)
-        ((support, query),) = split_tasks(len(weighted), 1, self.query_fraction, self.generator)
+        ((support, query),) = split_tasks(len(weighted), 1, self.query_fraction, generator)
         return torch.stack([weighted[support].mean(), weighted[query].mean()])
 
     def _checked_index(

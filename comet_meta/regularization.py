@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from comet_meta.distributed import is_sharded, sum_of_squares
+
 _DET_RANGE = (1e-6, 100.0)
 
 
@@ -174,7 +176,8 @@ class CovarianceMetaRegularizer(nn.Module):
         chosen = [p for p in parameters if p.dim() > 1 or not self.exclude_1d]
         if not chosen:
             return self.pairs.new_zeros(())
-        square: Tensor = _SquaredNorm.apply(*chosen)
+        sharded = is_sharded(chosen[0])
+        square: Tensor = sum_of_squares(chosen) if sharded else _SquaredNorm.apply(*chosen)
         return self.strength.to(square.device) * square
 
     def extra_repr(self) -> str:
