@@ -129,6 +129,7 @@ def train(
     checkpoint: Path | None = None,
     identity: str = "",
     resume: bool = False,
+    on_epoch: Callable[[int, dict[str, float]], None] | None = None,
 ) -> Training:
     """Train a detector.
 
@@ -144,6 +145,7 @@ def train(
         checkpoint: File to write after every epoch (atomically); None for none.
         identity: Names the data; a checkpoint of other data or settings is refused.
         resume: Continue from the checkpoint if there is one.
+        on_epoch: Called after every epoch with its number, from 1, and its entry of the history.
 
     Returns:
         The detector after the last epoch, and the state of its training.
@@ -202,6 +204,8 @@ def train(
                     "history": history,
                 },
             )
+        if on_epoch is not None:
+            on_epoch(len(history), history[-1])
     module.eval()
     return Training(detector, optimizer, history)
 
