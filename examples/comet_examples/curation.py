@@ -153,7 +153,6 @@ def _curves(history: Sequence[Mapping[str, float]]) -> list[dict[str, Any]]:
     return [
         {
             "caption": caption,
-            "note": "last " + ", ".join(f"{history[-1].get(n, math.nan):.3g}" for n in chart),
             "series": [
                 {"name": _spoken(n), "values": [_number(epoch.get(n)) for epoch in history]}
                 for n in chart
@@ -166,17 +165,18 @@ def _curves(history: Sequence[Mapping[str, float]]) -> list[dict[str, Any]]:
 def _heat_maps(
     samples: Sequence[Sample], maps: Callable[[Sequence[Sample]], Tensor]
 ) -> Iterator[bytes]:
-    """Heat maps to lay over the pictures, on one colour scale: from the median to the top 0.5 %."""
+    """Heat maps to lay over the pictures, on one colour scale: the top quarter of all pixels."""
     small = [
         _shrunk(maps(samples[start : start + _CHUNK])) for start in range(0, len(samples), _CHUNK)
     ]
     values = torch.cat(small).numpy()
-    low, high = np.quantile(values, [0.5, 0.995])
+    low, high = np.quantile(values, [0.75, 0.999])
     shares = np.clip((values - low) / max(high - low, np.finfo(np.float32).tiny), 0, 1)
     colors = mpl.colormaps["inferno"]
     for share in shares:
         pixels = colors(share, bytes=True)
-        pixels[..., 3] = (255 * np.minimum(1, 1.6 * share) * 0.8).astype(np.uint8)
+        # Never opaque: the picture below is what a person judges.
+        pixels[..., 3] = (255 * 0.6 * np.sqrt(share)).astype(np.uint8)
         yield _webp(Image.fromarray(pixels), _HEAT_QUALITY)
 
 

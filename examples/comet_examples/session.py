@@ -247,8 +247,7 @@ def _report(
     settings = results.settings
     captions = {
         "I-AUROC": "I-AUROC on the test set",
-        "curation AUROC": "AUROC of finding the bad ones",
-        "curation precision@k": "of as many suspects as bad ones are bad",
+        "curation AUROC": "AUROC of the ranking",
     }
     file = results.file.with_name(f"{method}_report.html")
     curation.write_report(

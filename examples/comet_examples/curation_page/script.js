@@ -59,7 +59,7 @@ function ticks(low, high) {
   return found;
 }
 
-function frame(caption, note, [x0, x1], [y0, y1], xName, whole = false) {
+function frame(caption, [x0, x1], [y0, y1], xName, whole = false) {
   const svg = make("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", "aria-label": caption });
   const x = (v) => LEFT + ((v - x0) / (x1 - x0)) * (WIDTH - LEFT - RIGHT);
   const y = (v) => HEIGHT - BOTTOM - ((v - y0) / (y1 - y0)) * (HEIGHT - TOP - BOTTOM);
@@ -73,7 +73,7 @@ function frame(caption, note, [x0, x1], [y0, y1], xName, whole = false) {
     svg.append(make("text", at, short(v)));
   }
   svg.append(make("text", { x: (WIDTH + LEFT) / 2, y: HEIGHT - 2, "text-anchor": "middle" }, xName));
-  const title = make("figcaption", {}, caption, make("small", {}, note));
+  const title = make("figcaption", {}, caption);
   byId("charts").append(make("figure", {}, title, svg));
   return { svg, x, y };
 }
@@ -81,10 +81,10 @@ function frame(caption, note, [x0, x1], [y0, y1], xName, whole = false) {
 function key(svg, name, color) {
   const entry = make("span", { class: "key" }, name);
   entry.style.color = color;
-  svg.previousElementSibling.append(entry);
+  svg.previousElementSibling.append(" ", entry);
 }
 
-function curve({ caption, note, series }) {
+function curve({ caption, series }) {
   const known = series.flatMap(({ values }) => values).filter((v) => v !== null);
   if (!known.length) return;
   if (known.every((v) => v === 0)) {
@@ -97,7 +97,7 @@ function curve({ caption, note, series }) {
   [low, high] = [low - margin, high + margin];
   const epochs = series[0].values.length;
   const range = epochs > 1 ? [1, epochs] : [0.5, 1.5];
-  const { svg, x, y } = frame(caption, note, range, [low, high], "epoch", true);
+  const { svg, x, y } = frame(caption, range, [low, high], "epoch", true);
   const colors = ["--accent", "--bad", "--unknown"];
   series.forEach(({ name, values }, i) => {
     const color = `var(${colors[i % colors.length]})`;
@@ -112,10 +112,11 @@ function curve({ caption, note, series }) {
       svg.append(dot);
     }
     if (series.length > 1) key(svg, name, color);
+    else key(svg, `last ${short(points.at(-1)[1])}`, "var(--soft)");
   });
 }
 
-function histogram(caption, note, what, mark, markName, bounds) {
+function histogram(caption, what, mark, markName, bounds) {
   const known = pictures.filter((picture) => picture[what] !== null);
   if (!known.length) return;
   const all = known.map((picture) => picture[what]);
@@ -131,7 +132,7 @@ function histogram(caption, note, what, mark, markName, bounds) {
   const totals = counts[0].map((_, bin) => counts.reduce((sum, kind) => sum + kind[bin], 0));
   // Square roots, so that a handful of suspects shows beside hundreds of others.
   const top = Math.sqrt(Math.max(...totals));
-  const { svg, x, y } = frame(caption, note, [low, high], [0, 1], what);
+  const { svg, x, y } = frame(caption, [low, high], [0, 1], `${what} (pictures on a root scale)`);
   svg.querySelectorAll("line, text[text-anchor=end]").forEach((old) => old.remove());
   svg.append(make("line", { x1: LEFT, x2: WIDTH - RIGHT, y1: y(0), y2: y(0), class: "axis" }));
   const shown = [...new Set([1, Math.round(Math.max(...totals) / 4), Math.max(...totals)])];
@@ -163,8 +164,8 @@ function histogram(caption, note, what, mark, markName, bounds) {
 
 page.curves.forEach(curve);
 const tau = page.threshold;
-histogram("Anomaly scores", "root scale", "score", tau, `threshold ${short(tau)}`, null);
-histogram("Weights", "root scale", "weight", SUSPECT, "suspect below 0.5", [0, 1]);
+histogram("Anomaly scores", "score", tau, `threshold ${short(tau)}`, null);
+histogram("Weights", "weight", SUSPECT, "suspect below 0.5", [0, 1]);
 
 // --- tables ----------------------------------------------------------------------------------
 
