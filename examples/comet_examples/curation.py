@@ -30,8 +30,9 @@ from comet_meta import SoftConfidentWeighter
 _PARTS = Path(__file__).with_name("curation_page")
 # Of the pictures and heat maps together, before base64 makes them a third larger.
 _BYTES = 18 * 2**20
-# Longer side in pixels and quality of a thumbnail: the first that fits its share of the bytes.
+# Longer side in pixels and quality of the thumbnails: the first of them that fit the bytes.
 _THUMBNAILS = ((320, 80), (256, 75), (192, 70), (160, 60), (128, 50), (96, 40), (64, 30))
+_TRIED = 24  # pictures on which that is decided
 _HEAT_SIDE = 48
 _HEAT_QUALITY = 60
 _HEAT_BYTES = 1000  # about what a heat map of that size takes
@@ -72,7 +73,7 @@ def write_report(
     """Write the page.
 
     It shows every training picture, the most suspect first, and stays below 30 MB up to some
-    10,000 of them: the more there are, the smaller the thumbnails.
+    5,000 of them: the more there are, the smaller the thumbnails.
 
     Args:
         file: HTML file to write.
@@ -84,8 +85,13 @@ def write_report(
     """
     order = weighter.ranking().tolist()
     ranked = [samples[i] for i in order]
-    height, width = load_image(ranked[0].path, transform).shape[-2:]
-    allowance = max(0, _BYTES // len(ranked) - _HEAT_BYTES)
+    width, height = _load(ranked[0], transform).size
+    tried = [
+        ranked[i] for i in np.linspace(0, len(ranked) - 1, min(_TRIED, len(ranked))).astype(int)
+    ]
+    format_ = _thumbnail_format(
+        [_load(sample, transform) for sample in tried], _BYTES // len(ranked) - _HEAT_BYTES
+    )
     pictures = [
         {
             "path": str(sample.path.absolute()),
@@ -95,7 +101,7 @@ def write_report(
             "defect": sample.defect,
             "weight": _number(weighter.weights[i]),
             "score": _number(weighter.scores[i]),
-            "image": _encoded(_thumbnail(load_image(sample.path, transform), allowance)),
+            "image": _encoded(_thumbnail(_load(sample, transform), *format_)),
             "heat": _encoded(heat),
         }
         for i, sample, heat in zip(order, ranked, _heat_maps(ranked, maps), strict=True)
@@ -188,17 +194,23 @@ def _shrunk(maps: Tensor) -> Tensor:
     return F.adaptive_avg_pool2d(maps.float().cpu().unsqueeze(1), size).squeeze(1)
 
 
-def _thumbnail(image: Tensor, allowance: int) -> bytes:
-    """A picture (3, H, W) within a number of bytes; the smallest there is where none fits."""
-    whole = Image.fromarray(image.permute(1, 2, 0).numpy())
-    encoded = b""
+def _load(sample: Sample, transform: Transform) -> Image.Image:
+    return Image.fromarray(load_image(sample.path, transform).permute(1, 2, 0).numpy())
+
+
+def _thumbnail_format(pictures: Sequence[Image.Image], allowance: int) -> tuple[int, int]:
+    """Side and quality at which the pictures take that many bytes on average, or the least."""
     for side, quality in _THUMBNAILS:
-        picture = whole.copy()
-        picture.thumbnail((side, side))
-        encoded = _webp(picture, quality)
-        if len(encoded) <= allowance:
+        sizes = [len(_thumbnail(picture, side, quality)) for picture in pictures]
+        if sum(sizes) <= allowance * len(sizes):
             break
-    return encoded
+    return side, quality
+
+
+def _thumbnail(picture: Image.Image, side: int, quality: int) -> bytes:
+    small = picture.copy()
+    small.thumbnail((side, side))
+    return _webp(small, quality)
 
 
 def _webp(picture: Image.Image, quality: int) -> bytes:
