@@ -86,9 +86,7 @@ def write_report(
     order = weighter.ranking().tolist()
     ranked = [samples[i] for i in order]
     width, height = _load(ranked[0], transform).size
-    tried = [
-        ranked[i] for i in np.linspace(0, len(ranked) - 1, min(_TRIED, len(ranked))).astype(int)
-    ]
+    tried = ranked[:: math.ceil(len(ranked) / _TRIED)]
     format_ = _thumbnail_format(
         [_load(sample, transform) for sample in tried], _BYTES // len(ranked) - _HEAT_BYTES
     )
@@ -120,7 +118,8 @@ def write_report(
         "pictures": pictures,
     }
     with replacing(file) as aside:
-        aside.write_text(_page(run.heading, content), encoding="utf-8")
+        # Names of files may hold bytes that are no text.
+        aside.write_text(_page(run.heading, content), encoding="utf-8", errors="replace")
 
 
 def _page(title: str, content: Mapping[str, Any]) -> str:

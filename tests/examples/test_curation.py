@@ -1,8 +1,10 @@
 """The curation report, as a file and in a real browser."""
 
 import csv
+import dataclasses
 import json
 import math
+import os
 import re
 import time
 from pathlib import Path
@@ -137,6 +139,16 @@ def test_pictures_without_score_or_spread_are_told_in_json(tmp_path):
     charts = {chart["caption"]: chart for chart in found["curves"]}
     assert list(charts) == ["Loss", "Mean weight", "Penalty λ(Σ)"]
     assert [s["values"] for s in charts["Loss"]["series"]] == [[1, 0.5], [2, None]]
+
+
+def test_names_that_are_no_text_are_shown_all_the_same(tmp_path):
+    try:
+        samples = pictures(tmp_path, [os.fsdecode(b"\xff.png"), "a.png"])
+    except OSError:
+        pytest.skip("this file system takes only text for names")
+    run = dataclasses.replace(RUN, heading=os.fsdecode(b"\xff"))
+    found = content(write(tmp_path / "out", samples, run))
+    assert found["pictures"][0]["uri"].endswith("/%FF.png")
 
 
 def test_heat_maps_share_one_scale_and_the_pictures_shape(tmp_path):
