@@ -1,7 +1,6 @@
 """An autoencoder of tabular data, plain and with CoMet, on tumours of which 10 % are mislabelled.
 
-Rows of malignant tumours in a training set of benign ones: see ``breast_cancer``. No setting was
-chosen by a figure of these seeds.
+Rows of malignant tumours in a training set of benign ones: see ``breast_cancer``.
 """
 
 import torch

@@ -1,6 +1,6 @@
 """Deep SVDD on tabular data, plain and with CoMet, with 10 % wrong digits in the training set.
 
-Each digit in turn is the normal one: see ``digits``. No setting was chosen by a figure of these seeds.
+Each digit in turn is the normal one: see ``digits``.
 
 Ruff et al.: Deep one-class classification, ICML 2018.
 """

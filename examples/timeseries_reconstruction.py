@@ -1,7 +1,7 @@
 """A convolutional autoencoder of daily power curves, plain and with CoMet, 10 % wrong season.
 
 Days of the summer half-year in a training set of the winter half-year, a real series: see
-``power_demand``. No setting was chosen by a figure of these seeds.
+``power_demand``.
 """
 
 import sys
