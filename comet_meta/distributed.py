@@ -1,15 +1,113 @@
-"""The few collectives that the method needs; without a process group they do nothing."""
+"""The few collectives that the method needs; without a process group they do nothing.
 
-from collections.abc import Sequence
+All of them run over the default group and must be reached by all of its processes.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+_BUCKET_BYTES = 25 * 2**20
+
 
 def world_size() -> int:
     """Number of processes in the default group; 1 where there is none."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether the processes hold a part of the tensor each (a DTensor, as FSDP2 makes them)."""
+    return hasattr(tensor, "full_tensor")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a sharded tensor, on the same memory; other tensors as they are."""
+    part: Tensor = tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+    return part
+
+
+def sharded_like(part: Tensor, tensor: Tensor) -> Tensor:
+    """The inverse of :func:`local`: a part as a tensor that is sharded as another one is."""
+    if not is_sharded(tensor):
+        return part
+    from torch.distributed.tensor import DTensor
+
+    whole = cast("DTensor", tensor)
+    return DTensor.from_local(
+        part, whole.device_mesh, whole.placements, shape=whole.shape, stride=whole.stride()
+    )
+
+
+def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
+    """Sum of the squares of all elements of some tensors, plain or sharded; differentiable.
+
+    Args:
+        tensors: Of any shapes, on one device; those that are sharded, on one mesh.
+
+    Returns:
+        The sum, shape (), the same on every process.
+    """
+    # Squares rather than norms: a norm has no second derivative at 0, which MAML would need.
+    plain = [tensor.square().sum() for tensor in tensors if not is_sharded(tensor)]
+    sharded = [tensor for tensor in tensors if is_sharded(tensor)]
+    if sharded:
+        from torch.distributed.tensor import DTensor, Partial, Replicate
+
+        first = cast("DTensor", sharded[0])
+        placements = [Partial() if p.is_shard() else Replicate() for p in first.placements]
+        part = torch.stack([local(tensor).square().sum() for tensor in sharded]).sum()
+        plain.append(DTensor.from_local(part, first.device_mesh, placements).full_tensor())
+    return torch.stack(plain).sum()
+
+
+def agreed_seed(seed: int) -> int:
+    """The first process's seed, on every process."""
+    if world_size() == 1:
+        return seed
+    seeds = [seed]
+    dist.broadcast_object_list(seeds, src=0)
+    return seeds[0]
+
+
+def own_generator(shared: torch.Generator) -> torch.Generator:
+    """Random numbers of this process alone, from a generator that all processes have alike.
+
+    The shared one advances by one draw whatever the process does with its own: the processes stay
+    in step, and the state that one of them saves is the state of all.
+
+    Args:
+        shared: In the same state on every process.
+
+    Returns:
+        A generator that differs by process; ``shared`` itself without a process group.
+    """
+    if world_size() == 1:
+        return shared
+    seed = int(torch.randint(2**62, (), generator=shared))
+    return torch.Generator().manual_seed(seed + dist.get_rank())
+
+
+def share(rows: int, device: torch.device) -> Tensor | float:
+    """This process's part of the joined batch, times the number of processes.
+
+    Frameworks average gradients over processes. Where the batches are of unequal size, a mean over
+    the local rows has to be multiplied by this to make that average the mean over all rows.
+
+    Args:
+        rows: Number of rows of this process, B >= 1.
+        device: Where the result is needed.
+
+    Returns:
+        B over the mean B of all processes, shape (); 1 without a process group.
+    """
+    if world_size() == 1:
+        return 1.0
+    total = torch.full((), float(rows), device=device)
+    dist.all_reduce(total)
+    return rows * world_size() / total
 
 
 def average(tensor: Tensor) -> Tensor:
@@ -29,7 +127,7 @@ def average(tensor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def average_gradients(parameters: Sequence[Tensor]) -> None:
+def average_gradients(parameters: Sequence[Tensor], share: Tensor | float = 1.0) -> None:
     """Replace every ``.grad`` by its mean over all processes.
 
     The hooks of DistributedDataParallel don't fire under ``torch.autograd.grad``, with which
@@ -37,18 +135,45 @@ def average_gradients(parameters: Sequence[Tensor]) -> None:
 
     Args:
         parameters: The same on every process. One that has no gradient on any of them keeps none.
+            Sharded ones are left alone: their gradients come averaged.
+        share: What this process's gradients count for, as :func:`share` has it.
     """
-    if world_size() == 1:
+    parameters = [parameter for parameter in parameters if not is_sharded(parameter)]
+    if world_size() == 1 or not parameters:
         return
-    used = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32)
+    missing = [parameter.grad is None for parameter in parameters]
+    used = torch.tensor([not gone for gone in missing], dtype=torch.int32)
     used = used.to(parameters[0].device)
     dist.all_reduce(used)
-    for parameter, count in zip(parameters, used.tolist(), strict=True):
-        if not count:
-            continue
-        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        dist.all_reduce(gradient)
-        parameter.grad = gradient.div_(world_size())
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    torch._foreach_mul_(gradients, share / world_size())
+    for bucket in _buckets(gradients):
+        flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
+        dist.all_reduce(flat)
+        parts = torch.split(flat, [gradient.numel() for gradient in bucket])
+        shaped = [part.view_as(gradient) for part, gradient in zip(parts, bucket, strict=True)]
+        torch._foreach_copy_(bucket, shaped)
+    if any(missing):  # only then is it worth waiting for the device
+        found = zip(parameters, gradients, used.tolist(), strict=True)
+        for parameter, gradient, count in found:
+            parameter.grad = gradient if count else None
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Tensors of one dtype and device together, in groups of some 25 MB."""
+    kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for tensor in tensors:
+        kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+    for kind in kinds.values():
+        bucket: list[Tensor] = []
+        filled = 0
+        for tensor in kind:
+            if bucket and filled + tensor.nbytes > _BUCKET_BYTES:
+                yield bucket
+                bucket, filled = [], 0
+            bucket.append(tensor)
+            filled += tensor.nbytes
+        yield bucket
 
 
 def merge_by_index(values: Tensor) -> Tensor:
@@ -64,6 +189,38 @@ def merge_by_index(values: Tensor) -> Tensor:
         return values
     known = ~values.isnan()
     both = torch.stack([torch.where(known, values, 0.0), known.to(values.dtype)])
+    both = both.to(_wire(values.device))
     dist.all_reduce(both)
-    total, count = both
+    total, count = both.to(values.device)
     return torch.where(count > 0, total / count, torch.nan)
+
+
+def join_batches(index: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+    """The batches of all processes, one behind the other.
+
+    Args:
+        index: Positions of this process's samples, int64 of shape (B,); B may differ by process.
+        scores: Their scores, shape (B,).
+
+    Returns:
+        Positions and scores of the joined batch, the same on every process.
+    """
+    if world_size() == 1:
+        return index, scores
+    # Positions up to 2^53 and single-precision scores are exact in double precision.
+    batch = torch.stack([index.double().to(scores.device), scores.detach().double()])
+    batch = batch.to(_wire(scores.device))
+    sizes = [torch.zeros((), dtype=torch.int64, device=batch.device) for _ in range(world_size())]
+    dist.all_gather(sizes, torch.full_like(sizes[0], len(index)))
+    counts = [int(size) for size in sizes]
+    padded = torch.nn.functional.pad(batch, (0, max(counts) - len(index)))
+    batches = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(batches, padded)
+    joined = torch.cat([part[:, :size] for part, size in zip(batches, counts, strict=True)], dim=1)
+    positions, values = joined.to(scores.device)
+    return positions.to(index), values.to(scores.dtype)
+
+
+def _wire(device: torch.device) -> torch.device:
+    """Where a tensor has to lie to be sent: NCCL alone can't send from the CPU."""
+    return torch.device("cuda") if dist.get_backend() == "nccl" else device

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from comet_meta.distributed import is_sharded, local, sharded_like
+
 InnerOptimizer = Literal["sgd", "adam"]
 FirstOrderMode = Literal["fomaml", "mldg", "reptile"]
 Objective = Callable[[Tensor], Tensor]
@@ -167,8 +169,9 @@ def first_order(
         The gradients and the losses, averaged over tasks.
     """
     meta = _Accumulator(parameters)
+    values = [local(parameter.detach()) for parameter in parameters]
     after_first_pass: list[Tensor] = []
-    with restored(parameters) as origin, restored(buffers):
+    with restored(values) as origin, restored(buffers):
         for task in tasks:
             direction = _direction(inner)
             for k in range(inner_steps):
@@ -177,11 +180,15 @@ def first_order(
                 if k == 0:
                     support_loss, support_gradients = loss.detach(), gradients
                     after_first_pass = after_first_pass or [b.clone() for b in buffers]
-                _move(parameters, direction(gradients), -inner_lr)
+                _move(values, direction(gradients), -inner_lr)
             if mode == "reptile":
-                with torch.no_grad():
+                # FSDP2 puts gathered parameters away only in a backward pass.
+                gathered = is_sharded(parameters[0])
+                with torch.set_grad_enabled(gathered):
                     query_loss = objective(task.query)
-                moved = torch._foreach_sub(origin, [p.detach() for p in parameters])
+                if gathered:
+                    meta.gradients_of(query_loss, parameters)
+                moved = torch._foreach_sub(origin, values)
                 gradients = list(torch._foreach_div(moved, inner_lr * inner_steps))
             else:
                 query_loss = objective(task.query)
@@ -190,7 +197,7 @@ def first_order(
                     share = len(task.query) / (len(task.support) + len(task.query))
                     gradients = list(torch._foreach_lerp(support_gradients, gradients, share))
             meta.add(gradients, support_loss, query_loss)
-            _copy(parameters, origin)
+            _copy(values, origin)
     _copy(buffers, after_first_pass)
     return meta.mean()
 
@@ -253,10 +260,42 @@ def second_order(
     return meta.mean()
 
 
+def gradients_of(
+    loss: Tensor, parameters: Sequence[Tensor], *, create_graph: bool = False
+) -> list[Tensor | None]:
+    """Gradients of a loss that leave ``.grad`` as it is.
+
+    Args:
+        loss: Shape ().
+        parameters: Leaf tensors that require grad, or non-leaves of the loss's graph.
+        create_graph: Whether the gradients will be differentiated in turn.
+
+    Returns:
+        One for each parameter; None for one that the loss doesn't use.
+    """
+    if not any(is_sharded(parameter) for parameter in parameters):
+        return list(
+            torch.autograd.grad(
+                loss, list(parameters), create_graph=create_graph, allow_unused=True
+            )
+        )
+    # FSDP2 computes with gathered copies; only its hooks, which backward() runs, know how their
+    # gradients come back to the shards.
+    earlier = [parameter.grad for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = None
+    torch.autograd.backward(loss)
+    found = [parameter.grad for parameter in parameters]
+    for parameter, gradient in zip(parameters, earlier, strict=True):
+        parameter.grad = gradient
+    return found
+
+
 class _Accumulator:
     """Averages the gradients of tasks; a parameter that no loss used ends with no gradient."""
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self._parameters = parameters
         self._used = [False] * len(parameters)
         self._total: Gradients = []
         self._losses: list[Tensor] = []
@@ -264,14 +303,12 @@ class _Accumulator:
     def gradients_of(
         self, loss: Tensor, parameters: Sequence[Tensor], *, create_graph: bool = False
     ) -> Gradients:
-        found = torch.autograd.grad(
-            loss, list(parameters), create_graph=create_graph, allow_unused=True
-        )
+        found = gradients_of(loss, parameters, create_graph=create_graph)
         self._used = [
             used or gradient is not None for used, gradient in zip(self._used, found, strict=True)
         ]
         return [
-            torch.zeros_like(parameter) if gradient is None else gradient
+            torch.zeros_like(local(parameter)) if gradient is None else local(gradient)
             for parameter, gradient in zip(parameters, found, strict=True)
         ]
 
@@ -285,7 +322,12 @@ class _Accumulator:
     def mean(self) -> MetaGradient:
         if len(self._losses) > 1:
             torch._foreach_div_(self._total, len(self._losses))
-        gradients = [g if used else None for g, used in zip(self._total, self._used, strict=True)]
+        gradients = [
+            sharded_like(total, parameter) if used else None
+            for total, parameter, used in zip(
+                self._total, self._parameters, self._used, strict=True
+            )
+        ]
         support_loss, query_loss = torch.stack(self._losses).mean(dim=0)
         return MetaGradient(gradients, support_loss, query_loss)
 

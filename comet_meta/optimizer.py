@@ -17,6 +17,7 @@ from comet_meta.inner_loop import (
     MetaGradient,
     Task,
     first_order,
+    gradients_of,
     second_order,
     split_tasks,
 )
@@ -141,7 +142,8 @@ class CoMetOptimizerWrapper(Optimizer):
         self.tasks = tasks
         self.model = model
         if generator is None:
-            generator = torch.Generator().manual_seed(torch.initial_seed())
+            generator = torch.Generator()
+            generator.manual_seed(distributed.agreed_seed(torch.initial_seed()))
         self.generator = generator
         self._finite = FiniteCheck()
         self.defaults = self.optimizers[0].defaults
@@ -213,10 +215,11 @@ class CoMetOptimizerWrapper(Optimizer):
         self._finite(losses, index)
         penalty = self._penalty(self._trained())
         weighted = self._weights(index, losses.numel()).to(losses) * losses
-        if self.regularizer is not None and losses.numel() > 1:
+        share = distributed.share(losses.numel(), losses.device)
+        if self.regularizer is not None and self._splits(losses.numel()):
             with torch.no_grad():
-                self._observe(*(self._support_query(weighted) + penalty))
-        return weighted.mean() + penalty
+                self._observe(*(self._support_query(weighted) * share + penalty))
+        return weighted.mean() * share + penalty
 
     @overload  # type: ignore[override]
     def step(self, closure: Callable[[], float] | None = None) -> float | None: ...
@@ -274,8 +277,17 @@ class CoMetOptimizerWrapper(Optimizer):
         parameters = self._trained()
         if not parameters:
             raise ValueError("none of the optimizer's parameters requires grad: nothing to train")
+        sharded = distributed.is_sharded(parameters[0])
+        if sharded and self.meta == "maml":
+            raise ValueError(
+                "meta='maml' can't differentiate through sharded parameters (FSDP2); use a "
+                "first-order mode such as 'mldg'"
+            )
         weights = self._weights(index, len(index))
         strength = self._strength(parameters)
+        share = distributed.share(len(index), index.device)
+        # Where the framework averages each gradient by itself, the losses have to be scaled.
+        scale = share if sharded else 1.0
 
         def objective(rows: Tensor) -> Tensor:
             return soft_confident_loss(losses_of(rows), rows, parameters)
@@ -287,14 +299,16 @@ class CoMetOptimizerWrapper(Optimizer):
             return losses
 
         def soft_confident_loss(losses: Tensor, rows: Tensor, at: Sequence[Tensor]) -> Tensor:
-            return (weights[rows].to(losses) * losses).mean() + self._penalty(at)
+            return (weights[rows].to(losses) * losses).mean() * scale + self._penalty(at)
 
-        if self.meta == "none":
-            result = self._undivided_gradient(losses_of, weights, parameters)
+        generator = distributed.own_generator(self.generator)
+        lone = len(index) == 1 and self._splits(1)  # other processes have more of this batch
+        if self.meta == "none" or lone:
+            result = self._undivided_gradient(losses_of, weights, parameters, scale)
         else:
             tasks = [
                 Task(task.support.to(index.device), task.query.to(index.device))
-                for task in split_tasks(len(index), self.tasks, self.query_fraction, self.generator)
+                for task in split_tasks(len(index), self.tasks, self.query_fraction, generator)
             ]
             inner: dict[str, Any] = {
                 "inner": self.inner_optimizer,
@@ -313,11 +327,12 @@ class CoMetOptimizerWrapper(Optimizer):
                 )
         for parameter, gradient in zip(parameters, result.gradients, strict=True):
             parameter.grad = gradient
-        distributed.average_gradients(parameters)
+        distributed.average_gradients(parameters, share)
         for optimizer in self.optimizers:
             optimizer.step()
-        if self.regularizer is not None and len(index) > 1:
-            self._observe(result.support_loss, result.query_loss)
+        if self.regularizer is not None and self._splits(len(index)):
+            losses = torch.stack([result.support_loss, result.query_loss])
+            self._observe(*(losses if sharded else losses * share))
         return StepReport(
             objective=torch.lerp(result.support_loss, result.query_loss, self.query_fraction),
             support_loss=result.support_loss,
@@ -328,23 +343,30 @@ class CoMetOptimizerWrapper(Optimizer):
         )
 
     def _undivided_gradient(
-        self, losses_of: Closure, weights: Tensor, parameters: Sequence[Tensor]
+        self,
+        losses_of: Closure,
+        weights: Tensor,
+        parameters: Sequence[Tensor],
+        scale: Tensor | float,
     ) -> MetaGradient:
         """The gradient of the whole batch, its losses told apart only for the report."""
         losses = losses_of(torch.arange(len(weights), device=weights.device))
-        weighted = weights.to(losses) * losses
+        weighted = weights.to(losses) * losses * scale
         penalty = self._penalty(parameters)
-        gradients = torch.autograd.grad(
-            weighted.mean() + penalty, list(parameters), allow_unused=True
-        )
+        gradients = gradients_of(weighted.mean() + penalty, parameters)
         support_loss, query_loss = self._support_query(weighted.detach()) + penalty.detach()
-        return MetaGradient(list(gradients), support_loss, query_loss)
+        return MetaGradient(gradients, support_loss, query_loss)
+
+    def _splits(self, batch_size: int) -> bool:
+        """Whether the batch, joined over all processes, has rows for support and query."""
+        return batch_size > 1 or distributed.world_size() > 1
 
     def _support_query(self, weighted: Tensor) -> Tensor:
         """Mean loss of a random support and query part, shape (2,); of the sample if B = 1."""
+        generator = distributed.own_generator(self.generator)
         if len(weighted) == 1:
             return weighted.expand(2)
-        ((support, query),) = split_tasks(len(weighted), 1, self.query_fraction, self.generator)
+        ((support, query),) = split_tasks(len(weighted), 1, self.query_fraction, generator)
         return torch.stack([weighted[support].mean(), weighted[query].mean()])
 
     def _checked_index(

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from comet_meta.distributed import sum_of_squares
+
 _DET_RANGE = (1e-6, 100.0)
 
 
@@ -154,9 +156,8 @@ class CovarianceMetaRegularizer(nn.Module):
         chosen = [p for p in parameters if p.dim() > 1 or not self.exclude_1d]
         if not chosen:
             return self.pairs.new_zeros(())
-        # Squares rather than norms: a norm has no second derivative at 0, which MAML would need.
-        squares = torch.stack([parameter.square().sum() for parameter in chosen])
-        return self.strength.to(squares.device) * squares.sum()
+        squares = sum_of_squares(chosen)
+        return self.strength.to(squares.device) * squares
 
     def extra_repr(self) -> str:
         """The settings, for ``repr``."""

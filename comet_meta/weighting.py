@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
+from comet_meta import distributed
 from comet_meta.checks import as_index
 
 RuleName = Literal["posterior", "hard", "ratio"]
@@ -274,7 +275,7 @@ class SoftConfidentWeighter(nn.Module):
         """Take in the scores of a batch; for loops that don't score the whole set.
 
         The weights are refitted once as many scores have come in as there are samples (about once
-        an epoch), or by ``fit()``.
+        an epoch), or by ``fit()``. With several processes, all of them get the scores of all.
 
         Args:
             index: Positions of the samples, shape (B,).
@@ -289,6 +290,7 @@ class SoftConfidentWeighter(nn.Module):
         self._check_scores(scores)
         if len(scores) != len(index):
             raise ValueError(f"got {len(scores)} scores and {len(index)} indices; expected as many")
+        index, scores = distributed.join_batches(index, scores)
         if self.num_samples is None:
             self._grow(int(index.max()) + 1)
         self._store(index.to(self.scores.device), scores)

@@ -1,0 +1,362 @@
+"""CoMet for Lightning: a callback that weighs the training samples of any LightningModule."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader, Dataset
+from typing_extensions import override
+
+from comet_meta import (
+    CoMetOptimizerWrapper,
+    CovarianceMetaRegularizer,
+    IndexedDataset,
+    SoftConfidentWeighter,
+    collect_scores,
+)
+from comet_meta.optimizer import MetaMode
+
+try:
+    from lightning.pytorch import Callback, LightningModule, Trainer
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        f"comet_meta.integrations.lightning needs the package {error.name!r}: "
+        'pip install "comet-meta[lightning]"'
+    ) from error
+
+Index = Callable[[Any], Tensor]
+"""Positions of a batch's samples in the training set: batch -> (B,)."""
+Scores = Callable[[Any, Any], Tensor]
+"""Anomaly scores of a batch, higher = more anomalous: (module, batch) -> (B,)."""
+
+
+class CoMetCallback(Callback):
+    """Trains a LightningModule with CoMet; the module and the Trainer stay as they are.
+
+    The module has to let the callback have its losses sample by sample:
+
+    - *Automatic optimisation*: ``training_step`` returns ``{"loss": ..., "losses": ...}`` with
+      ``losses (B,)``, or just the ``(B,)`` losses. The callback puts the weighted objective in
+      place of ``"loss"``. With the dictionary, the module also trains without the callback.
+    - *Manual optimisation*, with any number of optimizers: hand ``self.manual_backward`` the
+      ``(B,)`` losses; scalars go through unweighted. With a ``regularizer``, its penalty is in each
+      such call, on the parameters that require grad then (``toggle_optimizer``).
+
+    Batches have to carry the samples' positions: ``DataLoader(IndexedDataset(train_set), ...)``
+    (the callback takes the positions off before ``training_step`` sees the batch), or ``index``.
+
+    Everything else is Lightning's: precision, gradient clipping and accumulation, schedulers,
+    devices. Weights, loss history and random state are saved in Lightning's checkpoints.
+
+    Args:
+        weighter: Confidence in each sample; by default with the default rule.
+        regularizer: The penalty lambda(Sigma) ||theta||^2; without one there is none.
+        scores: Anomaly scores of a batch, (module, batch) -> (B,), for instance
+            ``lambda module, batch: module.scores(batch)``. Once an epoch the training set is
+            scored with it, the module in eval mode. By default the losses of the epoch's training
+            steps serve as scores, at no cost (drop-in steps and automatic optimisation only).
+        index: Positions of a batch's samples, batch -> (B,), where batches carry them in some
+            other way than :class:`comet_meta.IndexedDataset`.
+        warm_up: Number of epochs before the first weights, >= 1: they mean nothing before the
+            module has learned something.
+        meta: ``"none"``, the drop-in step: one forward and backward pass, as without CoMet.
+            Another mode of :class:`comet_meta.CoMetOptimizerWrapper` takes its meta-step; then
+            ``training_step`` is called on parts of the batch, several times.
+        **settings: Further arguments of :class:`comet_meta.CoMetOptimizerWrapper`, such as
+            ``inner_lr``.
+
+    Attributes:
+        weighter: The weighter; ``callback.weighter.ranking(20)`` are the samples to look at.
+
+    Raises:
+        ValueError: If ``warm_up`` is less than 1.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> callback = CoMetCallback(scores=lambda module, batch: module.scores(batch), warm_up=10)
+        >>> trainer = Trainer(callbacks=[callback], max_epochs=40, logger=False)
+    """
+
+    def __init__(
+        self,
+        weighter: SoftConfidentWeighter | None = None,
+        regularizer: CovarianceMetaRegularizer | None = None,
+        *,
+        scores: Scores | None = None,
+        index: Index | None = None,
+        warm_up: int = 1,
+        meta: MetaMode = "none",
+        **settings: Any,
+    ) -> None:
+        if warm_up < 1:
+            raise ValueError(f"warm_up is {warm_up}; expected at least 1 epoch before the weights")
+        self.weighter = weighter
+        self.regularizer = regularizer
+        self.scores = scores
+        self.index = index
+        self.warm_up = warm_up
+        self.meta: MetaMode = meta
+        self.settings = settings
+        self._comet: CoMetOptimizerWrapper | None = None
+        self._saved: dict[str, Any] = {}
+        self._positions: Tensor | None = None
+        self._steps = 0
+        self._weighed = 0
+        self._replaced: list[tuple[LightningModule, str]] = []
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the place of the module's loss."""
+        self._check(trainer, pl_module)
+        if self.weighter is None:
+            self.weighter = SoftConfidentWeighter(len(_loader(trainer).dataset))  # type: ignore[arg-type]
+        self._comet = CoMetOptimizerWrapper(
+            [_Still(optimizer.param_groups) for optimizer in trainer.optimizers],
+            weighter=self.weighter,
+            regularizer=self.regularizer,
+            meta=self.meta,
+            model=pl_module,
+            **self.settings,
+        )
+        if self._saved:
+            self._comet.load_state_dict(self._comet.state_dict() | self._saved)
+        self._replace(pl_module, "training_step", self._training_step)
+        self._replace(pl_module, "manual_backward", self._manual_backward)
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refresh the weights from the scores of the training set."""
+        if self._steps and not self._weighed:
+            raise ValueError(
+                "no per-sample losses came in during this epoch: with manual optimisation, hand "
+                "self.manual_backward(...) the losses of shape (B,) instead of their mean"
+            )
+        self._steps, self._weighed = 0, 0
+        assert self.weighter is not None
+        if trainer.current_epoch + 1 < self.warm_up:
+            return
+        if self.scores is None:
+            self.weighter.fit()
+        else:
+            self.weighter.fit(self._collect(self.scores, trainer, pl_module))
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Give the module its methods back."""
+        for module, name in self._replaced:
+            delattr(module, name)
+        self._replaced.clear()
+
+    @override
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Give the module its methods back."""
+        self.on_train_end(trainer, pl_module)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """Weights, loss history and random state; the optimizers' state is Lightning's to save."""
+        if self._comet is None:
+            return self._saved
+        state = self._comet.state_dict()
+        return {name: state[name] for name in ("weighter", "regularizer", "generator")}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` saved, once training starts."""
+        self._saved = dict(state_dict)
+
+    def _check(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        _loader(trainer)
+        if self.meta != "none" and not pl_module.automatic_optimization:
+            raise ValueError(
+                f"meta={self.meta!r} takes the module's whole step, which manual optimisation "
+                "takes itself; use meta='none'"
+            )
+        if self.scores is None and (self.meta != "none" or not pl_module.automatic_optimization):
+            raise ValueError(
+                "with a meta-step or manual optimisation, training losses can't serve as scores; "
+                "pass scores=lambda module, batch: ... (B,) anomaly scores"
+            )
+
+    def _replace(self, module: LightningModule, name: str, by: Callable[..., Any]) -> None:
+        original = getattr(module, name)
+
+        @functools.wraps(original)
+        def method(*args: Any, **kwargs: Any) -> Any:
+            return by(original, *args, **kwargs)
+
+        setattr(module, name, method)
+        self._replaced.append((module, name))
+
+    def _training_step(
+        self, original: Callable[..., Any], batch: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        index, batch = self._split(batch)
+        self._positions = index
+        self._steps += 1
+        module = self._replaced[0][0]
+        if not module.automatic_optimization:
+            return original(batch, *args, **kwargs)
+        if self.meta != "none":
+            return self._meta_step(lambda part: original(part, *args, **kwargs), index, batch)
+        output = original(batch, *args, **kwargs)
+        losses = _losses_of(output)
+        objective = self._objective(losses)
+        self._take_in(index, losses)
+        return {**output, "loss": objective} if isinstance(output, Mapping) else objective
+
+    def _manual_backward(
+        self, original: Callable[..., Any], loss: Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        if loss.dim() == 1:
+            loss = self._objective(loss)
+        return original(loss, *args, **kwargs)
+
+    def _objective(self, losses: Tensor) -> Tensor:
+        assert self._comet is not None
+        self._weighed += 1
+        return self._comet.objective(losses, self._positions)
+
+    def _take_in(self, index: Tensor, losses: Tensor) -> None:
+        """Keep the losses of a training step as scores, where there are no others."""
+        assert self.weighter is not None
+        module = self._replaced[0][0]
+        if self.scores is None and module.current_epoch + 1 >= self.warm_up:
+            self.weighter.update(index.cpu(), losses.detach().float().cpu())
+
+    def _meta_step(self, step: Callable[[Any], Any], index: Tensor, batch: Any) -> Tensor:
+        """The objective of the full method, with the meta-gradient as its gradient."""
+        assert self._comet is not None
+        self._weighed += 1
+        parameters = [p for group in self._comet.param_groups for p in group["params"]]
+        earlier = [parameter.grad for parameter in parameters]  # with gradient accumulation
+        report = self._comet.step(
+            lambda rows: _losses_of(step(_take(batch, rows, len(index)))), index
+        )
+        gradients = [parameter.grad for parameter in parameters]
+        for parameter, gradient in zip(parameters, earlier, strict=True):
+            parameter.grad = gradient
+        objective: Tensor = _WithGradient.apply(report.objective, gradients, *parameters)
+        return objective
+
+    def _split(self, batch: Any) -> tuple[Tensor, Any]:
+        if self.index is not None:
+            return self.index(batch), batch
+        if isinstance(batch, (tuple, list)) and len(batch) == 2:
+            index, rest = batch
+            if isinstance(index, Tensor) and index.dtype == torch.int64 and index.dim() == 1:
+                return index, rest
+        raise TypeError(
+            f"a training batch is a {type(batch).__name__} without sample positions; expected "
+            "(index, batch): build the loader as DataLoader(IndexedDataset(train_set), ...), or "
+            "pass index=lambda batch: ... positions (B,)"
+        )
+
+    def _collect(self, scores: Scores, trainer: Trainer, pl_module: LightningModule) -> Tensor:
+        def score(batch: Any) -> Tensor:
+            batch = trainer.strategy.batch_to_device(batch)
+            with trainer.precision_plugin.forward_context():
+                return scores(pl_module, batch)
+
+        modes = [(module, module.training) for module in pl_module.modules()]
+        pl_module.eval()
+        try:
+            # Scoring must not change the random numbers that training goes on with.
+            with torch.random.fork_rng(devices=[]):
+                return collect_scores(score, self._scoring_loader(trainer))
+        finally:
+            for module, training in modes:
+                module.training = training
+
+    def _scoring_loader(self, trainer: Trainer) -> DataLoader[Any]:
+        """Every training sample once, each process its part, whatever the sampler leaves out."""
+        loader = _loader(trainer)
+        dataset: Dataset[Any] = loader.dataset
+        collate = loader.collate_fn
+        if self.index is not None:
+            dataset = IndexedDataset(dataset)
+            collate = functools.partial(_collate_pairs, collate)
+        return DataLoader(
+            dataset,
+            batch_size=loader.batch_size or getattr(loader.batch_sampler, "batch_size", 1),
+            sampler=range(trainer.global_rank, len(dataset), trainer.world_size),  # type: ignore[arg-type]
+            collate_fn=collate,
+            num_workers=loader.num_workers,
+            pin_memory=loader.pin_memory,
+        )
+
+
+class _Still(Optimizer):
+    """An optimizer that takes no step; Lightning takes them."""
+
+    def __init__(self, param_groups: list[dict[str, Any]]) -> None:
+        super().__init__(param_groups, {})
+
+    @override
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Leave parameters and gradients as they are."""
+
+
+class _WithGradient(torch.autograd.Function):
+    """A value whose gradients were computed beforehand, for loops that call ``backward``."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, gradients: list[Tensor | None], *_: Tensor) -> Tensor:
+        """The value, shape (); its gradients belong to the parameters that follow."""
+        ctx.gradients = gradients
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, scale: Tensor) -> Any:
+        """The gradients times the factor that the loop has put on the loss."""
+        scaled = [None if gradient is None else gradient * scale for gradient in ctx.gradients]
+        return None, None, *scaled
+
+
+def _loader(trainer: Trainer) -> DataLoader[Any]:
+    loader = trainer.train_dataloader
+    if not isinstance(loader, DataLoader):
+        raise TypeError(
+            f"the training data comes from a {type(loader).__name__}; expected one DataLoader"
+        )
+    return loader
+
+
+def _losses_of(output: Any) -> Tensor:
+    losses = output.get("losses", output.get("loss")) if isinstance(output, Mapping) else output
+    if not isinstance(losses, Tensor) or losses.dim() != 1:
+        kind = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+        raise ValueError(
+            f"training_step gave {kind} as losses; expected one for each sample: return "
+            '{"loss": losses.mean(), "losses": losses} with losses of shape (B,)'
+        )
+    return losses
+
+
+def _take(batch: Any, rows: Tensor, size: int) -> Any:
+    """Some rows of a batch: of all tensors and lists in it that have one entry for each sample."""
+    if isinstance(batch, Tensor):
+        return batch[rows.to(batch.device)] if batch.dim() and len(batch) == size else batch
+    if isinstance(batch, Mapping):
+        return {name: _take(value, rows, size) for name, value in batch.items()}
+    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        fields = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
+        return dataclasses.replace(batch, **_take(fields, rows, size))
+    if isinstance(batch, Sequence) and not isinstance(batch, str):
+        if len(batch) == size and not any(isinstance(part, Tensor) for part in batch):
+            return [batch[row] for row in rows.tolist()]
+        parts = [_take(part, rows, size) for part in batch]
+        return tuple(parts) if isinstance(batch, tuple) else parts
+    return batch
+
+
+def _collate_pairs(
+    collate: Callable[[list[Any]], Any], pairs: list[tuple[int, Any]]
+) -> tuple[Tensor, Any]:
+    return torch.tensor([index for index, _ in pairs]), collate([item for _, item in pairs])

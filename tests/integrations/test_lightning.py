@@ -1,0 +1,424 @@
+"""The Lightning callback against the same training written as a plain loop."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from comet_meta import (
+    CoMetOptimizerWrapper,
+    CovarianceMetaRegularizer,
+    IndexedDataset,
+    SoftConfidentWeighter,
+    collect_scores,
+)
+
+pl = pytest.importorskip("lightning.pytorch", reason='needs pip install "comet-meta[lightning]"')
+
+from lightning.pytorch.callbacks import ModelCheckpoint  # noqa: E402
+
+from comet_meta.integrations.lightning import CoMetCallback, _take  # noqa: E402
+
+N, BATCH, EPOCHS = 30, 8, 4
+GENERATOR = torch.Generator().manual_seed(0)
+DATA = torch.cat([torch.randn(24, 4, generator=GENERATOR), torch.full((6, 4), 4.0)])
+
+
+class Net(nn.Module):
+    """A small autoencoder with batch norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.body = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 4))
+
+    def losses(self, x: torch.Tensor) -> torch.Tensor:
+        return (self.body(x) - x).square().mean(dim=1)
+
+
+class Module(pl.LightningModule):
+    """Automatic optimisation; trains also without the callback."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Net()
+
+    def training_step(self, batch, batch_idx):
+        assert isinstance(batch, torch.Tensor)
+        losses = self.net.losses(batch)
+        self.log("train_loss", losses.mean())
+        return {"loss": losses.mean(), "losses": losses}
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.net.parameters(), lr=0.02)
+
+
+class Manual(Module):
+    """Two optimizers that take turns, each with its own half of the network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        for optimizer in self.optimizers():
+            self.toggle_optimizer(optimizer)
+            optimizer.zero_grad()
+            self.manual_backward(self.net.losses(batch))
+            optimizer.step()
+            self.untoggle_optimizer(optimizer)
+
+    def configure_optimizers(self):
+        encoder, decoder = self.net.body[0], self.net.body[3]
+        return [torch.optim.Adam(part.parameters(), lr=0.02) for part in (encoder, decoder)]
+
+
+def loader(dataset: Dataset | torch.Tensor = DATA, **settings) -> DataLoader:
+    return DataLoader(IndexedDataset(dataset), batch_size=BATCH, **settings)
+
+
+def fit(module: pl.LightningModule, callback=None, *, data=None, epochs=EPOCHS, **settings):
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "accelerator": "cpu",
+    }
+    callbacks = [] if callback is None else [callback]
+    callbacks += settings.pop("callbacks", [])
+    path = settings.pop("ckpt_path", None)
+    trainer = pl.Trainer(**(quiet | settings), callbacks=callbacks, max_epochs=epochs)
+    trainer.fit(module, loader() if data is None else data, ckpt_path=path)
+    return trainer
+
+
+def scores_of(module: Module, batch: torch.Tensor) -> torch.Tensor:
+    assert not module.training
+    return module.net.losses(batch)
+
+
+def callback(**settings) -> CoMetCallback:
+    settings = {"scores": scores_of, "warm_up": 2} | settings
+    weighter = settings.pop("weighter", SoftConfidentWeighter(N, rule="hard"))
+    return CoMetCallback(weighter, CovarianceMetaRegularizer(), **settings)
+
+
+def by_hand(step, *, optimizers=None, scores=True, **settings) -> Net:
+    """The same training as a plain loop; ``step(comet, net, index, batch)`` is one of its steps."""
+    net = Net()
+    weighter = SoftConfidentWeighter(N, rule="hard")
+    comet = CoMetOptimizerWrapper(
+        torch.optim.Adam(net.parameters(), lr=0.02) if optimizers is None else optimizers(net),
+        weighter=weighter,
+        regularizer=CovarianceMetaRegularizer(),
+        **({"meta": "none", "model": net} | settings),
+    )
+    for epoch in range(EPOCHS):
+        net.train()
+        for index, batch in loader():
+            step(comet, net, index, batch)
+        if epoch + 1 >= 2 and scores:
+            net.eval()
+            weighter.fit(collect_scores(net.losses, loader()))
+    assert weighter().min() == 0  # the weights must have had a say
+    return net
+
+
+def assert_same(module: Module, net: Net, **tolerance) -> None:
+    ours, theirs = module.net.state_dict(), net.state_dict()
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], **({"rtol": 0, "atol": 0} | tolerance))
+
+
+def drop_in(comet, net, index, batch) -> None:
+    comet.zero_grad()
+    comet.objective(net.losses(batch), index).backward()
+    comet.step()
+
+
+def test_drop_in_equals_a_plain_loop():
+    module = Module()
+    fit(module, callback())
+    assert_same(module, by_hand(drop_in))
+
+
+def test_the_full_method_equals_a_plain_loop():
+    module = Module()
+    fit(module, callback(meta="mldg", inner_lr=0.1))
+
+    def step(comet, net, index, batch):
+        comet.step(lambda rows: net.losses(batch[rows]), index)
+
+    assert_same(module, by_hand(step, meta="mldg", inner_lr=0.1), rtol=1e-5, atol=1e-6)
+
+
+def test_training_losses_serve_as_scores():
+    module = Module()
+    fit(module, callback(scores=None))
+    seen = []
+
+    def step(comet, net, index, batch):
+        losses = net.losses(batch)
+        comet.zero_grad()
+        comet.objective(losses, index).backward()
+        comet.step()
+        seen.append(losses.detach())
+        if len(seen) % 4 == 0 and len(seen) > 4:
+            comet.weighter.fit(torch.cat(seen[-4:]))
+
+    assert_same(module, by_hand(step, scores=False))
+
+
+def test_gradient_clipping_and_accumulation():
+    def step(comet, net, index, batch):
+        comet.objective(net.losses(batch), index).div(2).backward()
+        step.count += 1
+        if step.count % 2 == 0:
+            nn.utils.clip_grad_norm_(net.parameters(), 0.1)
+            comet.step()
+            comet.zero_grad()
+
+    step.count = 0
+    net = by_hand(step)
+    module = Module()
+    fit(module, callback(), accumulate_grad_batches=2, gradient_clip_val=0.1)
+    assert_same(module, net)
+
+
+def test_the_full_method_accumulates_too():
+    def step(comet, net, index, batch):
+        step.batches.append((index, batch))
+        if len(step.batches) == 2:
+            total = [torch.zeros_like(p) for p in net.parameters()]
+            for index, batch in step.batches:
+                for group in comet.param_groups:
+                    group["lr"] = 0.0
+                state = copy.deepcopy(comet.optimizers[0].state_dict())
+                comet.step(lambda rows, batch=batch: net.losses(batch[rows]), index)
+                comet.optimizers[0].load_state_dict(state)
+                for sum_, p in zip(total, net.parameters(), strict=True):
+                    sum_ += p.grad / 2
+            for sum_, p in zip(total, net.parameters(), strict=True):
+                p.grad = sum_
+            for group in comet.param_groups:
+                group["lr"] = 0.02
+            comet.optimizers[0].step()
+            step.batches.clear()
+
+    step.batches = []
+    net = by_hand(step, meta="mldg", inner_lr=0.1)
+    module = Module()
+    fit(module, callback(meta="mldg", inner_lr=0.1), accumulate_grad_batches=2)
+    assert_same(module, net, rtol=1e-4, atol=1e-5)
+
+
+def test_manual_optimisation_with_two_optimizers():
+    module = Manual()
+    fit(module, callback())
+
+    def optimizers(net):
+        return [torch.optim.Adam(net.body[k].parameters(), lr=0.02) for k in (0, 3)]
+
+    def step(comet, net, index, batch):
+        net.body[1].requires_grad_(False)  # batch norm is nobody's
+        for ours, other in ((0, 3), (3, 0)):
+            net.body[ours].requires_grad_(True)
+            net.body[other].requires_grad_(False)
+            comet.zero_grad()
+            comet.objective(net.losses(batch), index).backward()
+            comet.optimizers[(0, 3).index(ours)].step()
+
+    assert_same(module, by_hand(step, optimizers=optimizers))
+
+
+@pytest.mark.parametrize("meta", ["none", "mldg"])
+def test_bf16_mixed_precision(meta):
+    module = Module()
+    comet = callback(meta=meta)
+    fit(module, comet, precision="bf16-mixed")
+    assert module.net.body[0].weight.dtype == torch.float32
+    assert comet.weighter()[24:].max() < comet.weighter()[:24].mean()
+
+    def step(comet, net, index, batch):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            if meta == "none":
+                objective = comet.objective(net.losses(batch), index)
+            else:
+                comet.step(lambda rows: net.losses(batch[rows]), index)
+        if meta == "none":
+            comet.zero_grad()
+            objective.backward()
+            comet.step()
+
+    assert_same(module, by_hand(step, meta=meta), rtol=0.1, atol=0.05)
+
+
+class Resumable(DataLoader):
+    """Knows how far its epoch has come, which Lightning needs to resume in the middle of one."""
+
+    done = 0
+
+    def __iter__(self):
+        start = self.done
+        for k, batch in enumerate(super().__iter__()):
+            if k >= start:
+                self.done = (k + 1) % len(self)
+                yield batch
+
+    def state_dict(self):
+        return {"done": self.done}
+
+    def load_state_dict(self, state_dict):
+        self.done = state_dict["done"]
+
+
+@pytest.mark.parametrize("meta", ["none", "mldg"])
+@pytest.mark.parametrize("every", [{"every_n_epochs": 1}, {"every_n_train_steps": 6}])
+def test_resume_from_a_checkpoint_is_exact(tmp_path, meta, every):
+    whole, weights = Module(), callback(meta=meta)
+    checkpoints = ModelCheckpoint(dirpath=tmp_path, save_top_k=-1, **every)
+    data = Resumable(IndexedDataset(DATA), batch_size=BATCH)
+    fit(whole, weights, data=data, callbacks=[checkpoints], enable_checkpointing=True)
+    # By epochs: after the third of four; by steps: in the middle of the second epoch.
+    path = sorted(tmp_path.glob("*.ckpt"))[2 if "every_n_epochs" in every else 0]
+
+    torch.manual_seed(99)
+    resumed, again = Module(), callback(meta=meta)
+    data = Resumable(IndexedDataset(DATA), batch_size=BATCH)
+    trainer = fit(resumed, again, data=data, ckpt_path=path)
+    assert trainer.current_epoch == EPOCHS
+    assert_same(resumed, whole.net)
+    assert torch.equal(again.weighter.scores, weights.weighter.scores)
+    assert torch.equal(again.regularizer.pairs, weights.regularizer.pairs)
+
+
+def test_the_module_is_itself_again_after_training_and_after_an_error():
+    module = Module()
+    fit(module, callback())
+    assert "training_step" not in vars(module)
+    assert "manual_backward" not in vars(module)
+    fit(module, data=DataLoader(DATA, batch_size=BATCH))  # and trains without the callback
+
+    broken = callback(scores=lambda module, batch: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        fit(module, broken)
+    assert "training_step" not in vars(module)
+
+
+def test_positions_can_come_from_the_batch():
+    class Dictionaries(Dataset):
+        def __len__(self):
+            return N
+
+        def __getitem__(self, k):
+            return {"image": DATA[k], "id": k}
+
+    class Reads(Module):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch["image"], batch_idx)
+
+    module = Reads()
+    comet = callback(
+        index=lambda batch: batch["id"], scores=lambda m, batch: scores_of(m, batch["image"])
+    )
+    # drop_last and an order of its own: every sample gets a score all the same
+    fit(module, comet, data=DataLoader(Dictionaries(), batch_size=BATCH, drop_last=True))
+    assert not comet.weighter.scores.isnan().any()
+
+
+def test_rows_are_taken_of_all_that_has_one_for_each_sample():
+    batch = {"x": torch.arange(3), "names": ["a", "b", "c"], "pair": (torch.eye(3), 5), "t": "abc"}
+    part = _take(batch, torch.tensor([2, 0]), 3)
+    assert part["x"].tolist() == [2, 0]
+    assert part["names"] == ["c", "a"]
+    assert part["pair"][0].tolist() == [[0, 0, 1], [1, 0, 0]]
+    assert (part["pair"][1], part["t"]) == (5, "abc")
+
+
+def test_scoring_leaves_the_random_numbers_alone():
+    def trained(scores) -> torch.Tensor:
+        torch.manual_seed(0)
+        module = Module()
+        torch.manual_seed(1)
+        fit(module, callback(scores=scores, warm_up=EPOCHS), data=loader(shuffle=True))
+        return torch.rand(3)
+
+    def random_scores(module, batch):
+        return torch.rand(len(batch))
+
+    assert torch.equal(trained(scores_of), trained(random_scores))
+
+
+class TestErrors:
+    """Each says what to change."""
+
+    def test_a_scalar_loss(self):
+        class Scalar(Module):
+            def training_step(self, batch, batch_idx):
+                return self.net.losses(batch).mean()
+
+        with pytest.raises(ValueError, match=r'"losses": losses'):
+            fit(Scalar(), callback())
+
+    def test_scalars_in_manual_optimisation(self):
+        class Scalars(Manual):
+            def manual_backward(self, loss):
+                super().manual_backward(loss.mean())
+
+            def training_step(self, batch, batch_idx):
+                self.manual_backward(self.net.losses(batch).mean())
+
+        with pytest.raises(ValueError, match="manual_backward"):
+            fit(Scalars(), callback())
+
+    def test_no_positions(self):
+        with pytest.raises(TypeError, match="IndexedDataset"):
+            fit(Module(), callback(), data=DataLoader(DATA, batch_size=BATCH))
+
+    def test_several_loaders(self):
+        with pytest.raises(TypeError, match="one DataLoader"):
+            fit(Module(), callback(), data=[loader(), loader()])
+
+    def test_what_needs_scores(self):
+        with pytest.raises(ValueError, match="pass scores="):
+            fit(Manual(), callback(scores=None))
+        with pytest.raises(ValueError, match="pass scores="):
+            fit(Module(), callback(scores=None, meta="mldg"))
+
+    def test_a_meta_step_in_manual_optimisation(self):
+        with pytest.raises(ValueError, match="meta='none'"):
+            fit(Manual(), callback(meta="mldg"))
+
+    def test_no_warm_up(self):
+        with pytest.raises(ValueError, match="warm_up is 0"):
+            callback(warm_up=0)
+
+
+def test_two_processes(tmp_path):
+    """Lightning's own DDP: the weights and the parameters are the same on both."""
+    pytest.importorskip("torch.distributed")
+    from test_distributed import torchrun
+
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import sys\n"
+        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "import torch\n"
+        "import test_lightning as t\n"
+        "module, comet = t.Module(), t.callback()\n"
+        "trainer = t.fit(module, comet, strategy='ddp', devices=2)\n"
+        "state = {'weights': comet.weighter(), 'scores': comet.weighter.scores,\n"
+        "         'parameters': [p.detach() for p in module.parameters()]}\n"
+        "torch.save(state, f'{sys.argv[1]}/{trainer.global_rank}.pt')\n"
+    )
+    torchrun(script, tmp_path)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert torch.equal(first["weights"], second["weights"])
+    assert not first["scores"].isnan().any()
+    assert first["weights"].min() < 0.5
+    for ours, theirs in zip(first["parameters"], second["parameters"], strict=True):
+        assert torch.equal(ours, theirs)
