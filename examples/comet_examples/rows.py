@@ -200,7 +200,8 @@ def compare(
         if method != "plain":
             difference = np.mean(np.subtract(values, figures["plain"]))
             p = ttest_rel(values, figures["plain"]).pvalue
-            line["minus plain"] = f"{difference:+.3f} (p = {p:.3f})"
+            significance = f"p = {p:.3f}" if p >= 0.001 else "p < 0.001"
+            line["minus plain"] = f"{difference:+.3f} ({significance})"
         if curation[method]:
             line["who is bad? AUROC"] = _spread(curation[method])
         lines.append(line)
