@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from comet_examples.curation import Run, write_report
 from comet_examples.datasets import Sample, Transform
+from comet_examples.html_report import Run, write_report
 from PIL import Image
 from runs import machine
 from selenium import webdriver

@@ -1,6 +1,7 @@
 """Confident meta-learning: train anomaly detectors on data that nobody has cleaned."""
 
 from comet_meta.data import IndexedDataset, collect_scores
+from comet_meta.memory import MemoryScorer
 from comet_meta.optimizer import CoMetOptimizerWrapper, StepReport
 from comet_meta.regularization import CovarianceMetaRegularizer
 from comet_meta.weighting import SoftConfidentWeighter
@@ -11,6 +12,7 @@ __all__ = [
     "CoMetOptimizerWrapper",
     "CovarianceMetaRegularizer",
     "IndexedDataset",
+    "MemoryScorer",
     "SoftConfidentWeighter",
     "StepReport",
     "collect_scores",

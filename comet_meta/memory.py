@@ -15,7 +15,8 @@ class MemoryScorer:
     sample, so none explains itself away; a bad sample needs another one like it in most memories to
     look normal. That holds up to high shares of bad samples as long as they differ from each other.
 
-    Use the scores as the prior of a :class:`~comet_meta.SoftConfidentWeighter`.
+    Use the scores as the ``prior`` of a :class:`~comet_meta.SoftConfidentWeighter`. A few dozen
+    patches a sample are enough: average finer ones first.
 
     Args:
         draws: Memories. More of them lower the variance of the scores; time grows alike.
@@ -23,7 +24,7 @@ class MemoryScorer:
             variants, large ones hold more bad samples.
         top: Patch scores that are averaged, >= 1; all where a sample has fewer.
         max_patches: Most patches in a memory; a random choice of them where there are more. Bounds
-            the time for large training sets.
+            the time, which is draws * N * P * max_patches * C multiplications at the most.
         seed: Of the random choices.
 
     Raises:
@@ -47,7 +48,7 @@ class MemoryScorer:
         draws: int = 8,
         share: float = 0.25,
         top: int = 5,
-        max_patches: int = 50_000,
+        max_patches: int = 8192,
         seed: int = 0,
     ) -> None:
         for name, value in (("draws", draws), ("top", top), ("max_patches", max_patches)):

@@ -10,8 +10,13 @@ from comet_examples.rows import Fitted, Weights, compare, digits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from comet_meta import CoMetOptimizerWrapper, IndexedDataset, SoftConfidentWeighter, collect_scores
-from comet_meta.memory import MemoryScorer
+from comet_meta import (
+    CoMetOptimizerWrapper,
+    IndexedDataset,
+    MemoryScorer,
+    SoftConfidentWeighter,
+    collect_scores,
+)
 
 EPOCHS, WARM_UP = 30, 2
 
@@ -32,9 +37,8 @@ def fit(rows: Tensor, weights: Weights) -> Fitted:
         return losses(batch).sqrt()
 
     loader = DataLoader(IndexedDataset(rows), batch_size=32, shuffle=True)  # 1
-    weighter = None if weights == "none" else SoftConfidentWeighter(len(rows))
-    if weighter is not None and weights == "memory":
-        weighter.fit(MemoryScorer()(rows))  # no model needed
+    prior = MemoryScorer()(rows) if weights == "prior" else None
+    weighter = None if weights == "none" else SoftConfidentWeighter(len(rows), prior=prior)
     adam = torch.optim.Adam(model.parameters(), lr=1e-3)
     optimizer = CoMetOptimizerWrapper(adam, weighter=weighter)  # 2
     for epoch in range(EPOCHS):
@@ -42,7 +46,7 @@ def fit(rows: Tensor, weights: Weights) -> Fitted:
             optimizer.zero_grad()
             optimizer.objective(losses(batch), index).backward()  # 3: not losses(batch).mean()
             optimizer.step()
-        if weighter is not None and weights == "own" and epoch + 1 >= WARM_UP:
+        if weighter is not None and epoch + 1 >= WARM_UP:
             weighter.fit(collect_scores(scores, loader))
     return Fitted(scores, weighter)
 

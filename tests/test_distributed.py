@@ -6,6 +6,7 @@ import sys
 from itertools import count
 from pathlib import Path
 
+import docs_ranks
 import pytest
 import ranks
 import torch
@@ -21,7 +22,10 @@ try:
 except ImportError:
     FSDP2 = False
 
-pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo")
+pytestmark = [
+    pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo"),
+    pytest.mark.slow,  # it takes two processes some ten seconds to start
+]
 
 
 def torchrun(script: Path, *args: object, **environment: str) -> None:
@@ -209,3 +213,16 @@ def test_buckets_keep_kinds_apart_and_stay_small(monkeypatch):
     tensors = [torch.zeros(n) for n in (1, 2, 3, 9, 1)] + [torch.zeros(1, dtype=torch.float64)]
     sizes = [[len(t) for t in bucket] for bucket in distributed._buckets(tensors)]
     assert sizes == [[1, 2], [3], [9], [1], [1]]
+
+
+@pytest.mark.parametrize("names", [["ddp", "full", "save"], ["ddp", "fsdp"]])
+def test_the_documented_loops(tmp_path, names):
+    if "fsdp" in names and not FSDP2:
+        pytest.skip("this torch has no FSDP2 (fully_shard)")
+    torchrun(docs_ranks.__file__, tmp_path, *names)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert torch.equal(first["weights"], second["weights"])
+    assert len(set(first["suspects"].tolist()) & set(range(20))) >= 17
+    for ours, theirs in zip(first["parameters"], second["parameters"], strict=True):
+        assert torch.equal(ours, theirs)
+    assert (tmp_path / "checkpoint.pt").exists() == ("save" in names)

@@ -89,7 +89,7 @@ RUN_BY = {
     "extending.md": "examples/test_scripts.py",
     "integrations/lightning.md": "integrations/test_lightning_docs.py",
     "integrations/anomalib.md": "integrations/test_anomalib.py",
-    "integrations/distributed.md": "test_distributed_docs.py",
+    "integrations/distributed.md": "docs_ranks.py",
 }
 
 

@@ -166,8 +166,9 @@ class CoMetCallback(lightning.CoMetCallback):
         """Rows of the batch that stay, each with the probability that its weight is, shape (K,)."""
         assert self._comet is not None
         assert self.weighter is not None
-        weights = self.weighter(index).cpu()
+        weights: Tensor = self.weighter(index)
         generator = distributed.own_generator(self._comet.generator)
+        weights = weights.cpu()
         rows = (torch.rand(len(weights), generator=generator) < weights).nonzero().flatten()
         if not len(rows) and distributed.world_size() > 1:  # every process has to take its step
             rows = weights.argmax().unsqueeze(0)
@@ -200,7 +201,8 @@ class CoMetCallback(lightning.CoMetCallback):
                 _compare(loss, output, losses.mean() * factor)
                 self._compared = True
         losses = losses * factor
-        return output + self._objective(losses) - losses.mean()
+        objective: Tensor = self._objective(losses)
+        return output + objective - losses.mean()
 
 
 def _loss_modules(module: nn.Module) -> list[nn.Module]:

@@ -25,7 +25,15 @@ from comet_examples.detectors import DETECTORS, Detector
 from comet_examples.features import FeatureStore
 from comet_examples.metrics import image_metrics, pixel_metrics
 from comet_examples.presets import Preset
-from comet_examples.training import FeatureRows, Training, TrainingSettings, predict, train
+from comet_examples.training import (
+    FeatureRows,
+    Training,
+    TrainingSettings,
+    Wrap,
+    predict,
+    train,
+    wrap,
+)
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -98,6 +106,7 @@ class Experiment:
         checkpoint: Path | None = None,
         resume: bool = False,
         on_epoch: Callable[[int, dict[str, float]], None] | None = None,
+        wrap: Wrap = wrap,
     ) -> Outcome:
         """Train one method on a split and judge it on the split's test set.
 
@@ -107,6 +116,7 @@ class Experiment:
             checkpoint: File to write after every epoch.
             resume: Continue from it.
             on_epoch: Called after every epoch with its number, from 1, and its values.
+            wrap: Makes the optimizer; by default the method's.
 
         Returns:
             The outcome of the last epoch.
@@ -124,6 +134,7 @@ class Experiment:
             identity=f"{split.category} with pictures and settings {digest}",
             resume=resume,
             on_epoch=on_epoch,
+            wrap=wrap,
         )
         scores, maps = self.predict(training, split.test)
         return Outcome(training, self._figures(split, scores, maps), scores, maps)

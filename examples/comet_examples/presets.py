@@ -65,6 +65,10 @@ _PAPER_DETECTORS: dict[str, dict[str, Any]] = {
 _DEFAULT_DETECTORS: dict[str, dict[str, Any]] = {
     "fastflow": {"steps": 4, "hidden_ratio": 0.5, "top": 20},
 }
+# A cracked or dark cell is large against the features' stride of 8 pixels.
+_DATASET_DETECTORS: dict[tuple[str, str], dict[str, Any]] = {
+    ("simplenet", "elpv"): {"pool": 2},
+}
 _EPOCHS_SHARE = {"fastflow": 0.5}
 _DEFAULT = Preset(Transform(256, 256), epochs=40)
 _DEFAULTS = {
@@ -104,6 +108,9 @@ def preset_for(detector: str, backbone: str, dataset: str) -> Preset:
     if backbone != PAPER_BACKBONE:
         preset = _DEFAULTS.get(dataset, _DEFAULT)
         epochs = round(preset.epochs * _EPOCHS_SHARE.get(detector, 1))
-        return Preset(preset.transform, epochs, _DEFAULT_DETECTORS.get(detector, {}))
+        options = _DEFAULT_DETECTORS.get(detector, {}) | _DATASET_DETECTORS.get(
+            (detector, dataset), {}
+        )
+        return Preset(preset.transform, epochs, options)
     transform = _PAPER_TRANSFORMS.get(dataset, _PAPER_TRANSFORM)
     return Preset(transform, epochs=160, detector=_PAPER_DETECTORS.get(detector, {}))

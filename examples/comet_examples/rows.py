@@ -60,16 +60,16 @@ class Fitted(NamedTuple):
     weighter: SoftConfidentWeighter | None
 
 
-Weights = Literal["none", "own", "memory"]
-"""From the model's own scores, refreshed every epoch; or once, from a memory of the rows."""
+Weights = Literal["none", "own", "prior"]
+"""From the model's own scores; or from these and a prior by a memory of the rows."""
 Fit = Callable[[Tensor, Weights], Fitted]
 """Trains a model on rows (T, D)."""
 
 _METHODS: dict[str, Weights] = {
     "plain": "none",
     "oracle": "none",
-    "comet": "own",
-    "comet, memory": "memory",
+    "comet": "prior",
+    "comet, no prior": "own",
 }
 
 

@@ -12,7 +12,7 @@ import timm
 import torch
 
 import comet_meta
-from comet_examples import curation, report
+from comet_examples import html_report, report
 from comet_examples.backbones import Backbone
 from comet_examples.datasets import DatasetError, Split, bad_samples, contaminate
 from comet_examples.experiment import Experiment, Outcome, can_be_judged
@@ -250,9 +250,9 @@ def _report(
         "curation AUROC": "AUROC of the ranking",
     }
     file = results.file.with_name(f"{method}_report.html")
-    curation.write_report(
+    html_report.write_report(
         file,
-        curation.Run(
+        html_report.Run(
             heading=split.category,
             subtitle=f"{settings['detector']} on {settings['dataset']}, trained with {method}",
             settings=settings,

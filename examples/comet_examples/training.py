@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from typing_extensions import override
 
+from comet_examples.curation import memory_prior
 from comet_examples.detectors import Detector
 from comet_examples.files import replacing
 from comet_meta import (
@@ -24,7 +25,6 @@ from comet_meta.optimizer import MetaMode
 
 Method = Literal["plain", "oracle", "paper", "comet"]
 _SCORING_BATCH = 32
-_WARM_UP = 2  # epochs before the first weights: an untrained detector's would lock in
 
 
 class ResumeError(ValueError):
@@ -95,12 +95,14 @@ class Training:
     history: list[dict[str, float]]
 
 
-def wrap(detector: Detector, num_samples: int, settings: TrainingSettings) -> CoMetOptimizerWrapper:
+def wrap(
+    detector: Detector, data: FeatureRows, settings: TrainingSettings
+) -> CoMetOptimizerWrapper:
     """The optimizer of a method.
 
     Args:
         detector: What to train.
-        num_samples: Size of the training set.
+        data: Features of the training set.
         settings: Choose the method.
 
     Returns:
@@ -111,13 +113,16 @@ def wrap(detector: Detector, num_samples: int, settings: TrainingSettings) -> Co
     if settings.method in ("plain", "oracle"):
         return CoMetOptimizerWrapper(optimizers, meta="none")
     if settings.method == "paper":
-        return CoMetOptimizerWrapper.paper(optimizers, num_samples, model=model)
+        return CoMetOptimizerWrapper.paper(optimizers, len(data), model=model)
     options: dict[str, Any] = {} if settings.meta is None else {"meta": settings.meta}
     if settings.strength > 0:
         options["regularizer"] = CovarianceMetaRegularizer(settings.strength)
-    return CoMetOptimizerWrapper(
-        optimizers, weighter=SoftConfidentWeighter(num_samples), model=model, **options
-    )
+    weighter = SoftConfidentWeighter(prior=memory_prior(data.batches()))
+    return CoMetOptimizerWrapper(optimizers, weighter=weighter, model=model, **options)
+
+
+Wrap = Callable[[Detector, FeatureRows, TrainingSettings], CoMetOptimizerWrapper]
+"""Makes the optimizer of a training from detector, features and settings."""
 
 
 def train(
@@ -130,6 +135,7 @@ def train(
     identity: str = "",
     resume: bool = False,
     on_epoch: Callable[[int, dict[str, float]], None] | None = None,
+    wrap: Wrap = wrap,
 ) -> Training:
     """Train a detector.
 
@@ -146,6 +152,7 @@ def train(
         identity: Names the data; a checkpoint of other data or settings is refused.
         resume: Continue from the checkpoint if there is one.
         on_epoch: Called after every epoch with its number, from 1, and its entry of the history.
+        wrap: Makes the optimizer; by default the method's.
 
     Returns:
         The detector after the last epoch, and the state of its training.
@@ -161,7 +168,7 @@ def train(
     module = cast("nn.Module", detector)
     detector.fit_statistics(data.batches())
     module.to(device)
-    optimizer = wrap(detector, len(data), settings)
+    optimizer = wrap(detector, data, settings)
     history: list[dict[str, float]] = []
     run = {"identity": identity, **asdict(settings), "epochs": 0}
     if resume and checkpoint is not None and checkpoint.exists():
@@ -188,7 +195,7 @@ def train(
             batch = [level.to(device) for level in features]
             reports.append(optimizer.step(_rows_of(batch, detector), index))
         module.eval()
-        if optimizer.weighter is not None and epoch + 1 >= min(_WARM_UP, settings.epochs):
+        if optimizer.weighter is not None:
             optimizer.weighter.fit(collect_scores(score, scoring))
         means = torch.tensor(
             [[r.objective, r.mean_weight, r.strength] for r in reports], device="cpu"

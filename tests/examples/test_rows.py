@@ -74,7 +74,7 @@ def test_every_method_gets_the_rows_and_weights_that_it_stands_for():
 
     case = Rows(torch.randn(100, 3), torch.randn(40, 3) * 40)
     table = compare(fit, [case], noise=0.125, seeds=[3, 4])
-    assert asked == [(80, "none"), (70, "none"), (80, "own"), (80, "memory")] * 2
+    assert asked == [(80, "none"), (70, "none"), (80, "prior"), (80, "own")] * 2
     cells = {
         line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]]
         for line in table.splitlines()[2:]
@@ -106,5 +106,5 @@ def test_the_scripts_train_and_print_a_table(script, case, monkeypatch, capsys):
     aurocs = [float(value) for value in re.findall(r"\| ([\d.]+) ± [\d.]+ +\| ", printed)]
     assert len(re.findall(r"^\| (plain|oracle|comet)", printed, re.MULTILINE)) == 4
     assert min(aurocs[:4]) > 0.5
-    # Weights of bad rows fall: the memory finds rows off the plane.
-    assert float(re.findall(r"([\d.]+) ± [\d.]+ +\|$", printed, re.MULTILINE)[-1]) > 0.8
+    # Weights of bad rows fall: the prior finds rows off the plane.
+    assert float(re.findall(r"([\d.]+) ± [\d.]+ +\|$", printed, re.MULTILINE)[-2]) > 0.8

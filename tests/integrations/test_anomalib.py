@@ -200,6 +200,8 @@ def callback(rule=halves, **settings) -> CoMetCallback:
     "name", [slow(name) if name in SLOW else pytest.param(name) for name in MODELS]
 )
 def test_the_model_trains(pictures, name):
+    if not hasattr(models, name):
+        pytest.skip(f"anomalib {anomalib.__version__} has no {name}")
     by, make = MODELS[name]
     model, comet = make(pictures), callback()
     before = [parameter.clone() for parameter in model.parameters()]

@@ -398,6 +398,7 @@ class TestErrors:
             callback(warm_up=0)
 
 
+@pytest.mark.slow
 def test_two_processes(tmp_path):
     """Lightning's own DDP: the weights and the parameters are the same on both."""
     pytest.importorskip("torch.distributed")

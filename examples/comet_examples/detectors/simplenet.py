@@ -37,6 +37,8 @@ class SimpleNet(nn.Module):
         noise_std: Standard deviation of the noise on the adapted features, > 0.
         margin: Of the hinge loss, > 0.
         standardize: Whether features are standardised first.
+        pool: Positions of the features, in either direction, that are averaged to a patch, >= 1.
+            More than 1 suits defects that are large against the features' stride.
         patches: Patches of a picture that a loss looks at, drawn anew each time; None for all.
         top: Patch scores that a picture's score is the mean of, >= 1.
         blur_sigma: Of the Gaussian that smooths the maps, in pixels, >= 0.
@@ -53,6 +55,7 @@ class SimpleNet(nn.Module):
         noise_std: float = 0.5,
         margin: float = 0.5,
         standardize: bool = True,
+        pool: int = 1,
         patches: int | None = 96,
         top: int = 5,
         blur_sigma: float = 4.0,
@@ -63,6 +66,7 @@ class SimpleNet(nn.Module):
         self.noise_std = noise_std
         self.margin = margin
         self.standardize = standardize
+        self.pool = pool
         self.patches = patches
         self.top = top
         self.blur_sigma = blur_sigma
@@ -113,8 +117,8 @@ class SimpleNet(nn.Module):
             Scores, higher = more anomalous, any sign, shape (B, h, w).
         """
         confidence = self.discriminator(self._adapted(features))
-        batch, _, height, width = features[0].shape
-        return -confidence.reshape(batch, height, width)
+        height, width = (side // self.pool for side in features[0].shape[-2:])
+        return -confidence.reshape(-1, height, width)
 
     def scores(self, features: Sequence[Tensor]) -> Tensor:
         """Anomaly scores of the pictures: the mean of their highest patch scores.
@@ -149,7 +153,7 @@ class SimpleNet(nn.Module):
         """Adapted features of all patches, (B * h * w, dim), or of some positions."""
         # Without standardisation the scaler is the identity that checks the shape.
         (level,) = self.scaler(features)
-        positions = level.flatten(2)
+        positions = F.avg_pool2d(level, self.pool).flatten(2)
         if patches is not None and patches < positions.shape[2]:
             drawn = torch.randperm(positions.shape[2], device=level.device)[:patches]
             positions = positions[:, :, drawn]

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from comet_examples import curation
+from comet_examples import html_report
 from comet_examples.datasets import Sample, Transform
 from PIL import Image
 
@@ -58,7 +58,7 @@ def corner_maps(samples: list[Sample]) -> torch.Tensor:
     return maps
 
 
-RUN = curation.Run(
+RUN = html_report.Run(
     heading="part <1>",
     subtitle="a detector & a data set",
     settings={"noise": 0.1, "transform": {"resize": (48, 32), "crop": None}, "overlap": False},
@@ -71,9 +71,9 @@ RUN = curation.Run(
 )
 
 
-def write(folder: Path, samples: list[Sample], run: curation.Run = RUN) -> Path:
+def write(folder: Path, samples: list[Sample], run: html_report.Run = RUN) -> Path:
     file = folder / "report.html"
-    curation.write_report(file, run, fitted(samples), samples, Transform((48, 32)), corner_maps)
+    html_report.write_report(file, run, fitted(samples), samples, Transform((48, 32)), corner_maps)
     return file
 
 
@@ -131,7 +131,7 @@ def test_pictures_without_score_or_spread_are_told_in_json(tmp_path):
     samples = pictures(tmp_path, ["a.png", "b.png"])
     file = tmp_path / "out" / "report.html"
     weighter = SoftConfidentWeighter(2)
-    curation.write_report(file, RUN, weighter, samples, Transform((48, 32)), corner_maps)
+    html_report.write_report(file, RUN, weighter, samples, Transform((48, 32)), corner_maps)
     found = content(file)
     assert found["threshold"] is None
     assert [p["score"] for p in found["pictures"]] == [None, None]
@@ -162,7 +162,7 @@ def test_heat_maps_share_one_scale_and_the_pictures_shape(tmp_path):
         chunks.append(len(chosen))
         return maps[[samples.index(sample) for sample in chosen]]
 
-    heats = list(curation._heat_maps(samples, asked))
+    heats = list(html_report._heat_maps(samples, asked))
     assert chunks == [10]
     alphas = []
     for heat in heats:
@@ -180,11 +180,11 @@ def test_thumbnails_fit_their_share_of_the_bytes():
     noise = np.random.default_rng(0).integers(0, 255, (300, 200, 3), dtype=np.uint8)
     picture = Image.fromarray(noise)
     for allowance in (10**6, 9000, 2000):
-        found = curation._thumbnail_format([picture] * 3, allowance)
-        assert len(curation._thumbnail(picture, *found)) <= allowance
-        larger = curation._THUMBNAILS[: curation._THUMBNAILS.index(found)]
-        assert all(len(curation._thumbnail(picture, *size)) > allowance for size in larger)
-    assert curation._thumbnail_format([picture], -5) == (64, 30)  # the least, rather than none
+        found = html_report._thumbnail_format([picture] * 3, allowance)
+        assert len(html_report._thumbnail(picture, *found)) <= allowance
+        larger = html_report._THUMBNAILS[: html_report._THUMBNAILS.index(found)]
+        assert all(len(html_report._thumbnail(picture, *size)) > allowance for size in larger)
+    assert html_report._thumbnail_format([picture], -5) == (64, 30)  # the least, rather than none
 
 
 # --- in the browser ---------------------------------------------------------------------------
