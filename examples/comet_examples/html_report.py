@@ -83,7 +83,7 @@ def write_report(
         transform: How to read the pictures. All come out in one size.
         maps: Anomaly maps (B, H, W) of some of the pictures; called for a chunk at a time.
     """
-    order = weighter.ranking().tolist()
+    order, suspicion = weighter.ranking().tolist(), weighter.suspicion()
     ranked = [samples[i] for i in order]
     width, height = _load(ranked[0], transform).size
     tried = ranked[:: math.ceil(len(ranked) / _TRIED)]
@@ -99,6 +99,7 @@ def write_report(
             "defect": sample.defect,
             "weight": _number(weighter.weights[i]),
             "score": _number(weighter.scores[i]),
+            "suspicion": _number(suspicion[i]),
             "image": _encoded(_thumbnail(_load(sample, transform), *format_)),
             "heat": _encoded(heat),
         }
@@ -114,6 +115,7 @@ def write_report(
         "highlights": run.highlights,
         "curves": _curves(run.history),
         "threshold": _number(weighter.threshold),
+        "prior": weighter.prior is not None,
         "aspect": width / height,
         "pictures": pictures,
     }

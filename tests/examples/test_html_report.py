@@ -111,6 +111,21 @@ def test_every_picture_is_there_most_suspect_first(report, samples):
     assert found["threshold"] == pytest.approx(0.5, abs=0.5)
 
 
+def test_with_a_prior_the_threshold_is_one_of_the_suspicion(tmp_path):
+    samples = pictures(tmp_path, [f"{i:02d}.png" for i in range(20)])
+    prior = torch.tensor([float(sample.label or 0) for sample in samples])
+    weighter = SoftConfidentWeighter(prior=prior + torch.linspace(0, 0.1, 20))
+    weighter.fit(torch.linspace(100, 200, 20))
+    file = tmp_path / "out" / "report.html"
+    html_report.write_report(file, RUN, weighter, samples, Transform((48, 32)), corner_maps)
+    found = content(file)
+    suspicion = [picture["suspicion"] for picture in found["pictures"]]
+    assert found["prior"] is True
+    assert suspicion == sorted(suspicion, reverse=True)
+    assert min(suspicion) < found["threshold"] < max(suspicion) < 100
+    assert {picture["score"] for picture in found["pictures"]} >= {100, 200}
+
+
 def test_the_file_needs_nothing_else(report):
     text = report.read_text(encoding="utf-8")
     text = text.replace("http://www.w3.org/2000/svg", "")  # a name, never fetched

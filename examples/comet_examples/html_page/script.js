@@ -132,7 +132,7 @@ function histogram(caption, what, mark, markName, bounds) {
   const totals = counts[0].map((_, bin) => counts.reduce((sum, kind) => sum + kind[bin], 0));
   // Square roots, so that a handful of suspects shows beside hundreds of others.
   const top = Math.sqrt(Math.max(...totals));
-  const { svg, x, y } = frame(caption, [low, high], [0, 1], `${what} (pictures on a root scale)`);
+  const { svg, x, y } = frame(caption, [low, high], [0, 1], "pictures on a root scale");
   svg.querySelectorAll("line, text[text-anchor=end]").forEach((old) => old.remove());
   svg.append(make("line", { x1: LEFT, x2: WIDTH - RIGHT, y1: y(0), y2: y(0), class: "axis" }));
   const shown = [...new Set([1, Math.round(Math.max(...totals) / 4), Math.max(...totals)])];
@@ -164,7 +164,8 @@ function histogram(caption, what, mark, markName, bounds) {
 
 page.curves.forEach(curve);
 const tau = page.threshold;
-histogram("Anomaly scores", "score", tau, `threshold ${short(tau)}`, null);
+const suspicion = page.prior ? "Suspicion, from score and prior" : "Anomaly scores";
+histogram(suspicion, "suspicion", tau, `threshold ${short(tau)}`, null);
 histogram("Weights", "weight", SUSPECT, "suspect below 0.5", [0, 1]);
 
 // --- tables ----------------------------------------------------------------------------------
@@ -400,6 +401,7 @@ function view(i) {
   box.style.aspectRatio = String(page.aspect);
   box.style.width = `min(86vw, 560px, ${62 * page.aspect}vh)`;
   const facts = [["Weight", picture.weight.toFixed(3)], ["Score", short(picture.score)]];
+  if (page.prior) facts.push(["Suspicion", short(picture.suspicion)]);
   if (picture.kind === "bad" && byId("truth").checked) facts.push(["Known label", picture.defect]);
   facts.push(["Path", picture.path]);
   byId("viewer-facts").replaceChildren(
