@@ -110,7 +110,7 @@ class CoMetOptimizerWrapper(Optimizer):
         *,
         weighter: SoftConfidentWeighter | None = None,
         regularizer: CovarianceMetaRegularizer | None = None,
-        meta: MetaMode = "mldg",
+        meta: MetaMode = "none",
         inner_lr: float = 1e-3,
         inner_steps: int = 1,
         inner_optimizer: InnerOptimizer = "sgd",
