@@ -9,6 +9,7 @@ import pytest
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs of the examples leave their pictures out, which take most of the time."""
     monkeypatch.setattr("comet_examples.session._draw", lambda *_: None)
+    monkeypatch.setattr("comet_examples.session._report", lambda *_: None)
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import get_args
 
@@ -67,6 +68,11 @@ def _options(detector: str, dataset: str, argv: Sequence[str] | None) -> argpars
     options = parser.parse_args(argv)
     if options.resize and len(options.resize) > 2:
         parser.error(f"--resize takes one number or two, not {len(options.resize)}")
+    if options.tensorboard and find_spec("tensorboard") is None:
+        parser.error(
+            "--tensorboard needs the package tensorboard: pip install tensorboard, or "
+            'pip install "comet-meta[tensorboard]"'
+        )
     if options.preset == "paper" and options.backbone not in (None, PAPER_BACKBONE):
         parser.error(
             f"--preset paper is for {PAPER_BACKBONE}: leave out --backbone {options.backbone}, or "
@@ -171,6 +177,11 @@ def _parser(detector: str, dataset: str) -> argparse.ArgumentParser:
     output.add_argument(
         "--resume", action="store_true", help="continue a stopped method from its last epoch"
     )
+    output.add_argument(
+        "--tensorboard",
+        action="store_true",
+        help="also write logs for TensorBoard, into the folders tensorboard in --out",
+    )
     return parser
 
 
@@ -200,6 +211,7 @@ def _run(options: argparse.Namespace, detector: str) -> int:
         overlap=options.overlap,
         resume=options.resume,
         store=FeatureStore(half=options.half_features),
+        tensorboard=options.tensorboard,
     )
     rows, failed = session.run([oracle(s) for s in splits] if options.curated else splits)
     if rows:

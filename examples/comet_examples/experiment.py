@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -105,6 +105,7 @@ class Experiment:
         *,
         checkpoint: Path | None = None,
         resume: bool = False,
+        on_epoch: Callable[[int, dict[str, float]], None] | None = None,
         wrap: Wrap = wrap,
     ) -> Outcome:
         """Train one method on a split and judge it on the split's test set.
@@ -114,6 +115,7 @@ class Experiment:
             settings: How to train; ``"oracle"`` leaves the bad training pictures out.
             checkpoint: File to write after every epoch.
             resume: Continue from it.
+            on_epoch: Called after every epoch with its number, from 1, and its values.
             wrap: Makes the optimizer; by default the method's.
 
         Returns:
@@ -131,6 +133,7 @@ class Experiment:
             checkpoint=checkpoint,
             identity=f"{split.category} with pictures and settings {digest}",
             resume=resume,
+            on_epoch=on_epoch,
             wrap=wrap,
         )
         scores, maps = self.predict(training, split.test)

@@ -24,7 +24,7 @@ _KINDS = {
 def draw_weights(
     weighter: SoftConfidentWeighter, samples: Sequence[Sample], title: str, file: Path
 ) -> None:
-    """Histograms of the training set's scores, with the threshold, and of its weights.
+    """Histograms of the training set's suspicion, with the threshold, and of its weights.
 
     Normal, bad and unknown pictures are told apart where there are several of these kinds.
 
@@ -44,7 +44,7 @@ def draw_weights(
     figure = Figure(figsize=(7, 2.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     for axes, values, name in (
-        (left, weighter.scores.cpu().numpy(), "anomaly score"),
+        (left, weighter.suspicion().cpu().numpy(), "suspicion"),
         (right, weighter.weights.cpu().numpy(), "weight in training"),
     ):
         groups = [values[kind] for kind in kinds.values()]

@@ -58,15 +58,27 @@ class Results:
         Returns:
             One line for each that is finished: category, method and figures.
         """
-        rows: list[dict[str, str | float]] = []
-        for method in methods:
-            if method not in self.methods:
-                continue
-            entry = self.methods[method]
-            curation = {f"curation {k}": v for k, v in entry.get("curation", {}).items()}
-            row = {"category": self.settings["category"], "method": method}
-            rows.append(row | entry["test"] | curation)
-        return rows
+        return [
+            self.row(method, self.methods[method]) for method in methods if method in self.methods
+        ]
+
+    def row(self, method: str, entry: Mapping[str, Any]) -> dict[str, str | float]:
+        """One line of the table.
+
+        Args:
+            method: Its name.
+            entry: As :meth:`add` takes it.
+
+        Returns:
+            Category, method and figures.
+        """
+        curation = {f"curation {k}": v for k, v in entry.get("curation", {}).items()}
+        return {
+            "category": self.settings["category"],
+            "method": method,
+            **entry["test"],
+            **curation,
+        }
 
 
 def fingerprint(samples: Sequence[Sample]) -> str:

@@ -2,17 +2,17 @@
 
 import platform
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import timm
 import torch
 
 import comet_meta
-from comet_examples import report
+from comet_examples import html_report, report
 from comet_examples.backbones import Backbone
 from comet_examples.datasets import DatasetError, Split, bad_samples, contaminate
 from comet_examples.experiment import Experiment, Outcome, can_be_judged
@@ -23,6 +23,9 @@ from comet_examples.presets import Preset
 from comet_examples.results import Results, fingerprint
 from comet_examples.training import Method, ResumeError, TrainingSettings
 from comet_meta import SoftConfidentWeighter
+
+if TYPE_CHECKING:
+    from comet_examples.tensorboard import TensorBoardLog
 
 _SUSPECTS_MAPPED = 8
 
@@ -44,6 +47,7 @@ class Session:
         overlap: Whether they stay in the test set too.
         resume: Continue a method that was stopped from its last epoch.
         store: Keeps the features.
+        tensorboard: Whether to write logs for TensorBoard; takes the package ``tensorboard``.
     """
 
     detector: str
@@ -58,6 +62,7 @@ class Session:
     overlap: bool = False
     resume: bool = False
     store: FeatureStore = field(default_factory=FeatureStore)
+    tensorboard: bool = False
 
     def run(self, categories: Sequence[Split]) -> tuple[list[dict[str, str | float]], list[str]]:
         """Train and judge what isn't finished yet.
@@ -126,16 +131,22 @@ class Session:
             clean, self.detector, self.preset, self.backbone, self.store, self.device
         )
         results.save()
+        folder = results.file.parent
         for method in missing:
+            log = _log(folder / "tensorboard" / method) if self.tensorboard else None
             outcome = experiment.run(
                 split,
                 replace(self.training, method=method),
                 checkpoint=results.file.with_name(f"{method}.pt"),
                 resume=self.resume,
+                on_epoch=None if log is None else log.epoch,
             )
             entry = _entry(split, outcome) | {"environment": _environment(self.device)}
-            _draw(split, outcome, experiment, results.file.parent, method)
+            _draw(split, outcome, experiment, folder, method)
+            _report(split, outcome, experiment, results, method, entry)
             results.add(method, entry)
+            if log is not None:
+                _finish_log(log, outcome, entry, sorted(folder.glob(f"{method}_*.png")))
 
 
 @contextmanager
@@ -222,6 +233,59 @@ def _draw(
         folder / f"{method}_suspect_maps.png",
         shown=range(len(suspects)),
     )
+
+
+def _report(
+    split: Split,
+    outcome: Outcome,
+    experiment: Experiment,
+    results: Results,
+    method: Method,
+    entry: Mapping[str, Any],
+) -> None:
+    """Write the page on which a person decides which training pictures stay."""
+    weighter = outcome.training.optimizer.weighter
+    if weighter is None:
+        return
+    row = results.row(method, entry)
+    settings = results.settings
+    captions = {
+        "I-AUROC": "I-AUROC on the test set",
+        "curation AUROC": "AUROC of the ranking",
+    }
+    file = results.file.with_name(f"{method}_report.html")
+    html_report.write_report(
+        file,
+        html_report.Run(
+            heading=split.category,
+            subtitle=f"{settings['detector']} on {settings['dataset']}, trained with {method}",
+            settings=settings,
+            metrics=[*results.rows(results.methods), row],
+            highlights=[(captions[name], float(row[name])) for name in captions if name in row],
+            history=outcome.training.history,
+        ),
+        weighter,
+        split.train,
+        experiment.preset.transform,
+        lambda samples: experiment.predict(outcome.training, samples)[1],
+    )
+    print(f"{split.category}: look through the training pictures in {file}")
+
+
+def _log(folder: Path) -> "TensorBoardLog":
+    # Only here, so that nobody else needs the package.
+    from comet_examples.tensorboard import TensorBoardLog
+
+    return TensorBoardLog(folder)
+
+
+def _finish_log(
+    log: "TensorBoardLog", outcome: Outcome, entry: Mapping[str, Any], pictures: Sequence[Path]
+) -> None:
+    weighter = outcome.training.optimizer.weighter
+    curated = {f"curation {name}": value for name, value in entry.get("curation", {}).items()}
+    values = {} if weighter is None else {"scores": weighter.scores, "weights": weighter.weights}
+    log.finish(entry["test"] | curated, values, pictures)
 
 
 def _environment(device: str) -> dict[str, str]:

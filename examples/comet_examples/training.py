@@ -138,6 +138,7 @@ def train(
     checkpoint: Path | None = None,
     identity: str = "",
     resume: bool = False,
+    on_epoch: Callable[[int, dict[str, float]], None] | None = None,
     wrap: Wrap = wrap,
 ) -> Training:
     """Train a detector.
@@ -154,6 +155,7 @@ def train(
         checkpoint: File to write after every epoch (atomically); None for none.
         identity: Names the data; a checkpoint of other data or settings is refused.
         resume: Continue from the checkpoint if there is one.
+        on_epoch: Called after every epoch with its number, from 1, and its entry of the history.
         wrap: Makes the optimizer; by default the method's.
 
     Returns:
@@ -210,6 +212,8 @@ def train(
                     "history": history,
                 },
             )
+        if on_epoch is not None:
+            on_epoch(len(history), history[-1])
     module.eval()
     return Training(detector, optimizer, history)
 

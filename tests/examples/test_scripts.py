@@ -161,6 +161,9 @@ def test_a_script_as_a_user_runs_it(tmp_path, script):
         (file,) = (tmp_path / "runs" / script).glob(f"*/comet_{kind}.png")
         with Image.open(file) as picture:
             assert picture.size[0] > 500
+    (page,) = (tmp_path / "runs" / script).glob("*/comet_report.html")
+    assert f"look through the training pictures in {page.relative_to(tmp_path)}" in done.stdout
+    assert len(re.findall(r'"heat":"\w', page.read_text(encoding="utf-8"))) == 12
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

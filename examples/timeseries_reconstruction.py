@@ -1,0 +1,63 @@
+"""A convolutional autoencoder of daily power curves, plain and with CoMet, 10 % wrong season.
+
+Days of the summer half-year in a training set of the winter half-year, a real series: see
+``power_demand``.
+"""
+
+import sys
+
+import torch
+from comet_examples.rows import Fitted, Weights, compare, power_demand
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from comet_meta import (
+    CoMetOptimizerWrapper,
+    IndexedDataset,
+    MemoryScorer,
+    SoftConfidentWeighter,
+    collect_scores,
+)
+
+EPOCHS, WARM_UP = 50, 2
+
+
+def fit(rows: Tensor, weights: Weights) -> Fitted:
+    """Train on series (N, 24)."""
+    model = nn.Sequential(
+        nn.Unflatten(1, (1, 24)),
+        *(nn.Conv1d(1, 8, 5, stride=2, padding=2), nn.ReLU()),  # (B, 8, 12)
+        *(nn.Conv1d(8, 8, 5, stride=2, padding=2), nn.ReLU()),  # (B, 8, 6)
+        *(nn.Flatten(), nn.Linear(48, 3), nn.Linear(3, 48), nn.Unflatten(1, (8, 6))),
+        *(nn.ConvTranspose1d(8, 8, 4, stride=2, padding=1), nn.ReLU()),
+        *(nn.ConvTranspose1d(8, 1, 4, stride=2, padding=1), nn.Flatten()),
+    )
+
+    def errors(batch: Tensor) -> Tensor:  # (B,)
+        return (model(batch) - batch).square().mean(dim=1)
+
+    def scores(batch: Tensor) -> Tensor:  # (B,); squares have too heavy a tail
+        return errors(batch).sqrt()
+
+    loader = DataLoader(IndexedDataset(rows), batch_size=32, shuffle=True)  # 1
+    prior = MemoryScorer()(rows) if weights == "prior" else None
+    weighter = None if weights == "none" else SoftConfidentWeighter(len(rows), prior=prior)
+    adam = torch.optim.Adam(model.parameters(), lr=3e-3)
+    optimizer = CoMetOptimizerWrapper(adam, weighter=weighter)  # 2
+    for epoch in range(EPOCHS):
+        for index, batch in loader:
+            optimizer.zero_grad()
+            optimizer.objective(errors(batch), index).backward()  # 3: not errors(batch).mean()
+            optimizer.step()
+        if weighter is not None and epoch + 1 >= WARM_UP:
+            weighter.fit(collect_scores(scores, loader))
+    return Fitted(scores, weighter)
+
+
+if __name__ == "__main__":
+    try:
+        days = power_demand()
+    except ModuleNotFoundError as error:
+        sys.exit(f"error: {error}")
+    print("autoencoder, winter's power curves, 10 % of the training days from summer, 5 seeds\n")
+    print(compare(fit, days))

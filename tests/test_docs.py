@@ -1,0 +1,198 @@
+"""The documentation: snippets run as they stand, messages and commands are the real ones."""
+
+import ast
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted((ROOT / "docs").rglob("*.md"))
+REPLACED = pytest.mark.xfail(reason="names benchmarks/accuracy.py, which table.py replaced")
+IN_COMMANDS = [
+    pytest.param(page, marks=REPLACED) if page.name == "README.md" else page
+    for page in (ROOT / "README.md", *PAGES)
+]
+
+
+class Model(nn.Module):
+    """A linear autoencoder of one dimension."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(4, 1), nn.Linear(1, 4))
+
+    def forward(self, batch: torch.Tensor) -> torch.Tensor:
+        return self.body(batch)
+
+    def losses(self, batch: torch.Tensor) -> torch.Tensor:
+        return (self.body(batch) - batch).square().mean(dim=1)
+
+    def scores(self, batch: torch.Tensor) -> torch.Tensor:
+        return self.losses(batch).sqrt()
+
+
+def rows() -> dict:
+    """A model, and rows on a line of which the first twentieth lies beside it."""
+    generator = torch.Generator().manual_seed(0)
+    data = torch.randn(400, 1, generator=generator) * torch.tensor([1.0, 2.0, -1.0, 0.5])
+    data += 0.1 * torch.randn(400, 4, generator=generator)
+    data[:20] = 3 * torch.randn(20, 4, generator=generator)
+    torch.manual_seed(0)
+    return {"train_set": data, "model": Model()}
+
+
+def found(suspects: torch.Tensor) -> int:
+    return len(set(suspects[:20].tolist()) & set(range(20)))
+
+
+def check_index(names: dict) -> None:
+    assert found(names["suspects"]) >= 17
+
+
+def check_adopt(names: dict) -> None:
+    assert found(names["weighter"].ranking()) >= 17
+    assert names["losses_of"](names["train_set"][:8]).shape == (8,)
+    assert torch.isfinite(names["report"].objective)
+    assert Path("run.pt").exists()
+    assert all(torch.isfinite(p).all() for p in names["model"].parameters())
+
+
+def pictures() -> dict:
+    from PIL import Image
+
+    generator = np.random.default_rng(0)
+    Path("pictures").mkdir()
+    for i in range(9):
+        pixels = generator.integers(0, 255, (40, 50, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(f"pictures/{i}.png")
+    return {}
+
+
+def check_curation(names: dict) -> None:
+    assert Path("report.html").read_text(encoding="utf-8").count('"heat":') == 9
+
+
+# Pages with snippets: what they start from, and what must hold after the last of them.
+RUN: dict[str, tuple[Callable[[], dict], Callable[[dict], None]]] = {
+    "index.md": (rows, check_index),
+    "adopt.md": (rows, check_adopt),
+    "curation.md": (pictures, check_curation),
+}
+# Those that are run elsewhere.
+RUN_BY = {
+    "extending.md": "examples/test_scripts.py",
+    "integrations/lightning.md": "integrations/test_lightning_docs.py",
+    "integrations/anomalib.md": "integrations/test_anomalib.py",
+    "integrations/distributed.md": "docs_ranks.py",
+}
+
+
+def relative(page: Path) -> str:
+    return page.relative_to(ROOT / "docs").as_posix()
+
+
+def snippets(page: Path) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```$", page.read_text(encoding="utf-8"), re.S | re.M)
+
+
+@pytest.mark.parametrize("page", RUN)
+def test_snippets_run_word_for_word(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    start, check = RUN[page]
+    names = start() | {"__name__": "docs"}
+    blocks = snippets(ROOT / "docs" / page)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, page, "exec"), names)
+    check(names)
+
+
+@pytest.mark.parametrize("page", [relative(page) for page in PAGES if snippets(page)])
+def test_every_page_with_snippets_is_run_by_a_test(page):
+    if page not in RUN:
+        assert page in RUN_BY, f"no test runs the snippets of docs/{page}"
+        test = (ROOT / "tests" / RUN_BY[page]).read_text(encoding="utf-8")
+        assert Path(page).name in test
+
+
+# --- messages ---------------------------------------------------------------------------------
+
+
+def literals(source: str) -> list[str]:
+    """The strings of a module; what is put into them at run time is a ``…``."""
+    texts = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.JoinedStr):
+            parts = (p.value if isinstance(p, ast.Constant) else "…" for p in node.values)
+            texts.append("".join(parts))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            texts.append(re.sub(r"%[sdrg]|%\.\d+g", "…", node.value))
+    return texts
+
+
+MESSAGES = re.findall(
+    r"^#### `(.*)`$", (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8"), re.M
+)
+
+
+@pytest.fixture(scope="module")
+def texts() -> list[str]:
+    files = [*(ROOT / "comet_meta").rglob("*.py"), *(ROOT / "examples").rglob("*.py")]
+    return [text for file in files for text in literals(file.read_text(encoding="utf-8"))]
+
+
+@pytest.mark.parametrize("message", MESSAGES)
+def test_the_messages_are_the_codes_own(message, texts):
+    parts = [re.escape(part) for part in message.split("…")]
+    # A placeholder may stand for more of them.
+    pattern = re.compile(".*…[^;:]*".join(parts) if len(parts) > 1 else parts[0], re.S)
+    assert any(pattern.search(text) for text in texts), f"no message of the code is: {message}"
+
+
+def test_there_are_messages_and_none_twice():
+    assert len(MESSAGES) > 40
+    assert len(set(MESSAGES)) == len(MESSAGES)
+
+
+def test_a_message_that_changed_would_be_noticed(texts):
+    with pytest.raises(AssertionError, match="no message of the code"):
+        test_the_messages_are_the_codes_own("losses has shape …; hoped for (B,)", texts)
+
+
+# --- commands, links, navigation ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", IN_COMMANDS, ids=lambda page: page.name)
+def test_commands_name_scripts_and_options_that_exist(page):
+    from comet_examples import cli
+
+    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+    for script, arguments in re.findall(
+        r"python ((?:examples|benchmarks)/\w+\.py)([^\n&`]*)", text
+    ):
+        file = ROOT / script
+        assert file.exists(), f"{page.name} names {script}, which isn't there"
+        if "cli import main" in file.read_text(encoding="utf-8"):
+            detector, dataset = file.stem.split("_")
+            cli._options(detector, dataset, shlex.split(arguments))
+        else:
+            for option in re.findall(r"--[\w-]+", arguments):
+                assert f'"{option}"' in file.read_text(encoding="utf-8"), (script, option)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=relative)
+def test_links_between_pages_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[\w-]+)?\)", page.read_text(encoding="utf-8")):
+        assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_every_page_is_in_the_navigation():
+    text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    named = set(re.findall(r"^ +- .*: ([\w/.-]+\.md)$", text, re.M))
+    assert named == {relative(page) for page in PAGES}
