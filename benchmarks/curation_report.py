@@ -33,7 +33,8 @@ class Cost(NamedTuple):
     Attributes:
         megabytes: Size of the file, in 10^6 bytes.
         writing: Seconds to write it, without the detector's anomaly maps.
-        opening: Seconds until a browser that runs already shows its first pictures.
+        opening: Seconds until a browser that runs already shows its first pictures,
+            the best of three times.
     """
 
     megabytes: float
@@ -105,13 +106,16 @@ def measure(browser: webdriver.Chrome, count: int, folder: Path) -> Cost:
         report, run, weighter, samples, Transform(_SIDE), lambda some: torch.rand(len(some), 80, 80)
     )
     written = time.perf_counter()
-    browser.get(report.as_uri())
-    # The next frame comes when the first pictures are laid out and painted.
-    browser.execute_async_script("requestAnimationFrame(() => setTimeout(arguments[0]))")
-    opened = time.perf_counter()
+    openings = []
+    for _ in range(3):
+        begin = time.perf_counter()
+        browser.get(report.as_uri())
+        # The next frame comes when the first pictures are laid out and painted.
+        browser.execute_async_script("requestAnimationFrame(() => setTimeout(arguments[0]))")
+        openings.append(time.perf_counter() - begin)
     if not browser.find_elements("css selector", ".card img"):
         raise RuntimeError(f"{report} shows no pictures")
-    return Cost(report.stat().st_size / 1e6, written - start, opened - written)
+    return Cost(report.stat().st_size / 1e6, written - start, min(openings))
 
 
 def main() -> None:

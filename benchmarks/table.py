@@ -10,7 +10,6 @@ disk (KSDD2: uncurated).
 import argparse
 import itertools
 import logging
-import sys
 import time
 from collections.abc import Sequence
 from functools import cache
@@ -19,11 +18,6 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
-from runs import Figures, Runs, gap_recovered, paired, spread
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-
 from comet_examples.backbones import DEFAULT_BACKBONE, load_backbone
 from comet_examples.datasets import DATASETS, DatasetError, Split, bad_samples
 from comet_examples.detectors import DETECTORS
@@ -33,6 +27,8 @@ from comet_examples.metrics import curation_metrics
 from comet_examples.presets import preset_for
 from comet_examples.report import table
 from comet_examples.training import Method, TrainingSettings
+from matplotlib.figure import Figure
+from runs import Figures, Runs, gap_recovered, paired, spread
 
 from comet_meta.optimizer import MetaMode
 

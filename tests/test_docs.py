@@ -10,14 +10,13 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
+
+from comet_meta import CoMetOptimizerWrapper, IndexedDataset
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
-REPLACED = pytest.mark.xfail(reason="names benchmarks/accuracy.py, which table.py replaced")
-IN_COMMANDS = [
-    pytest.param(page, marks=REPLACED) if page.name == "README.md" else page
-    for page in (ROOT / "README.md", *PAGES)
-]
+IN_COMMANDS = [ROOT / "README.md", *PAGES]
 
 
 class Model(nn.Module):
@@ -78,11 +77,26 @@ def check_curation(names: dict) -> None:
     assert Path("report.html").read_text(encoding="utf-8").count('"heat":') == 9
 
 
+def wrapped() -> dict:
+    names = rows()
+    model = names["model"]
+    inner = torch.optim.Adam(model.parameters(), lr=1e-2)
+    optimizer = CoMetOptimizerWrapper(inner, meta="mldg", model=model)
+    loader = DataLoader(IndexedDataset(names["train_set"]), batch_size=20)
+    before = model.losses(names["train_set"]).mean().item()
+    return names | {"torch": torch, "optimizer": optimizer, "loader": loader, "before": before}
+
+
+def check_performance(names: dict) -> None:
+    assert names["model"].losses(names["train_set"]).mean().item() < names["before"]
+
+
 # Pages with snippets: what they start from, and what must hold after the last of them.
 RUN: dict[str, tuple[Callable[[], dict], Callable[[dict], None]]] = {
     "index.md": (rows, check_index),
     "adopt.md": (rows, check_adopt),
     "curation.md": (pictures, check_curation),
+    "performance.md": (wrapped, check_performance),
 }
 # Those that are run elsewhere.
 RUN_BY = {

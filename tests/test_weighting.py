@@ -221,3 +221,68 @@ def test_state_survives_saving_also_into_a_weighter_of_unknown_size():
 def test_quantile_equals_numpy(values, q):
     found = float(quantile(torch.tensor(values, dtype=torch.float64), q))
     assert found == pytest.approx(float(np.quantile(values, q)), abs=1e-6)
+
+
+def test_a_prior_gives_weights_before_the_first_score():
+    prior = torch.cat([torch.randn(90, generator=torch.Generator().manual_seed(0)), torch.ones(10)])
+    prior[90:] += 8
+    weighter = SoftConfidentWeighter(prior=prior)
+    assert weighter.num_samples == 100
+    assert weighter()[90:].max() < 0.01
+    assert sorted(weighter.ranking(10).tolist()) == list(range(90, 100))
+
+
+def test_prior_and_scores_count_alike_by_hand():
+    # Median 2, mean absolute deviation (1 + 0 + 1 + 2 + ...) by hand for both.
+    prior = torch.tensor([0.0, 1.0, 2.0, 3.0, 4.0, 2.0, 2.0, 2.0, 8.0])
+    scores = torch.tensor([10.0, 20.0, 20.0, 20.0, 20.0, 20.0, 20.0, 20.0, 38.0])
+    weighter = SoftConfidentWeighter(prior=prior)
+    weighter.update([0, 8], scores[[0, 8]])
+    weighter.fit(scores)
+    # Prior: deviations from 2 are 2 1 0 1 2 0 0 0 6, mean 12 / 9; scores: from 20, 28 / 9.
+    expected = (prior - 2) / (12 / 9) / 2 + (scores - 20) / (28 / 9) / 2
+    torch.testing.assert_close(weighter.suspicion(), expected)
+
+
+def test_samples_without_a_score_are_judged_by_their_prior():
+    prior = torch.arange(20.0)
+    weighter = SoftConfidentWeighter(prior=prior)
+    alone = weighter.suspicion()
+    weighter.update(torch.arange(10), torch.arange(10.0))
+    assert torch.equal(weighter.suspicion()[10:], alone[10:])
+    assert not torch.equal(weighter.suspicion()[:10], alone[:10])
+
+
+def test_the_prior_is_saved_and_restored():
+    saved = SoftConfidentWeighter(prior=torch.randn(30))
+    saved.fit(torch.randn(30))
+    restored = SoftConfidentWeighter(prior=torch.zeros(30))
+    restored.load_state_dict(saved.state_dict())
+    assert torch.equal(restored.suspicion(), saved.suspicion())
+
+
+def test_a_prior_that_does_not_fit_gets_a_sentence():
+    with pytest.raises(ValueError, match="30 scores for 20 samples"):
+        SoftConfidentWeighter(20, prior=torch.randn(30))
+    with pytest.raises(ValueError, match="prior are NaN or infinite"):
+        SoftConfidentWeighter(prior=torch.tensor([0.0, torch.nan]))
+    with pytest.raises(TypeError, match="prior is"):
+        SoftConfidentWeighter(prior=torch.arange(5))
+
+
+def test_the_most_suspicious_tenth_is_spared_whatever_the_fit_says():
+    scores = torch.linspace(0, 1, 101)
+    weights, unspared = fitted(scores), fitted(scores, spare=0.0)
+    assert weights[91:].tolist() == [0] * 10
+    assert unspared[91:].min() > 0
+    assert torch.equal(weights[:91], unspared[:91])
+
+
+def test_a_histogram_of_many_scores_gives_the_weights_of_the_scores_themselves(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(20_000, generator=generator)
+    scores[:2000] += 5
+    scores[0] = 1e6  # one stray score must not make all others share a bin
+    binned = posterior_weights(scores).weights
+    monkeypatch.setattr("comet_meta.weighting._EXACT_SAMPLES", 10**6)
+    torch.testing.assert_close(binned, posterior_weights(scores).weights, atol=1e-3, rtol=0)

@@ -22,9 +22,18 @@ def memory_prior(batches: Iterable[Sequence[Tensor]]) -> Tensor:
         batches: The training set's features in order, levels (B, C, h, w) each.
 
     Returns:
-        Scores, higher = more anomalous, shape (N,).
+        Scores, higher = more anomalous, shape (N,). A picture whose features are not all finite
+        gets the highest score.
     """
     patches = torch.cat([_patches(levels) for levels in batches])
+    whole = patches.isfinite().flatten(1).all(dim=1)
+    scores = torch.full((len(patches),), torch.nan)
+    scores[whole] = _scores(patches[whole])
+    return scores.nan_to_num(nan=float(scores[whole].max()))
+
+
+def _scores(patches: Tensor) -> Tensor:
+    """Memory scores (N,) of patches (N, C, h, w)."""
     scaler = FeatureScaler([patches.shape[1]])
     scaler.fit([[patches]])
     (scaled,) = scaler([patches])

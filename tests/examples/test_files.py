@@ -5,6 +5,7 @@ import hashlib
 import http.server
 import io
 import os
+import random
 import signal
 import stat
 import threading
@@ -294,7 +295,7 @@ def test_viaduct_unpacks_its_archives_once(tmp_path, monkeypatch):
 # Downloads.
 
 
-CONTENT = os.urandom(300_000)
+CONTENT = random.Random(0).randbytes(300_000)
 DIGEST = hashlib.sha256(CONTENT).hexdigest()
 
 

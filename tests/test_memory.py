@@ -1,0 +1,88 @@
+"""Memory scores: golden values, invariants, and what they are for."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import roc_auc_score
+from sklearn.neighbors import NearestNeighbors
+
+from comet_meta import MemoryScorer
+from comet_meta import memory as memory_module
+
+
+def test_two_samples_judge_each_other_by_hand():
+    # Each is scored against the other: nearest distances of the patches (0, 0) and (3, 4) to the
+    # other's patches are 1 and 4 (to (0, 1) and (3, 0)), their two highest average 2.5.
+    features = torch.tensor([[[0.0, 0.0], [3.0, 4.0]], [[0.0, 1.0], [3.0, 0.0]]])
+    scores = MemoryScorer(draws=1, share=0.5, top=2)(features)
+    # The other way: (0, 1) is 1 from (0, 0), (3, 0) is 3 from (0, 0).
+    assert scores.tolist() == pytest.approx([2.5, 2.0])
+
+
+def test_scores_equal_an_independent_nearest_neighbour_search():
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(12, 5, 3, generator=generator)
+    scorer = MemoryScorer(draws=1, share=0.5, top=3, seed=4)
+    choices = torch.Generator().manual_seed(4)
+    totals, seen = np.zeros(12), np.zeros(12)
+    while (seen == 0).any():
+        order = torch.randperm(12, generator=choices).numpy()
+        inside, outside = order[:6], order[6:]
+        search = NearestNeighbors(n_neighbors=1).fit(features[inside].flatten(0, 1).numpy())
+        for i in outside:
+            distances = search.kneighbors(features[i].numpy())[0].ravel()
+            totals[i] += np.sort(distances)[-3:].mean()
+            seen[i] += 1
+    np.testing.assert_allclose(scorer(features).numpy(), totals / seen, rtol=1e-4)
+
+
+def test_chunks_change_nothing(monkeypatch):
+    features = torch.randn(30, 4, 6, generator=torch.Generator().manual_seed(0))
+    whole = MemoryScorer()(features)
+    monkeypatch.setattr(memory_module, "_CHUNK_VALUES", 100)
+    torch.testing.assert_close(MemoryScorer()(features), whole)
+
+
+def test_the_same_seed_gives_the_same_scores_and_another_does_not():
+    features = torch.randn(30, 4, 6, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(MemoryScorer()(features), MemoryScorer()(features))
+    assert not torch.equal(MemoryScorer(seed=1)(features), MemoryScorer()(features))
+
+
+@pytest.mark.parametrize("share", [0.1, 0.4])
+def test_bad_samples_are_found_however_many_as_long_as_they_differ(share):
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(200, 9, 16, generator=generator)
+    bad = torch.arange(200) < share * 200
+    # One patch each, in a direction of its own.
+    features[bad, 0] += 8 * torch.nn.functional.normalize(
+        torch.randn(int(bad.sum()), 16, generator=generator), dim=1
+    )
+    assert roc_auc_score(bad, MemoryScorer()(features)) > 0.95
+
+
+def test_features_of_samples_need_no_patches():
+    features = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(MemoryScorer()(features), MemoryScorer()(features.unsqueeze(1)))
+
+
+@pytest.mark.parametrize(
+    ("features", "error", "message"),
+    [
+        (torch.ones(4, 2, dtype=torch.int64), TypeError, "floating-point"),
+        (torch.ones(1, 2), ValueError, "N >= 2"),
+        (torch.ones(4), ValueError, "expected"),
+        (torch.tensor([[0.0], [torch.nan], [1.0]]), ValueError, "NaN or infinite"),
+    ],
+)
+def test_bad_features_get_a_sentence(features, error, message):
+    with pytest.raises(error, match=message):
+        MemoryScorer()(features)
+
+
+@pytest.mark.parametrize(
+    "option", [{"draws": 0}, {"share": 0.0}, {"share": 1.0}, {"top": 0}, {"max_patches": 0}]
+)
+def test_bad_settings_get_a_sentence(option):
+    with pytest.raises(ValueError, match=f"{next(iter(option))} is"):
+        MemoryScorer(**option)
