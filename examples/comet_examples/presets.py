@@ -68,7 +68,11 @@ _DEFAULT_DETECTORS: dict[str, dict[str, Any]] = {
 # A cracked or dark cell is large against the features' stride of 8 pixels.
 _DATASET_DETECTORS: dict[tuple[str, str], dict[str, Any]] = {
     ("simplenet", "elpv"): {"pool": 2},
+    ("simplenet", "mvtec"): {"noise_std": 0.25},
+    ("simplenet", "viaduct"): {"noise_std": 0.25},
 }
+# A few dozen pictures are few steps an epoch.
+_EPOCHS = {("simplenet", "mvtec"): 120, ("simplenet", "viaduct"): 120}
 _EPOCHS_SHARE = {"fastflow": 0.5}
 _DEFAULT = Preset(Transform(256, 256), epochs=40)
 _DEFAULTS = {
@@ -103,11 +107,12 @@ def preset_for(detector: str, backbone: str, dataset: str) -> Preset:
         >>> preset_for("fastflow", "wide_resnet50_2", "mvtec").detector
         {'steps': 8, 'hidden_ratio': 1.0, 'top': 1}
         >>> preset_for("simplenet", "resnet18", "viaduct").epochs
-        40
+        120
     """
     if backbone != PAPER_BACKBONE:
         preset = _DEFAULTS.get(dataset, _DEFAULT)
-        epochs = round(preset.epochs * _EPOCHS_SHARE.get(detector, 1))
+        share = _EPOCHS_SHARE.get(detector, 1)
+        epochs = _EPOCHS.get((detector, dataset), round(preset.epochs * share))
         options = _DEFAULT_DETECTORS.get(detector, {}) | _DATASET_DETECTORS.get(
             (detector, dataset), {}
         )
