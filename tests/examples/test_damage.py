@@ -39,7 +39,7 @@ ENCODED = {
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("name", ENCODED)
 def test_damaged_pictures_are_read_or_named_and_nothing_else(tmp_path, name, capfd):
-    # Sixty damages each; 7,200 of them by benchmarks/faults.py.
+    # Sixty damages each.
     random.seed(name)
     file = tmp_path / name
     named = refused = 0
