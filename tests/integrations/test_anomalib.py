@@ -217,7 +217,8 @@ def test_the_model_trains(pictures, name):
     assert any(not torch.equal(old, new) for old, new in changed)
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
     assert "training_step" not in vars(model)
-    assert [len(module._forward_hooks) for module in model.modules()] == hooks
+    # Some models grow modules as they are fitted; none keeps a hook of ours.
+    assert sum(len(module._forward_hooks) for module in model.modules()) == sum(hooks)
 
 
 def test_the_table_names_these_models():
