@@ -245,8 +245,8 @@ class SoftConfidentWeighter(nn.Module):
         momentum: Share of a sample's earlier score that stays when a new one comes, in [0, 1).
         prior: Anomaly scores of the training set from elsewhere, shape (N,), for instance of a
             :class:`~comet_meta.MemoryScorer`. Weights come from them before the model has scores,
-            and from the mean of both, each standardised, as soon as it has. The errors of the two
-            are of different origin, so their mean knows better than either.
+            and from the mean of both, each standardised, as soon as it has: the errors of the
+            two are of different origin.
 
     Without a prior, let the model learn something before the first fit: weights from an untrained
     one can lock in.
