@@ -157,3 +157,14 @@ def test_it_learns_to_tell_strange_patches():
     with torch.no_grad():
         scores = torch.cat([net.scores([normal]), net.scores([strange])])
     assert roc_auc_score([0] * 40 + [1] * 40, scores) > 0.9
+
+
+def test_pooling_averages_neighbouring_positions_first():
+    torch.manual_seed(0)
+    pooled = SimpleNet([6], (16, 16), pool=2, hidden=8).eval()
+    plain = SimpleNet([6], (16, 16), hidden=8).eval()
+    plain.load_state_dict(pooled.state_dict())
+    features = torch.randn(3, 6, 8, 8)
+    averaged = features.unfold(2, 2, 2).unfold(3, 2, 2).mean(dim=(4, 5))
+    torch.testing.assert_close(pooled.patch_scores([features]), plain.patch_scores([averaged]))
+    assert pooled.maps([features]).shape == (3, 16, 16)

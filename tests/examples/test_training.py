@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from comet_examples import cli
+from comet_examples import cli, training
+from comet_examples.curation import memory_prior
 from comet_examples.detectors import SimpleNet
 from comet_examples.features import PatchFeatures
 from comet_examples.training import FeatureRows, ResumeError, TrainingSettings, predict, train
@@ -288,3 +289,12 @@ def test_a_data_set_that_is_asked_for_is_no_demo(capsys):
     captured = capsys.readouterr()
     assert "DEMO" not in captured.out
     assert "a folder of pictures needs --data-root" in captured.err
+
+
+def test_comet_starts_from_the_prior_of_the_frozen_features():
+    data = a_data_set()
+    optimizer = training.wrap(build(), data, TrainingSettings("comet", epochs=1))
+    expected = memory_prior(data.batches())
+    assert torch.equal(optimizer.weighter.prior, expected)
+    assert int(optimizer.weighter.ranking(1)) == int(expected.argmax())
+    assert optimizer.weighter().min() == 0
