@@ -80,18 +80,21 @@ def by_method(name: str) -> Variant:
 def weighting_figures(weighter: SoftConfidentWeighter, bad: Array) -> Figures:
     """How well a weighter found the bad pictures; nothing where there are none.
 
-    *curation* judges the model's own last scores, if it has any, *ranking* what users see.
+    *curation* judges the model's own last scores, *ranking* what users see, as far as there are
+    any.
     """
     if not bad.any():
         return {}
-    figures = curation_figures(weighter.weights.numpy(), bad)
-    order = weighter.ranking().numpy()
-    suspicion = np.empty(len(order))
-    suspicion[order] = np.arange(len(order))[::-1]
-    figures |= {f"ranking {k}": v for k, v in curation_metrics(suspicion, bad).items()}
+    figures: Figures = {}
     if weighter.scores.isfinite().all():
         own = curation_metrics(weighter.scores.numpy(), bad)
-        figures = {f"curation {key}": value for key, value in own.items()} | figures
+        figures |= {f"curation {key}": value for key, value in own.items()}
+    figures |= curation_figures(weighter.weights.numpy(), bad)
+    if weighter.suspicion().isfinite().all():
+        order = weighter.ranking().numpy()
+        suspicion = np.empty(len(order))
+        suspicion[order] = np.arange(len(order))[::-1]
+        figures |= {f"ranking {k}": v for k, v in curation_metrics(suspicion, bad).items()}
     return figures
 
 

@@ -106,10 +106,10 @@ def test_parts_of_the_grid_run(trial, name):
 def test_scores_for_weighting_run(trial, name):
     figures = SCORES[name](trial)
     assert figures["I-AUROC"] > 0.5
-    assert figures["ranking AUROC"] > 0.5
-    # Three epochs: nothing of the model's own after a warm-up of four, or without a fit.
-    own = not name.startswith("prior") and "warmup" not in name
+    # Three epochs: nothing of the model's own before the end of a warm-up of four.
+    own = name != "prior" and "warmup" not in name
     assert ("curation AUROC" in figures) == own
+    assert ("ranking AUROC" in figures) == (own or name.startswith(("prior", "both")))
 
 
 def test_the_penalty_is_measured_by_the_loss(trial):
@@ -119,7 +119,7 @@ def test_the_penalty_is_measured_by_the_loss(trial):
     detector.fit_statistics(data.batches())
     strength = relative_strength(detector, data)
     square = sum(
-        float(p.square().sum())
+        float(p.detach().square().sum())
         for optimizer in detector.optimizers()
         for p in optimizer.param_groups[0]["params"]
     )
@@ -162,12 +162,12 @@ def test_a_row_is_paired_by_seed():
         (0.1, "plain"): runs(0.80, 0.82),
         (0.1, "oracle"): runs(0.90, 0.92),
         (0.1, "comet"): runs(0.88, 0.90, 0.1),
-        (0.1, "trim@true"): runs(0.87, 0.87, seconds=3.0),
+        (0.1, "trim@true"): runs(0.85, 0.89, seconds=3.0),
     }
     cells = row(0.1, "trim@true", chosen)
-    assert cells["I-AUROC"] == "0.870 ± 0.000"
-    assert cells["- plain"].startswith("+0.060 (p = ")
-    assert cells["- comet"].startswith("-0.020 (p = ")
+    assert cells["I-AUROC"] == "0.870 ± 0.028"
+    assert cells["- plain"] == "+0.060 (p = 0.105)"  # t = 6: p = 1 - 2 atan(6) / pi
+    assert cells["- comet"] == "-0.020 (p = 0.295)"  # t = 2
     assert cells["gap recovered"] == "0.60"
     assert cells["cost"] == "3.00"
     # The third seed of comet has no plain run, so it doesn't count.
