@@ -1,5 +1,7 @@
 """A first guess at the bad training samples from frozen features, before any training."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -10,10 +12,14 @@ class MemoryScorer:
     """Anomaly scores of the training set by distance to what other training samples look like.
 
     A sample's patches are compared with a memory: all patches of a random share of the *other*
-    samples. A patch's score is the distance to its nearest neighbour in the memory, a sample's the
-    mean of its highest patch scores, averaged over several memories. No memory holds the scored
-    sample, so none explains itself away; a bad sample needs another one like it in most memories to
-    look normal. That holds up to high shares of bad samples as long as they differ from each other.
+    samples. A patch's distance is that to its nearest neighbour in the memory, a sample's the mean
+    of its highest, averaged over several memories. No memory holds the scored sample, so none
+    explains itself away; a bad sample needs another one like it in most memories to look normal.
+
+    A rare variant of the product is far from most memories too, but in all of its patches, where a
+    defect shows in some. So distances are divided by m + scale * M: m is the median over the
+    sample's own patches, M the median of m over samples. What counts is how far a sample's strange
+    patches stand out from its others.
 
     Use the scores as the ``prior`` of a :class:`~comet_meta.SoftConfidentWeighter`. A few dozen
     patches a sample are enough: average finer ones first.
@@ -22,7 +28,11 @@ class MemoryScorer:
         draws: Memories. More of them lower the variance of the scores; time grows alike.
         share: Share of the samples in each memory, in (0, 1). Small memories miss rare normal
             variants, large ones hold more bad samples.
-        top: Patch scores that are averaged, >= 1; all where a sample has fewer.
+        top: Patch distances that are averaged, >= 1; all where a sample has fewer.
+        scale: How much a sample's distances are measured by those usual in the set, and not by its
+            own, > 0. ``math.inf``: by the former alone. That finds more where up to half of the
+            samples are bad, but takes a variant of less than a third of the samples for bad. Of no
+            effect with one patch a sample.
         max_patches: Most patches in a memory; a random choice of them where there are more. Bounds
             the time, which is draws * N * P * max_patches * C multiplications at the most.
         seed: Of the random choices.
@@ -48,6 +58,7 @@ class MemoryScorer:
         draws: int = 8,
         share: float = 0.25,
         top: int = 5,
+        scale: float = 2.0,
         max_patches: int = 8192,
         seed: int = 0,
     ) -> None:
@@ -56,9 +67,12 @@ class MemoryScorer:
                 raise ValueError(f"{name} is {value}; expected at least 1")
         if not 0 < share < 1:
             raise ValueError(f"share is {share}; expected one in (0, 1)")
+        if not scale > 0:
+            raise ValueError(f"scale is {scale}; expected a factor > 0, or math.inf")
         self.draws = draws
         self.share = share
         self.top = top
+        self.scale = scale
         self.max_patches = max_patches
         self.seed = seed
 
@@ -116,14 +130,21 @@ class MemoryScorer:
         """Scores of some samples against a memory (M, C), in chunks of bounded size."""
         patches = features.shape[1]
         chunk = max(1, _CHUNK_VALUES // (patches * len(memory)))
-        scores = [
-            self._nearest(features[part].flatten(0, 1).float(), memory)
-            .reshape(len(part), patches)
-            .topk(min(self.top, patches), dim=1)
-            .values.mean(dim=1)
-            for part in torch.split(rows, chunk)
-        ]
-        return torch.cat(scores)
+        distances = torch.cat(
+            [
+                self._nearest(features[part].flatten(0, 1).float(), memory).reshape(-1, patches)
+                for part in torch.split(rows, chunk)
+            ]
+        )
+        highest = distances.topk(min(self.top, patches), dim=1).values.mean(dim=1)
+        if patches == 1:
+            return highest
+        own = distances.median(dim=1).values
+        usual = own.median()
+        usual = usual.where(usual > 0, 1)  # copies of each other
+        if math.isinf(self.scale):
+            return highest / usual
+        return highest * (1 + self.scale) / (own + self.scale * usual)
 
     @staticmethod
     def _nearest(queries: Tensor, memory: Tensor) -> Tensor:

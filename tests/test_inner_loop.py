@@ -63,7 +63,7 @@ def one_task(mode: str, inner: str = "sgd", steps: int = 1):
     if mode == "maml":
         result = second_order(
             lambda rows: model.losses(X[rows]),
-            lambda losses, rows, parameters: losses.mean(),
+            lambda losses, parameters: losses.mean(),
             model,
             [model.theta],
             [task],
@@ -172,7 +172,7 @@ def test_maml_equals_an_explicitly_unrolled_inner_loop(inner, steps, tasks):
 
     result = second_order(
         lambda rows: model.losses(data[rows]),
-        lambda losses, rows, at: (
+        lambda losses, at: (
             (weights[rows] * losses).mean() + decay * sum(p.square().sum() for p in at)
         ),
         model,

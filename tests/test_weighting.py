@@ -59,7 +59,7 @@ def test_weights_do_not_depend_on_offset_and_scale(scores, rule, scale, shift):
 def test_the_ratio_rule_by_hand():
     # Q1 = 2, Q3 = 4, tau = 4 + 1.5 * 2 = 7; 7 / 14 = 0.5.
     scores = torch.tensor([1.0, 2.0, 3.0, 4.0, 14.0])
-    weights, tau = ratio_weights(scores)
+    weights, tau, _ = ratio_weights(scores)
     assert float(tau) == 7.0
     assert weights.tolist() == [1, 1, 1, 1, 0.5]
     # kappa = 0: tau = 4.
