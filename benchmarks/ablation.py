@@ -10,12 +10,18 @@ import torch
 from comet_examples.curation import memory_prior
 from comet_examples.detectors import Detector, FastFlow, SimpleNet
 from comet_examples.training import FeatureRows, TrainingSettings, wrap
-from grid import Variant, trained
+from grid import Trial, Variant, trained
 from timed import TimedWeighter
 from torch import Tensor, nn
 
-from comet_meta import CoMetOptimizerWrapper, CovarianceMetaRegularizer
+from comet_meta import (
+    CoMetOptimizerWrapper,
+    CovarianceMetaRegularizer,
+    MemoryScorer,
+    SoftConfidentWeighter,
+)
 from comet_meta.meta_step import MetaMode
+from comet_meta.weighting import standardized
 
 _PENALTY = 0.01
 
@@ -38,9 +44,7 @@ def parts(weights: bool, meta: MetaMode, penalty: float) -> Variant:
     ) -> CoMetOptimizerWrapper:
         strength = penalty * relative_strength(detector, data) if penalty else 0.0
         if weights:
-            return wrap(
-                detector, data, replace(settings, method="comet", meta=meta, strength=strength)
-            )
+            return wrap(detector, data, replace(settings, meta=meta, strength=strength))
         return CoMetOptimizerWrapper(
             detector.optimizers(),
             regularizer=CovarianceMetaRegularizer(strength) if penalty else None,
@@ -48,7 +52,7 @@ def parts(weights: bool, meta: MetaMode, penalty: float) -> Variant:
             model=cast("nn.Module", detector),
         )
 
-    return lambda trial: trained(trial, optimizer_for)
+    return lambda trial: trained(as_comet(trial) if weights else trial, optimizer_for)
 
 
 @torch.no_grad()
@@ -66,6 +70,31 @@ def relative_strength(detector: Detector, data: FeatureRows) -> float:
     return abs(float(loss)) / square
 
 
+def chosen(
+    scorer: MemoryScorer | None = None, *, spare: float = 0.1, exposure: float = 0.5
+) -> Variant:
+    """The examples' ``"comet"`` with other settings.
+
+    Args:
+        scorer: Makes the prior.
+        spare: Share of the highest scores that gets weight 0 in any case.
+        exposure: What losses of likely bad pictures taken as anomalous count.
+    """
+
+    def optimizer_for(
+        detector: Detector, data: FeatureRows, _: TrainingSettings
+    ) -> CoMetOptimizerWrapper:
+        weighter = SoftConfidentWeighter(prior=memory_prior(data.batches(), scorer), spare=spare)
+        return CoMetOptimizerWrapper(
+            detector.optimizers(),
+            weighter=weighter,
+            exposure=exposure,
+            model=cast("nn.Module", detector),
+        )
+
+    return lambda trial: trained(as_comet(trial), optimizer_for)
+
+
 def scored(
     score: Score | None = None,
     *,
@@ -74,12 +103,12 @@ def scored(
     every: int = 1,
     momentum: float = 0.0,
 ) -> Variant:
-    """The examples' ``"comet"`` with other scores to weight by.
+    """The examples' ``"comet"``, weighted by the model's own scores, or their mean with the prior.
 
     Args:
         score: Takes the place of the detector's score of a picture.
-        prior: Whether the prior from frozen features counts.
-        start: First epoch after which the model's own scores count; ``math.inf`` for never.
+        prior: Whether the prior from frozen features counts; it decides until the first fit.
+        start: First epoch after which the model's own scores count.
         every: Epochs from one fit of the weights to the next.
         momentum: Share of an earlier score that stays.
     """
@@ -87,15 +116,27 @@ def scored(
     def optimizer_for(
         detector: Detector, data: FeatureRows, _: TrainingSettings
     ) -> CoMetOptimizerWrapper:
-        options: dict[str, Any] = {"prior": memory_prior(data.batches())} if prior else {}
-        if score is not None:
-            options["source"] = lambda: _scores(detector, data, score)
-        weighter = TimedWeighter(len(data), start=start, every=every, momentum=momentum, **options)
+        memory = standardized(memory_prior(data.batches())) if prior else None
+
+        def source() -> Tensor:
+            own = _scores(detector, data, score or _score)
+            return own if memory is None else (standardized(own) + memory) / 2
+
+        weighter = TimedWeighter(
+            len(data), start=start, every=every, source=source, momentum=momentum
+        )
+        if memory is not None:
+            SoftConfidentWeighter.fit(weighter, memory)
         return CoMetOptimizerWrapper(
             detector.optimizers(), weighter=weighter, model=cast("nn.Module", detector)
         )
 
-    return lambda trial: trained(trial, optimizer_for)
+    return lambda trial: trained(as_comet(trial), optimizer_for)
+
+
+def as_comet(trial: Trial) -> Trial:
+    """The trial with the losses of ``"comet"``: pairs where the detector has them."""
+    return replace(trial, settings=replace(trial.settings, method="comet"))
 
 
 def _grid() -> dict[str, Variant]:
@@ -113,6 +154,10 @@ def _mean(detector: Detector, levels: list[Tensor]) -> Tensor:
     if not isinstance(detector, SimpleNet | FastFlow):
         raise TypeError(f"{type(detector).__name__} has no scores of patches")
     return detector.patch_scores(levels).flatten(1).mean(dim=1)
+
+
+def _score(detector: Detector, levels: list[Tensor]) -> Tensor:
+    return detector.scores(levels)
 
 
 def _loss(detector: Detector, levels: list[Tensor]) -> Tensor:
@@ -136,13 +181,16 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "every4": {"every": 4},
     "momentum": {"momentum": 0.5},
 }
-# The model's own scores without the prior, and with it, where they are the examples' "comet".
+# The model's own scores without the prior, and their mean with it.
 SCORES: dict[str, Variant] = {
-    "prior": scored(start=math.inf),
-    "own": scored(prior=False),
-    **{
-        f"{source}+{change}": scored(prior=source == "both", **options)
-        for source in ("own", "both")
-        for change, options in _CHANGES.items()
-    },
+    f"{source}+{change}" if change else source: scored(prior=source == "both", **options)
+    for source in ("own", "both")
+    for change, options in {"": {}, **_CHANGES}.items()
+}
+CHOICES: dict[str, Variant] = {
+    "no-exposure": chosen(exposure=0.0),
+    "exposure-1": chosen(exposure=1.0),
+    "spare-0": chosen(spare=0.0),
+    "spare-0.2": chosen(spare=0.2),
+    "one-product": chosen(MemoryScorer(scale=math.inf)),
 }

@@ -13,9 +13,11 @@ settings with seeds of 100 and up; report with the default ones.
 @true: the variant is given the true share of bad pictures; @0.1: it takes it to be a tenth. Patch
 memories: +top takes the mean of the highest patch scores as the detectors do, in place of the
 published score. *grid* switches weights, meta-step and penalty (1 % of the loss before training) on
-or off; *scores* changes what the weights are fitted to: the model's own scores or both these and
-the prior; the loss or the mean of all patches in place of the score; epochs of warm-up; epochs from
-one fit to the next; momentum 0.5. The groups of variants: {groups}
+or off; *scores* fits the weights, in place of the prior, to the model's own scores or their mean
+with the prior; the loss or the mean of all patches in place of the score;
+epochs of warm-up; epochs from one fit to the next; momentum 0.5. *choices* changes single settings:
+no-exposure only leaves likely bad pictures out, one-product measures distances by what is usual in
+the set alone (``MemoryScorer(scale=inf)``). The groups of variants: {groups}
 """
 
 import argparse
@@ -25,7 +27,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from ablation import GRID, SCORES
+from ablation import CHOICES, GRID, SCORES
 from comet_examples.report import table
 from grid import (
     METHODS,
@@ -67,6 +69,7 @@ GROUPS: dict[str, dict[str, Variant]] = {
     },
     "grid": GRID,
     "scores": SCORES,
+    "choices": CHOICES,
 }
 VARIANTS = {name: variant for group in GROUPS.values() for name, variant in group.items()}
 

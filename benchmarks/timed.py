@@ -12,7 +12,7 @@ from comet_meta import SoftConfidentWeighter
 class TimedWeighter(SoftConfidentWeighter):
     """Takes in an epoch's scores only when they are due.
 
-    Until then the weights stay what they were: those of the prior, or 1 without one.
+    Until then the weights stay what they were.
 
     Args:
         num_samples: Size N of the training set.
@@ -39,10 +39,7 @@ class TimedWeighter(SoftConfidentWeighter):
 
     @override
     def fit(self, scores: Tensor | None = None) -> None:
-        """Fit to the scores (N,) of an epoch if they are due; to the prior without any."""
-        if scores is None:
-            super().fit()
-            return
+        """Fit to the scores (N,) of an epoch if they are due."""
         self.epoch += 1
         if self.epoch >= self.start and (self.epoch - self.start) % self.every == 0:
             super().fit(scores if self.source is None else self.source())

@@ -171,10 +171,8 @@ def test_maml_equals_an_explicitly_unrolled_inner_loop(inner, steps, tasks):
     expected = torch.autograd.grad(total, values)
 
     result = second_order(
-        lambda rows: model.losses(data[rows]),
-        lambda losses, at: (
-            (weights[rows] * losses).mean() + decay * sum(p.square().sum() for p in at)
-        ),
+        lambda rows: weights[rows] * model.losses(data[rows]),
+        lambda losses, at: losses.mean() + decay * sum(p.square().sum() for p in at),
         model,
         list(model.parameters()),
         dealt,

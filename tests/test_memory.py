@@ -22,17 +22,18 @@ def test_two_samples_judge_each_other_by_hand():
 def test_scores_equal_an_independent_nearest_neighbour_search():
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(12, 5, 3, generator=generator)
-    scorer = MemoryScorer(draws=1, share=0.5, top=3, seed=4)
+    scorer = MemoryScorer(draws=1, share=0.5, top=3, scale=1.5, seed=4)
     choices = torch.Generator().manual_seed(4)
     totals, seen = np.zeros(12), np.zeros(12)
     while (seen == 0).any():
         order = torch.randperm(12, generator=choices).numpy()
         inside, outside = order[:6], order[6:]
         search = NearestNeighbors(n_neighbors=1).fit(features[inside].flatten(0, 1).numpy())
-        for i in outside:
-            distances = search.kneighbors(features[i].numpy())[0].ravel()
-            totals[i] += np.sort(distances)[-3:].mean()
-            seen[i] += 1
+        distances = np.sort([search.kneighbors(features[i].numpy())[0].ravel() for i in outside])
+        own = distances[:, 2]
+        usual = np.sort(own)[2]  # the lower of the two in the middle of six
+        totals[outside] += distances[:, -3:].mean(axis=1) * 2.5 / (own + 1.5 * usual)
+        seen[outside] += 1
     np.testing.assert_allclose(scorer(features).numpy(), totals / seen, rtol=1e-4)
 
 

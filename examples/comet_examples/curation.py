@@ -12,7 +12,7 @@ from comet_meta import MemoryScorer
 _GRID = 6
 
 
-def memory_prior(batches: Iterable[Sequence[Tensor]]) -> Tensor:
+def memory_prior(batches: Iterable[Sequence[Tensor]], scorer: MemoryScorer | None = None) -> Tensor:
     """Anomaly scores of a training set by :class:`~comet_meta.MemoryScorer`.
 
     Every channel is standardised over the training set; levels are averaged down to 6 x 6 patches,
@@ -20,6 +20,7 @@ def memory_prior(batches: Iterable[Sequence[Tensor]]) -> Tensor:
 
     Args:
         batches: The training set's features in order, levels (B, C, h, w) each.
+        scorer: With settings of one's own.
 
     Returns:
         Scores, higher = more anomalous, shape (N,). A picture whose features are not all finite
@@ -28,16 +29,16 @@ def memory_prior(batches: Iterable[Sequence[Tensor]]) -> Tensor:
     patches = torch.cat([_patches(levels) for levels in batches])
     whole = patches.isfinite().flatten(1).all(dim=1)
     scores = torch.full((len(patches),), torch.nan)
-    scores[whole] = _scores(patches[whole])
+    scores[whole] = _scores(patches[whole], scorer or MemoryScorer())
     return scores.nan_to_num(nan=float(scores[whole].max()))
 
 
-def _scores(patches: Tensor) -> Tensor:
+def _scores(patches: Tensor, scorer: MemoryScorer) -> Tensor:
     """Memory scores (N,) of patches (N, C, h, w)."""
     scaler = FeatureScaler([patches.shape[1]])
     scaler.fit([[patches]])
     (scaled,) = scaler([patches])
-    return MemoryScorer()(scaled.flatten(2).transpose(1, 2))
+    return scorer(scaled.flatten(2).transpose(1, 2))
 
 
 def _patches(levels: Sequence[Tensor]) -> Tensor:

@@ -1,6 +1,7 @@
 """The table of rivals: what it runs, under which keys, and what it makes of the figures."""
 
 import json
+import math
 import sys
 
 import contamination
@@ -8,7 +9,7 @@ import grid
 import pytest
 import table
 import torch
-from ablation import GRID, SCORES, parts, relative_strength, scored
+from ablation import CHOICES, GRID, SCORES, chosen, parts, relative_strength, scored
 from comet_examples.training import TrainingSettings
 from contamination import GROUPS, VARIANTS, common_gap, cost, expanded, row
 from grid import Trial, by_method, weighting_figures
@@ -91,8 +92,19 @@ def test_the_grid_has_every_combination_once():
     assert len(names) == 2 * 5 * 2 - 1
 
 
-def test_unchanged_scores_are_comet(trial):
-    assert same(scored()(trial), by_method("comet")(trial))
+def test_unchanged_choices_are_comet(trial):
+    assert same(chosen()(trial), by_method("comet")(trial))
+
+
+def test_scores_that_never_come_leave_the_prior(trial):
+    late, comet = scored(start=math.inf)(trial), by_method("comet")(trial)
+    assert late["I-AUROC"] == comet["I-AUROC"]
+    assert late["weight of bad"] == pytest.approx(comet["weight of bad"], rel=1e-4)
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_choices_run(trial, name):
+    assert CHOICES[name](trial)["I-AUROC"] > 0.5
 
 
 @pytest.mark.parametrize("name", ["weights+fomaml+penalty", "penalty", "mldg"])
@@ -107,9 +119,7 @@ def test_scores_for_weighting_run(trial, name):
     figures = SCORES[name](trial)
     assert figures["I-AUROC"] > 0.5
     # Three epochs: nothing of the model's own before the end of a warm-up of four.
-    own = name != "prior" and "warmup" not in name
-    assert ("curation AUROC" in figures) == own
-    assert ("ranking AUROC" in figures) == (own or name.startswith(("prior", "both")))
+    assert ("ranking AUROC" in figures) == ("warmup" not in name or name.startswith("both"))
 
 
 def test_the_penalty_is_measured_by_the_loss(trial):
