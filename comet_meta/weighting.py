@@ -150,7 +150,10 @@ def standardized(scores: Tensor) -> Tensor:
         tensor([-0.6000,  0.0000,  2.4000])
     """
     centred = scores - scores.median()
-    deviation = centred.abs().mean()
+    # In double precision, so that a permutation of the samples doesn't change the rounding; among
+    # very many samples that isn't worth the memory.
+    precise = torch.float64 if len(scores) <= _EXACT_SAMPLES else None
+    deviation = centred.abs().mean(dtype=precise)
     return centred.div_(deviation.where(deviation > 0, 1))
 
 

@@ -168,6 +168,15 @@ def test_the_state_stays_on_its_device_and_off_the_graph():
     assert not regularizer.pairs.requires_grad
 
 
+def test_the_window_holds_the_last_pairs_in_order():
+    regularizer = CovarianceMetaRegularizer(window=4)
+    for k in range(9):
+        regularizer.update(torch.tensor(float(k)), torch.tensor(10.0 * k))
+        expected = [[j, 10 * j] for j in range(max(0, k - 3), k + 1)]
+        assert regularizer.pairs[-len(expected) :].tolist() == expected
+        assert regularizer.count == k + 1
+
+
 def test_losses_of_any_type_and_of_one_element_are_taken():
     regularizer = CovarianceMetaRegularizer(window=2)
     regularizer.update(torch.tensor(1.5, dtype=torch.float64), torch.tensor(2.5).bfloat16())
