@@ -25,8 +25,8 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from comet_meta import CoMetOptimizerWrapper, CovarianceMetaRegularizer, SoftConfidentWeighter
-from comet_meta.inner_loop import split_tasks
-from comet_meta.optimizer import MetaMode
+from comet_meta.meta_step import MetaMode
+from comet_meta.tasks import split_tasks
 
 Step = Callable[[], object]
 

@@ -30,7 +30,7 @@ from comet_examples.training import Method, TrainingSettings
 from matplotlib.figure import Figure
 from runs import Figures, Runs, gap_recovered, paired, spread
 
-from comet_meta.optimizer import MetaMode
+from comet_meta.meta_step import MetaMode
 
 _LOGGER = logging.getLogger(__name__)
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from comet_meta import CoMetOptimizerWrapper
-from comet_meta.inner_loop import Task, first_order
+from comet_meta.inner_loop import first_order
+from comet_meta.tasks import Task
 
 _TASKS = 4
 

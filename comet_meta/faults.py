@@ -3,12 +3,14 @@
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from comet_meta import distributed
+from comet_meta.snapshot import copies, copy_values
 
 _LOGGER = logging.getLogger(__name__)
 _NAMED = 8
@@ -206,12 +208,7 @@ def undone_on_error(
         A function that gives the buffers their values back at any time.
     """
     state = generator.get_state()
-    saved = [buffer.detach().clone() for buffer in buffers]
-
-    def undo() -> None:
-        if buffers:
-            with torch.no_grad():
-                torch._foreach_copy_(list(buffers), saved)
+    undo = partial(copy_values, buffers, copies(buffers))
 
     try:
         yield undo

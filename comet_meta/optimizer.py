@@ -3,8 +3,7 @@
 import logging
 from collections import ChainMap
 from collections.abc import Callable, Iterable, MutableMapping, Sequence
-from functools import partial
-from typing import Any, Literal, NamedTuple, cast, get_args, overload
+from typing import Any, NamedTuple, cast, get_args, overload
 
 import torch
 from torch import Tensor, nn
@@ -14,35 +13,15 @@ from typing_extensions import Self, override
 
 from comet_meta import distributed
 from comet_meta.checks import as_index, check_losses
-from comet_meta.faults import (
-    Look,
-    LossWatch,
-    all_finite,
-    check_parameters,
-    evaluating,
-    everywhere,
-    undone_on_error,
-    warn_of_dropped,
-    warn_of_left_out,
-)
-from comet_meta.inner_loop import (
-    InnerOptimizer,
-    MetaGradient,
-    Task,
-    add_gradients,
-    first_order,
-    gradients_of,
-    second_order,
-    split_tasks,
-)
+from comet_meta.faults import LossWatch
+from comet_meta.gradients import add_gradients
+from comet_meta.inner_loop import InnerOptimizer
+from comet_meta.meta_step import Closure, MetaMode, MetaStep
 from comet_meta.regularization import CovarianceMetaRegularizer
+from comet_meta.tasks import splits, support_query
 from comet_meta.weighting import SoftConfidentWeighter
 
 _LOGGER = logging.getLogger(__name__)
-
-MetaMode = Literal["none", "mldg", "fomaml", "maml", "reptile"]
-Closure = Callable[[Tensor], Tensor]
-"""Per-sample losses of some rows of the batch: rows (R,) -> losses (R,)."""
 
 
 class StepReport(NamedTuple):
@@ -94,7 +73,7 @@ class CoMetOptimizerWrapper(Optimizer):
         meta: What ``step(closure, index)`` does with support and query rows: ``"mldg"`` (support
             and query gradients together), ``"fomaml"``, ``"maml"`` (second order, needs
             ``model``), ``"reptile"``, or ``"none"`` (a plain weighted step).
-            See :mod:`comet_meta.inner_loop`.
+            See :mod:`comet_meta.meta_step`.
         inner_lr: Step size of the inner steps, > 0.
         inner_steps: Number of inner steps, >= 1.
         inner_optimizer: ``"sgd"`` or ``"adam"`` (fresh in every task, as in the paper's code).
@@ -254,9 +233,10 @@ class CoMetOptimizerWrapper(Optimizer):
         part = distributed.share(rows, losses.device)
         mean = kept.mean() * (len(finite) / rows.clamp_min(1) * part).to(losses)
         observed = None
-        if self.regularizer is not None and self._splits(losses.numel()):
+        if self.regularizer is not None and splits(losses.numel()):
             with torch.no_grad():
-                observed = self._support_query(kept) * part + penalty
+                parts = support_query(kept, self.query_fraction, self.generator)
+                observed = parts * part + penalty
         self._watch.add(finite, index, observed)
         if losses.device.type == "cpu":
             self._settle()
@@ -387,20 +367,20 @@ class CoMetOptimizerWrapper(Optimizer):
             scale = torch.full((), share, device=parameters[0].device)
             scale = scale if scaler is None else scaler.scale(scale)
 
-        attempt = partial(
-            self._meta_gradient, parameters=parameters, scale=scale, scaled=scaler is not None
+        meta_step = MetaStep(
+            mode=self.meta,
+            inner_optimizer=self.inner_optimizer,
+            inner_lr=self.inner_lr,
+            inner_steps=self.inner_steps,
+            query_fraction=self.query_fraction,
+            tasks=self.tasks,
+            model=self.model,
+            generator=self.generator,
+            penalty=self._penalty,
         )
-        buffers = [] if self.model is None else list(self.model.buffers())
-        with undone_on_error(self.generator, buffers) as undo:
-            result = attempt(closure, weights)
-            if result is None:
-                undo()
-                kept = self._finite_rows(closure, index)
-                undo()
-                weights = weights[kept]
-                result = self._second_attempt(attempt, closure, kept, weights, parameters)
-                if result is None:
-                    undo()
+        result, weights = meta_step.gradient(
+            closure, index, weights, parameters, scale, watched=scaler is not None
+        )
         self._watch.note(usable=result is not None)
         dropped = len(index) - len(weights)
         if result is not None:
@@ -411,7 +391,7 @@ class CoMetOptimizerWrapper(Optimizer):
             distributed.average_gradients(parameters, part)
             add_gradients(parameters, earlier)
             support_loss, query_loss = result.support_loss, result.query_loss
-            if self.regularizer is not None and self._splits(len(index)):
+            if self.regularizer is not None and splits(len(index)):
                 pair = torch.stack([support_loss, query_loss])
                 self._observe(*(pair if sharded else pair * part))
         else:
@@ -428,136 +408,6 @@ class CoMetOptimizerWrapper(Optimizer):
             min_weight=weights.min() if len(weights) else query_loss,
             dropped=torch.tensor(dropped),
         )
-
-    def _second_attempt(
-        self,
-        attempt: Callable[[Closure, Tensor], MetaGradient | None],
-        closure: Closure,
-        kept: Tensor,
-        weights: Tensor,
-        parameters: Sequence[Tensor],
-    ) -> MetaGradient | None:
-        """The gradient of the samples that are left, weights (K,); None if there can't be one."""
-        enough = len(kept) >= (1 if self.meta == "none" else 2)
-        reason = "too few samples of the batch have a finite loss"
-        result = None
-        if everywhere(enough, parameters[0].device):
-            # A process whose own samples are all fine goes along, with all of them.
-            result = attempt(lambda rows: closure(kept[rows]), weights)
-            reason = (
-                "losses that are finite at the parameters, or their gradients, are not so in the "
-                "course of the step; lower inner_lr or the learning rate"
-            )
-        if result is None:
-            check_parameters(parameters)
-            warn_of_left_out(reason)
-        return result
-
-    def _meta_gradient(
-        self,
-        closure: Closure,
-        weights: Tensor,
-        parameters: list[Tensor],
-        scale: Tensor | None,
-        scaled: bool,
-    ) -> MetaGradient | None:
-        """The gradient of samples of weights (B,); None if one of their losses isn't finite."""
-        looks: list[Look] = []
-        # Where the framework averages each gradient by itself, the losses have to be scaled.
-        sharded = distributed.is_sharded(parameters[0])
-        part = distributed.share(len(weights), weights.device) if sharded else 1.0
-
-        def losses_of(rows: Tensor) -> Tensor:
-            losses = closure(rows)
-            check_losses(losses, len(rows))
-            return losses
-
-        def soft_confident_loss(losses: Tensor, rows: Tensor, at: Sequence[Tensor]) -> Tensor:
-            loss = (weights[rows].to(losses) * losses).mean() * part + self._penalty(at)
-            # A NaN or infinite loss shows in the mean, whatever its weight: 0 * inf is NaN.
-            looks.append(Look(torch.isfinite(loss.detach())))
-            return loss
-
-        generator = distributed.own_generator(self.generator)
-        lone = len(weights) == 1 and self._splits(1)  # other processes have more of this batch
-        if self.meta == "none" or lone:
-            result = self._undivided_gradient(
-                losses_of, soft_confident_loss, weights, parameters, scale, part
-            )
-        else:
-            tasks = [
-                # Not to wait for the device, which a copy of ordinary memory otherwise does.
-                Task(*(rows.to(weights.device, non_blocking=True) for rows in task))
-                for task in split_tasks(len(weights), self.tasks, self.query_fraction, generator)
-            ]
-            inner: dict[str, Any] = {
-                "inner": self.inner_optimizer,
-                "inner_lr": self.inner_lr,
-                "inner_steps": self.inner_steps,
-                "scale": scale,
-            }
-            if self.meta == "maml":
-                model = cast("nn.Module", self.model)
-                result = second_order(
-                    losses_of, soft_confident_loss, model, parameters, tasks, **inner
-                )
-            else:
-                buffers = [] if self.model is None else list(self.model.buffers())
-                result = first_order(
-                    lambda rows: soft_confident_loss(losses_of(rows), rows, parameters),
-                    parameters,
-                    tasks,
-                    mode=self.meta,
-                    buffers=buffers,
-                    **inner,
-                )
-        sound = all(looks)
-        device = parameters[0].device
-        # Elsewhere it would mean waiting for the backward pass; a scaler looks itself.
-        if device.type == "cpu" and not scaled:
-            sound = sound and all_finite([g for g in result.gradients if g is not None])
-        return result if everywhere(sound, device) else None
-
-    @torch.no_grad()
-    def _finite_rows(self, closure: Closure, index: Tensor) -> Tensor:
-        """Rows of the batch whose loss is finite at the parameters; the others are named."""
-        with evaluating(self.model):
-            losses = closure(torch.arange(len(index), device=index.device))
-        check_losses(losses, len(index))
-        finite = torch.isfinite(losses)
-        warn_of_dropped(finite, index)
-        return finite.to(index.device).nonzero().flatten()
-
-    def _undivided_gradient(
-        self,
-        losses_of: Closure,
-        objective: Callable[[Tensor, Tensor, Sequence[Tensor]], Tensor],
-        weights: Tensor,
-        parameters: Sequence[Tensor],
-        scale: Tensor | None,
-        part: Tensor | float,
-    ) -> MetaGradient:
-        """The gradient of the whole batch, its losses told apart only for the report."""
-        rows = torch.arange(len(weights), device=weights.device)
-        losses = losses_of(rows)
-        loss = objective(losses, rows, parameters)
-        gradients = gradients_of(loss if scale is None else loss * scale, parameters)
-        with torch.no_grad():
-            weighted = weights.to(losses) * losses * part
-            support_loss, query_loss = self._support_query(weighted) + self._penalty(parameters)
-        return MetaGradient(gradients, support_loss, query_loss)
-
-    def _splits(self, batch_size: int) -> bool:
-        """Whether the batch, joined over all processes, has rows for support and query."""
-        return batch_size > 1 or distributed.world_size() > 1
-
-    def _support_query(self, weighted: Tensor) -> Tensor:
-        """Mean loss of a random support and query part, shape (2,); of the sample if B = 1."""
-        generator = distributed.own_generator(self.generator)
-        if len(weighted) == 1:
-            return weighted.expand(2)
-        ((support, query),) = split_tasks(len(weighted), 1, self.query_fraction, generator)
-        return torch.stack([weighted[support].mean(), weighted[query].mean()])
 
     def _checked_index(
         self, index: Tensor | Sequence[int] | None, batch_size: int

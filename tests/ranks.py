@@ -22,7 +22,7 @@ from comet_meta import (
     IndexedDataset,
     SoftConfidentWeighter,
     collect_scores,
-    optimizer,
+    meta_step,
 )
 
 N = 21
@@ -78,6 +78,7 @@ def outcome(comet: CoMetOptimizerWrapper) -> dict[str, Any]:
         "ungraded": [p.grad is None for p in parameters],
         "pairs": [] if comet.regularizer is None else comet.regularizer.pairs,
         "weights": comet.weighter(),
+        "random": comet.generator.get_state(),
     }
 
 
@@ -108,18 +109,18 @@ def full(model: nn.Module, batches: Batches, **settings: Any) -> dict[str, Any]:
 def recorded(run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """The outcome, and the tasks that each step dealt."""
     dealt = []
-    original = optimizer.split_tasks
+    original = meta_step.split_tasks
 
     def split_tasks(*args: Any) -> Any:
         tasks = original(*args)
         dealt.append([(task.support, task.query) for task in tasks])
         return tasks
 
-    optimizer.split_tasks = split_tasks
+    meta_step.split_tasks = split_tasks
     try:
         return run() | {"tasks": dealt}
     finally:
-        optimizer.split_tasks = original
+        meta_step.split_tasks = original
 
 
 def streamed() -> Tensor:

@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from comet_meta.inner_loop import first_order, second_order, split_tasks
+from comet_meta.inner_loop import first_order
+from comet_meta.second_order import second_order
+from comet_meta.tasks import split_tasks
 
 torchopt = pytest.importorskip("torchopt")
 

@@ -12,8 +12,8 @@ import ranks
 import torch
 import torch.distributed as dist
 
-from comet_meta import CovarianceMetaRegularizer, SoftConfidentWeighter, distributed, optimizer
-from comet_meta.inner_loop import Task
+from comet_meta import CovarianceMetaRegularizer, SoftConfidentWeighter, distributed, meta_step
+from comet_meta.tasks import Task
 
 try:
     from torch.distributed.fsdp import fully_shard  # noqa: F401
@@ -54,6 +54,7 @@ def same_on_both(first: dict, second: dict) -> None:
         for ours, theirs in zip(first[key], second[key], strict=True):
             assert torch.equal(ours, theirs), key
     assert first["ungraded"] == second["ungraded"]
+    assert torch.equal(first["random"], second["random"])
 
 
 def close(found: dict, alone: dict) -> None:
@@ -88,7 +89,7 @@ def joined_tasks(both, name: str, monkeypatch) -> None:
         [Task(s, q) for s, q in ours] + [Task(s + sizes[k], q + sizes[k]) for s, q in theirs]
         for ours, theirs, k in steps
     )
-    monkeypatch.setattr(optimizer, "split_tasks", lambda *_: next(dealt))
+    monkeypatch.setattr(meta_step, "split_tasks", lambda *_: next(dealt))
 
 
 def test_a_meta_step_equals_one_process_with_the_same_tasks(both, monkeypatch):
@@ -200,7 +201,7 @@ class TestFSDP2:
             [Task(torch.cat([s, S + 4]), torch.cat([q, Q + 4]))]
             for [(s, q)], [(S, Q)] in zip(first["tasks"], second["tasks"], strict=True)
         )
-        monkeypatch.setattr(optimizer, "split_tasks", lambda *_: next(joined))
+        monkeypatch.setattr(meta_step, "split_tasks", lambda *_: next(joined))
         settings = {"inner_optimizer": inner, "inner_lr": 0.1, "inner_steps": 2}
         close(first, ranks.full(ranks.Plain(), ranks.EVEN, meta=meta, **settings))
 

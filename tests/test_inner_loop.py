@@ -7,7 +7,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from comet_meta import CoMetOptimizerWrapper, CovarianceMetaRegularizer, SoftConfidentWeighter
-from comet_meta.inner_loop import AdamDirection, Task, first_order, second_order, split_tasks
+from comet_meta.inner_loop import first_order
+from comet_meta.second_order import AdamDirection, second_order
+from comet_meta.tasks import Task, split_tasks
 
 FIRST_ORDER = ("fomaml", "mldg", "reptile")
 

@@ -18,7 +18,7 @@ from comet_meta import (
     SoftConfidentWeighter,
     collect_scores,
 )
-from comet_meta.optimizer import MetaMode
+from comet_meta.meta_step import MetaMode
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer

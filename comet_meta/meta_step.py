@@ -1,0 +1,205 @@
+"""The gradient of a batch by the full method, from as many of its samples as can be learned from.
+
+Modes of the meta-step:
+
+- ``"mldg"``, ``"fomaml"``, ``"reptile"``: see :func:`comet_meta.inner_loop.first_order`.
+- ``"maml"``: see :func:`comet_meta.second_order.second_order`.
+- ``"none"``: the gradient of the whole batch; support and query losses are for the report alone.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from comet_meta import distributed
+from comet_meta.checks import check_losses
+from comet_meta.faults import (
+    Look,
+    all_finite,
+    check_parameters,
+    evaluating,
+    everywhere,
+    undone_on_error,
+    warn_of_dropped,
+    warn_of_left_out,
+)
+from comet_meta.gradients import gradients_of
+from comet_meta.inner_loop import InnerOptimizer, MetaGradient, first_order
+from comet_meta.second_order import second_order
+from comet_meta.tasks import Task, split_tasks, splits, support_query
+
+MetaMode = Literal["none", "mldg", "fomaml", "maml", "reptile"]
+Closure = Callable[[Tensor], Tensor]
+"""Per-sample losses of some rows of the batch: rows (R,) -> losses (R,)."""
+
+
+@dataclass(frozen=True)
+class MetaStep:
+    """How the gradient of a batch is computed.
+
+    Attributes:
+        mode: What is done with support and query rows.
+        inner_optimizer: Rule of the inner steps.
+        inner_lr: Their step size > 0.
+        inner_steps: Their number >= 1.
+        query_fraction: Share of a task's rows that goes to the query, in (0, 1).
+        tasks: Number of tasks >= 1 that a batch is dealt into.
+        model: The module that closures use; needed for ``"maml"`` and to protect its buffers.
+        generator: Source of the random split, in the same state on every process.
+        penalty: What is added to each loss: parameters -> scalar.
+    """
+
+    mode: MetaMode
+    inner_optimizer: InnerOptimizer
+    inner_lr: float
+    inner_steps: int
+    query_fraction: float
+    tasks: int
+    model: nn.Module | None
+    generator: torch.Generator
+    penalty: Callable[[Sequence[Tensor]], Tensor]
+
+    def gradient(
+        self,
+        closure: Closure,
+        index: Tensor,
+        weights: Tensor,
+        parameters: list[Tensor],
+        scale: Tensor | None,
+        *,
+        watched: bool,
+    ) -> tuple[MetaGradient | None, Tensor]:
+        """The gradient of the batch, or of the samples that are left if some losses aren't finite.
+
+        Args:
+            closure: From rows of the batch (R,) to their losses (R,).
+            index: Positions of the samples in the data set, shape (B,).
+            weights: Confidence in them, shape (B,).
+            parameters: Leaf tensors that require grad.
+            scale: What the gradient is multiplied by, shape (), > 0.
+            watched: Whether somebody else (a scaler) skips steps whose gradients aren't finite.
+
+        Returns:
+            The gradient, None if there can't be one, and the weights (K,) of the samples used.
+            Without a gradient, and if the closure raises, buffers are as before.
+
+        Raises:
+            ValueError: If losses are not (R,), or the parameters aren't finite.
+        """
+        with undone_on_error(self.generator, self._buffers()) as undo:
+            result = self._attempt(closure, weights, parameters, scale, watched)
+            if result is not None:
+                return result, weights
+            undo()
+            kept = self._finite_rows(closure, index)
+            undo()
+            weights = weights[kept]
+            reason = "too few samples of the batch have a finite loss"
+            enough = len(kept) >= (1 if self.mode == "none" else 2)
+            if everywhere(enough, parameters[0].device):
+                # A process whose own samples are all fine goes along, with all of them.
+                result = self._attempt(
+                    lambda rows: closure(kept[rows]), weights, parameters, scale, watched
+                )
+                reason = (
+                    "losses that are finite at the parameters, or their gradients, are not so in "
+                    "the course of the step; lower inner_lr or the learning rate"
+                )
+            if result is None:
+                check_parameters(parameters)
+                warn_of_left_out(reason)
+                undo()
+        return result, weights
+
+    def _attempt(
+        self,
+        closure: Closure,
+        weights: Tensor,
+        parameters: list[Tensor],
+        scale: Tensor | None,
+        watched: bool,
+    ) -> MetaGradient | None:
+        """The gradient of samples of weights (B,); None if one of their losses isn't finite."""
+        looks: list[Look] = []
+        # Where the framework averages each gradient by itself, the losses have to be scaled.
+        sharded = distributed.is_sharded(parameters[0])
+        part = distributed.share(len(weights), weights.device) if sharded else 1.0
+
+        def losses_of(rows: Tensor) -> Tensor:
+            losses = closure(rows)
+            check_losses(losses, len(rows))
+            return losses
+
+        def soft_confident_loss(losses: Tensor, rows: Tensor, at: Sequence[Tensor]) -> Tensor:
+            loss = (weights[rows].to(losses) * losses).mean() * part + self.penalty(at)
+            # A NaN or infinite loss shows in the mean, whatever its weight: 0 * inf is NaN.
+            looks.append(Look(torch.isfinite(loss.detach())))
+            return loss
+
+        lone = len(weights) == 1 and splits(1)  # other processes have more of this batch
+        if self.mode == "none" or lone:
+            rows = torch.arange(len(weights), device=weights.device)
+            losses = losses_of(rows)
+            loss = soft_confident_loss(losses, rows, parameters)
+            gradients = gradients_of(loss if scale is None else loss * scale, parameters)
+            with torch.no_grad():  # told apart for the report alone
+                weighted = weights.to(losses) * losses * part
+                pair = support_query(weighted, self.query_fraction, self.generator)
+                result = MetaGradient(gradients, *(pair + self.penalty(parameters)))
+        else:
+            result = self._of_tasks(losses_of, soft_confident_loss, weights, parameters, scale)
+        sound = all(looks)
+        device = parameters[0].device
+        # Elsewhere it would mean waiting for the backward pass.
+        if device.type == "cpu" and not watched:
+            sound = sound and all_finite([g for g in result.gradients if g is not None])
+        return result if everywhere(sound, device) else None
+
+    def _of_tasks(
+        self,
+        losses_of: Closure,
+        objective: Callable[[Tensor, Tensor, Sequence[Tensor]], Tensor],
+        weights: Tensor,
+        parameters: list[Tensor],
+        scale: Tensor | None,
+    ) -> MetaGradient:
+        """The gradient of the query rows after inner steps on the support rows."""
+        generator = distributed.own_generator(self.generator)
+        tasks = [
+            # Not to wait for the device, which a copy of ordinary memory otherwise does.
+            Task(*(rows.to(weights.device, non_blocking=True) for rows in task))
+            for task in split_tasks(len(weights), self.tasks, self.query_fraction, generator)
+        ]
+        inner: dict[str, Any] = {
+            "inner": self.inner_optimizer,
+            "inner_lr": self.inner_lr,
+            "inner_steps": self.inner_steps,
+            "scale": scale,
+        }
+        if self.mode == "maml":
+            model = cast("nn.Module", self.model)
+            return second_order(losses_of, objective, model, parameters, tasks, **inner)
+        return first_order(
+            lambda rows: objective(losses_of(rows), rows, parameters),
+            parameters,
+            tasks,
+            mode=cast("Any", self.mode),
+            buffers=self._buffers(),
+            **inner,
+        )
+
+    @torch.no_grad()
+    def _finite_rows(self, closure: Closure, index: Tensor) -> Tensor:
+        """Rows of the batch whose loss is finite at the parameters; the others are named."""
+        with evaluating(self.model):
+            losses = closure(torch.arange(len(index), device=index.device))
+        check_losses(losses, len(index))
+        finite = torch.isfinite(losses)
+        warn_of_dropped(finite, index)
+        return finite.to(index.device).nonzero().flatten()
+
+    def _buffers(self) -> list[Tensor]:
+        return [] if self.model is None else list(self.model.buffers())
