@@ -72,8 +72,8 @@ def ratio_weights(scores: Tensor, kappa: float = 1.5) -> Weighting:
     tau = iqr_threshold(scores, kappa)
     lower_fence = -iqr_threshold(-scores, kappa)
     origin = torch.maximum(scores.min(), lower_fence).clamp_max(0)
-    positive, bound = (scores - origin).clamp_min(0), tau - origin
-    weights = torch.where(positive > bound, bound / positive, 1.0)
+    above, bound = scores - origin, tau - origin
+    weights = torch.where(above > bound, bound / above, 1.0)
     return Weighting(weights, tau)
 
 
