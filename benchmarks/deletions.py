@@ -4,29 +4,22 @@
 
 Deleted are, one at a time, all statements (whole blocks with their condition, and each statement in
 them), decorators and keyword arguments; not docstrings, imports, definitions and bare annotations.
-The tests run in a copy of the project, up to the first that fails, in a process forked after the
-slow imports. What no test notices is printed.
+Tests are collected once; each deletion gets a fork, in which they run up to the first that fails.
+What no test notices is printed.
 """
 
 import argparse
 import ast
 import copy
-import importlib
 import os
 import resource
-import shutil
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-_ROOT = Path(__file__).parents[1]
-_COPIED = ("comet_meta", "tests", "examples", "benchmarks", "pyproject.toml", "README.md", "docs")
-_PROFILE = "--hypothesis-profile=mutants"
-_SLOW_IMPORTS = ("hypothesis", "scipy.optimize", "scipy.stats", "sklearn.metrics")
 _KEPT = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Pass)
 
 
@@ -67,81 +60,100 @@ def _deletable(part: object, field: str) -> bool:
     return not (isinstance(part, ast.Expr) and isinstance(part.value, ast.Constant))
 
 
-def passes(folder: Path, tests: list[str], limit: int) -> bool:
-    """Whether all tests pass, in a process of their own; one that doesn't end fails.
+class Trial:
+    """A plugin of pytest that runs the collected tests once for each deletion.
 
     Args:
-        folder: Copy of the project.
-        tests: Arguments for pytest.
-        limit: Seconds of processor time.
+        module: Where to delete.
+        lines: Which of its lines.
+
+    Attributes:
+        tried: How many deletions there were.
+        unnoticed: Line and content of those that no test noticed.
     """
-    child = os.fork()
-    if child == 0:
+
+    def __init__(self, module: Path, lines: range) -> None:
+        self.module = module
+        self.lines = lines
+        self.tried = 0
+        self.unnoticed: list[tuple[int, str]] = []
+
+    def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        """Take the place of pytest's own loop.
+
+        Raises:
+            SystemExit: If the tests fail without a deletion.
+        """
+        source = self.module.read_text()
+        if not self._passes(session, source, 600):
+            raise SystemExit("the tests fail as it is")
+        limit = 10 + 5 * round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime)
+        for line, shown, changed in deletions(source):
+            if line not in self.lines:
+                continue
+            self.tried += 1
+            print(f"\r{self.tried}: line {line}  ", end="", file=sys.stderr, flush=True)
+            if self._passes(session, changed, limit):
+                self.unnoticed.append((line, shown))
+                print(f"line {line}: {shown}", flush=True)
+        return True
+
+    def _passes(self, session: pytest.Session, source: str, limit: int) -> bool:
+        """Whether all tests pass in a fork, within as many seconds of processor time."""
+        child = os.fork()
+        if child > 0:
+            return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
         status = 1
         try:
-            os.chdir(folder)
             resource.setrlimit(resource.RLIMIT_CPU, (limit, limit))
             quiet = os.open(os.devnull, os.O_WRONLY)
             os.dup2(quiet, 1)
             os.dup2(quiet, 2)
-            sys.path[:0] = [str(folder), str(folder / "examples"), str(folder / "benchmarks")]
-            status = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", _PROFILE, *tests]))
+            replace(self.module, source)
+            for item, following in zip(session.items, [*session.items[1:], None], strict=True):
+                item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+                if session.testsfailed:
+                    break
+            status = int(session.testsfailed > 0)
         finally:
             os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
-def main(module: Path, tests: list[str], lines: range) -> tuple[int, list[tuple[int, str]]]:
-    """Try all deletions.
+def replace(file: Path, source: str) -> None:
+    """Have an imported module, and all that imported from it, use another source.
 
     Args:
-        module: Path from the project's folder.
-        tests: Arguments for pytest.
-        lines: Where to delete.
-
-    Returns:
-        How many deletions were tried, and those that no test noticed.
-
-    Raises:
-        SystemExit: If the tests fail without a deletion.
+        file: Of the module.
+        source: The other source.
     """
-    torch.set_num_threads(1)
-    sys.dont_write_bytecode = True
-    os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
-    for name in _SLOW_IMPORTS:
-        importlib.import_module(name)
-    source = (_ROOT / module).read_text()
-    unnoticed, tried = [], 0
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        for part in _COPIED:
-            if (_ROOT / part).is_dir():
-                shutil.copytree(
-                    _ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__")
-                )
-            else:
-                shutil.copy(_ROOT / part, folder / part)
-        if not passes(folder, tests, 600):
-            raise SystemExit("the tests fail as it is")
-        limit = 10 + 5 * round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime)
-        for line, shown, changed in deletions(source):
-            if line not in lines:
-                continue
-            tried += 1
-            print(f"\r{tried}: line {line}  ", end="", file=sys.stderr, flush=True)
-            (folder / module).write_text(changed)
-            if passes(folder, tests, limit):
-                unnoticed.append((line, shown))
-                print(f"line {line}: {shown}", flush=True)
-    return tried, unnoticed
+    module = next(
+        m for m in sys.modules.values() if getattr(m, "__file__", None) == str(file.resolve())
+    )
+    names = vars(module)
+    old = {name: value for name, value in names.items() if not name.startswith("__")}
+    for name in old:
+        del names[name]
+    exec(compile(source, str(file), "exec"), names)
+    new = {
+        id(value): names.get(name)
+        for name, value in old.items()
+        if getattr(value, "__module__", None) == module.__name__
+    }
+    for other in list(sys.modules.values()):
+        for name, value in list(vars(other).items()):
+            if other is not module and id(value) in new:
+                setattr(other, name, new[id(value)])
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("module", type=Path, help="path from the project's folder")
+    parser.add_argument("module", type=Path, help="path of the module")
     parser.add_argument("tests", nargs="+", help="files, or other arguments for pytest")
     parser.add_argument("--lines", type=int, nargs=2, default=(1, 10**6), help="first and last")
     options = parser.parse_args()
-    first, last = options.lines
-    tried, unnoticed = main(options.module, options.tests, range(first, last + 1))
-    print(f"{tried} deletions, {len(unnoticed)} unnoticed")
+    torch.set_num_threads(1)
+    trial = Trial(options.module, range(options.lines[0], options.lines[1] + 1))
+    pytest.main(
+        ["-qs", "-p", "no:cacheprovider", "--hypothesis-profile=mutants", *options.tests], [trial]
+    )
+    print(f"{trial.tried} deletions, {len(trial.unnoticed)} unnoticed")
