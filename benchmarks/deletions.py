@@ -14,7 +14,9 @@ import copy
 import os
 import resource
 import sys
+import tempfile
 from collections.abc import Iterator
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 
 import pytest
@@ -133,7 +135,10 @@ def replace(file: Path, source: str) -> None:
     old = {name: value for name, value in names.items() if not name.startswith("__")}
     for name in old:
         del names[name]
-    exec(compile(source, str(file), "exec"), names)
+    with tempfile.NamedTemporaryFile("w", suffix=".py") as changed:
+        changed.write(source)
+        changed.flush()
+        SourceFileLoader(module.__name__, changed.name).exec_module(module)
     new = {
         id(value): names.get(name)
         for name, value in old.items()
@@ -152,6 +157,7 @@ if __name__ == "__main__":
     parser.add_argument("--lines", type=int, nargs=2, default=(1, 10**6), help="first and last")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    sys.dont_write_bytecode = True
     trial = Trial(options.module, range(options.lines[0], options.lines[1] + 1))
     pytest.main(
         ["-qs", "-p", "no:cacheprovider", "--hypothesis-profile=mutants", *options.tests], [trial]
