@@ -504,6 +504,50 @@ def test_reptile_judges_the_query_without_a_graph():
     assert enabled == [True, True, False]
 
 
+def test_a_model_in_shards_has_its_query_pass_backward_too(monkeypatch):
+    # FSDP2 puts gathered parameters away only then; the gradient is dropped.
+    model, enabled, backward = Point(0.0), [], []
+    task = Task(torch.tensor([0, 1, 2]), torch.tensor([3, 4]))
+
+    class Watched(Point):
+        def losses(self, x):
+            enabled.append(torch.is_grad_enabled())
+            found = super().losses(x)
+            if found.requires_grad:
+                found.register_hook(lambda gradient: backward.append(len(gradient)))
+            return found
+
+    plain = meta_gradient("reptile", model, X, [task])
+    monkeypatch.setattr("comet_meta.inner_loop.is_sharded", lambda _: True)
+    found = meta_gradient("reptile", Watched(0.0), X, [task])
+    assert enabled == [True, True, True]
+    assert backward == [3, 3, 2]
+    assert torch.equal(found.gradients[0], plain.gradients[0])
+
+
+@pytest.mark.parametrize(("device", "fused"), [("cpu", True), ("meta", False)])
+def test_adam_is_fused_where_it_can_be_and_its_steps_are_on_the_cpu_where_not(
+    device, fused, monkeypatch
+):
+    calls = []
+    spy = lambda *arguments, **options: calls.append((arguments, options))  # noqa: E731
+    monkeypatch.setattr("comet_meta.inner_loop.adam", spy)
+    with torch.device(device):
+        model, data = nn.Linear(3, 3), torch.randn(4, 3)
+    task = Task(torch.arange(2), torch.arange(2, 4))
+    settings = {"mode": "mldg", "inner": "adam", "inner_lr": 0.1, "inner_steps": 1}
+    with torch.device("meta"):  # where new tensors go that aren't told where
+        first_order(
+            lambda rows: model(data[rows]).square().mean(),
+            list(model.parameters()),
+            [task],
+            **settings,
+        )
+    ((arguments, options),) = calls
+    assert (options["fused"], options["foreach"]) == (fused, not fused)
+    assert [steps.device.type for steps in arguments[5]] == ["cpu", "cpu"]
+
+
 def test_without_a_fused_kernel_adam_is_the_same(monkeypatch):
     torch.manual_seed(0)
     model, data = Net(), torch.randn(12, 3).double()
