@@ -115,7 +115,7 @@ def precision(options: argparse.Namespace, detector: str) -> dict[str, str | flo
         trained.append(abs(half.run(split, settings).figures["I-AUROC"] - figures[-1]))
     return {
         "detector": detector,
-        "seeds": len(options.seeds),
+        "seeds": str(len(options.seeds)),
         "I-AUROC, float32": f"{np.mean(figures):.4f}",
         "largest change, same detector": f"{max(scored):.4f}",
         "largest change, trained on float16": f"{max(trained):.4f}",

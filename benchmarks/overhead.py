@@ -11,6 +11,7 @@ query rows; forward only for reptile) and the one update of the outer optimizer.
 """
 
 import argparse
+import gc
 import itertools
 import time
 from collections.abc import Callable, Sequence
@@ -50,7 +51,7 @@ def main() -> None:
     device = torch.device(options.device)
     print(f"{machine()}; medians [quartiles] of {options.rounds} rounds")
     for name in options.cases:
-        print(f"\n### {name}: {(CASES[name].__doc__ or '').splitlines()[0]}\n")
+        print(f"\n### {name}: {(CASES[name].__doc__ or '').splitlines()[0]}\n", flush=True)
         rows = [drop_in(name, device, options.rounds, penalty) for penalty in (False, True)]
         for mode, k in itertools.product(options.modes, options.inner_steps):
             if mode != "none" or k == 1:  # it has no inner steps
@@ -242,6 +243,7 @@ def peak_bytes(step: Step, device: torch.device) -> int:
         before = torch.cuda.memory_allocated(device)
         step()
         return torch.cuda.max_memory_allocated(device) - before
+    gc.collect()  # what other steps have left would count as freed by this one
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
     events = profiler.profiler.kineto_results.events()

@@ -43,7 +43,7 @@ def main() -> None:
                 "compiled / eager": compiled(build, data, options.rounds),
                 "vmap / loop": batched(build, data, options.rounds),
             }
-            rows.append({"model": name, "batch": batch, **ratios})
+            rows.append({"model": name, "batch": str(batch), **ratios})
     print(table(rows))
 
 

@@ -3,6 +3,7 @@
 import logging
 from collections import ChainMap
 from collections.abc import Callable, Iterable, MutableMapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple, cast, get_args, overload
 
 import torch
@@ -222,7 +223,8 @@ class CoMetOptimizerWrapper(Optimizer):
         check_losses(losses)
         index = self._checked_index(index, losses.numel())
         self._settle()
-        penalty = self._penalty(self._trained())
+        trained = self._trained()
+        penalty = self._penalty(trained, self._strength(trained))
         weighted = self._weights(index, losses.numel()).to(losses) * losses
         if not losses.requires_grad:
             return weighted.mean() + penalty  # nothing is learned from it
@@ -376,7 +378,7 @@ class CoMetOptimizerWrapper(Optimizer):
             tasks=self.tasks,
             model=self.model,
             generator=self.generator,
-            penalty=self._penalty,
+            penalty=partial(self._penalty, strength=strength),
         )
         result, weights = meta_step.gradient(
             closure, index, weights, parameters, scale, watched=scaler is not None
@@ -435,15 +437,16 @@ class CoMetOptimizerWrapper(Optimizer):
         weights: Tensor = self.weighter(index)
         return weights.to(index.device)
 
-    def _penalty(self, parameters: Sequence[Tensor]) -> Tensor:
-        if self.regularizer is None:
-            return torch.zeros((), device=parameters[0].device if parameters else None)
-        return self.regularizer.penalty(parameters)
-
     def _strength(self, parameters: Sequence[Tensor]) -> Tensor:
+        device = parameters[0].device if parameters else None
         if self.regularizer is None:
-            return torch.zeros((), device=parameters[0].device)
-        return self.regularizer.strength.to(parameters[0].device)
+            return torch.zeros((), device=device)
+        return self.regularizer.strength.to(device)
+
+    def _penalty(self, parameters: Sequence[Tensor], strength: Tensor) -> Tensor:
+        if self.regularizer is None:
+            return strength  # 0
+        return self.regularizer.penalty(parameters, strength)
 
     def _settle(self) -> None:
         """Look at the objective's batches that haven't been looked at."""

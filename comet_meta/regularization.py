@@ -163,11 +163,12 @@ class CovarianceMetaRegularizer(nn.Module):
         """lambda(Sigma), shape (), in [strength, strength * (1 + gamma)]."""
         return self.base_strength * (1 + self.gamma * model_uncertainty(self.covariance))
 
-    def penalty(self, parameters: Iterable[Tensor]) -> Tensor:
+    def penalty(self, parameters: Iterable[Tensor], strength: Tensor | None = None) -> Tensor:
         """lambda(Sigma) * ||theta||^2, shape ().
 
         Args:
             parameters: The tensors to penalise, of any shapes, on one device.
+            strength: lambda(Sigma) where it is at hand, shape ().
 
         Returns:
             The penalty, differentiable in the parameters. 0 where there are none.
@@ -177,7 +178,7 @@ class CovarianceMetaRegularizer(nn.Module):
             return self.pairs.new_zeros(())
         sharded = is_sharded(chosen[0])
         square: Tensor = sum_of_squares(chosen) if sharded else _SquaredNorm.apply(*chosen)
-        return self.strength.to(square.device) * square
+        return (self.strength if strength is None else strength).to(square.device) * square
 
     def extra_repr(self) -> str:
         """The settings, for ``repr``."""

@@ -125,6 +125,7 @@ def posterior_weights(scores: Tensor, spare: float = 0.1) -> Weighting:
         >>> bool(weights[:90].min() > 0.9), bool(weights[90:].max() < 0.01)
         (True, True)
     """
+    bound = quantile(scores, 1 - spare)  # first: it takes memory that is then free again
     x = standardized(scores)
     top = x.max()
     if top == 0:  # nothing lies above the median
@@ -132,7 +133,7 @@ def posterior_weights(scores: Tensor, spare: float = 0.1) -> Weighting:
     values, counts = _summary(x)
     mixture = _fitted_mixture(values, counts, top.double())
     weights = _posterior(x.clamp_min_(mixture.mean), mixture)
-    weights.masked_fill_(scores > quantile(scores, 1 - spare), 0)
+    weights.masked_fill_(scores > bound, 0)
     return Weighting(weights, _half_point(scores, weights))
 
 
@@ -226,7 +227,10 @@ def quantile(values: Tensor, q: float) -> Tensor:
     position = q * (len(values) - 1)
     lower = int(position)
     low = values.kthvalue(lower + 1).values
-    high = values.kthvalue(min(lower + 2, len(values))).values
+    # The value of the next rank: two passes over the values, where selecting it takes many.
+    upper = values > low
+    tied = len(values) - upper.sum() >= min(lower + 2, len(values))
+    high = torch.where(tied, low, values.where(upper, torch.inf).min())
     return torch.lerp(low, high, position - lower)
 
 
@@ -346,10 +350,12 @@ class SoftConfidentWeighter(nn.Module):
         # A sum is NaN if one of its terms is: no pass over all samples for a mask.
         if suspicion.sum().isnan():
             known = ~suspicion.isnan()
-            self.weights.fill_(1)
-            self.weights[known] = self._fitted(suspicion[known])
+            weights = torch.ones_like(suspicion)
+            weights[known] = self._fitted(suspicion[known])
         else:
-            self.weights.copy_(self._fitted(suspicion))
+            weights = self._fitted(suspicion)
+        # In one piece: who reads meanwhile in another thread finds no half-made weights.
+        self.weights.copy_(weights)
 
     def suspicion(self) -> Tensor:
         """What the weights are fitted to.

@@ -48,6 +48,7 @@ def test_the_penalty_by_hand():
     without_biases = CovarianceMetaRegularizer(strength=0.5, gamma=0.0, exclude_1d=True)
     assert without_biases.penalty(parameters).item() == pytest.approx(0.5 * 25)
     assert float(without_biases.penalty([])) == 0
+    assert float(without_biases.penalty(parameters, torch.tensor(2.0))) == pytest.approx(2 * 25)
 
 
 @settings(max_examples=50, deadline=None)

@@ -191,6 +191,21 @@ def test_never_seen_samples_have_weight_one_and_rank_last():
     assert sorted(weighter.ranking()[-10:].tolist()) == list(range(10, 20))
 
 
+def test_who_reads_during_a_fit_finds_the_weights_of_the_last():
+    seen = []
+
+    def rule(scores):
+        seen.append(weighter())
+        return (scores < 15).float()
+
+    weighter = SoftConfidentWeighter(20, rule=rule)
+    for _ in range(2):
+        weighter.update(torch.arange(18), torch.arange(18.0))  # two samples stay unseen
+        weighter.fit()
+    assert seen[0].tolist() == [1.0] * 20
+    assert seen[1].tolist() == [1.0] * 15 + [0.0] * 3 + [1.0] * 2
+
+
 def test_momentum_keeps_a_share_of_the_old_score():
     weighter = SoftConfidentWeighter(10, momentum=0.75)
     weighter.fit(torch.full((10,), 4.0))

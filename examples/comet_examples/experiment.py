@@ -92,7 +92,7 @@ class Experiment:
             device=device,
         )
         height, width = load_image(paths[0], preset.transform).shape[-2:]
-        self._map_size = (height, width)
+        self.map_size = (height, width)
 
     def split(self, noise: float, seed: int, *, overlap: bool = False) -> Split:
         """The category under the contamination protocol."""
@@ -126,8 +126,8 @@ class Experiment:
         content += self._extractor.fingerprint
         digest = hashlib.sha256(content.encode(errors="surrogateescape")).hexdigest()[:12]
         training = train(
-            self._build,
-            self._rows(samples),
+            self.build,
+            self.rows(samples),
             settings,
             device=self.device,
             checkpoint=checkpoint,
@@ -137,7 +137,7 @@ class Experiment:
             wrap=wrap,
         )
         scores, maps = self.predict(training, split.test)
-        return Outcome(training, self._figures(split, scores, maps), scores, maps)
+        return Outcome(training, self.judge(split, scores, maps), scores, maps)
 
     def predict(self, training: Training, samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
         """Scores and maps of some of the category's pictures.
@@ -150,10 +150,16 @@ class Experiment:
             Scores (N,) and maps (N, H, W), on the CPU.
         """
         if not samples:
-            return torch.empty(0), torch.empty(0, *self._map_size)
-        return predict(training.detector, self._rows(samples), self.device)
+            return torch.empty(0), torch.empty(0, *self.map_size)
+        return predict(training.detector, self.rows(samples), self.device)
 
-    def _figures(self, split: Split, scores: Tensor, maps: Tensor) -> dict[str, float]:
+    def judge(self, split: Split, scores: Tensor, maps: Tensor) -> dict[str, float]:
+        """Figures of scores (N,) and maps (N, H, W) of a split's test set.
+
+        Returns:
+            Image metrics, and pixel metrics where there are masks; none where
+            :func:`can_be_judged` denies it.
+        """
         if not can_be_judged(split):
             return {}
         figures = image_metrics(scores, bad_samples(split.test))
@@ -167,11 +173,13 @@ class Experiment:
             figures |= pixel_metrics(maps, masks)
         return figures
 
-    def _build(self) -> Detector:
+    def build(self) -> Detector:
+        """The untrained detector."""
         options: dict[str, Any] = self.preset.detector
-        return DETECTORS[self._detector](self._extractor.channels, self._map_size, **options)
+        return DETECTORS[self._detector](self._extractor.channels, self.map_size, **options)
 
-    def _rows(self, samples: Sequence[Sample]) -> FeatureRows:
+    def rows(self, samples: Sequence[Sample]) -> FeatureRows:
+        """Features of some of the category's pictures."""
         rows = torch.tensor([self._row_of[sample.path] for sample in samples])
         return FeatureRows(self._features, rows)
 

@@ -1,0 +1,148 @@
+"""The method with parts switched off, and with other scores to weight by."""
+
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, cast, get_args
+
+import torch
+from comet_examples.curation import memory_prior
+from comet_examples.detectors import Detector, FastFlow, SimpleNet
+from comet_examples.training import FeatureRows, TrainingSettings, wrap
+from grid import Variant, trained
+from timed import TimedWeighter
+from torch import Tensor, nn
+
+from comet_meta import CoMetOptimizerWrapper, CovarianceMetaRegularizer
+from comet_meta.meta_step import MetaMode
+
+_PENALTY = 0.01
+
+Score = Callable[[Detector, list[Tensor]], Tensor]
+"""Scores (B,) of pictures to weight them by, from a detector in eval mode and their features."""
+
+
+def parts(weights: bool, meta: MetaMode, penalty: float) -> Variant:
+    """Weights, meta-step and regulariser, each on or off.
+
+    Args:
+        weights: Those of the examples' ``"comet"``, or all 1.
+        meta: The meta-step, ``"none"`` for a plain one.
+        penalty: Of the loss before training; 0 for none. The published lambda_0 = 0.005 is twice
+            the loss of SimpleNet's head on small features, and more of a larger network's.
+    """
+
+    def optimizer_for(
+        detector: Detector, data: FeatureRows, settings: TrainingSettings
+    ) -> CoMetOptimizerWrapper:
+        strength = penalty * relative_strength(detector, data) if penalty else 0.0
+        if weights:
+            return wrap(
+                detector, data, replace(settings, method="comet", meta=meta, strength=strength)
+            )
+        return CoMetOptimizerWrapper(
+            detector.optimizers(),
+            regularizer=CovarianceMetaRegularizer(strength) if penalty else None,
+            meta=meta,
+            model=cast("nn.Module", detector),
+        )
+
+    return lambda trial: trained(trial, optimizer_for)
+
+
+@torch.no_grad()
+def relative_strength(detector: Detector, data: FeatureRows) -> float:
+    """The lambda at which the penalty is as large as the loss before training."""
+    parameters = [
+        p
+        for optimizer in detector.optimizers()
+        for group in optimizer.param_groups
+        for p in group["params"]
+    ]
+    square = sum(float(p.square().sum()) for p in parameters)
+    cast("nn.Module", detector).eval()
+    loss = _scores(detector, data, _loss).mean()
+    return abs(float(loss)) / square
+
+
+def scored(
+    score: Score | None = None,
+    *,
+    prior: bool = True,
+    start: float = 1,
+    every: int = 1,
+    momentum: float = 0.0,
+) -> Variant:
+    """The examples' ``"comet"`` with other scores to weight by.
+
+    Args:
+        score: Takes the place of the detector's score of a picture.
+        prior: Whether the prior from frozen features counts.
+        start: First epoch after which the model's own scores count; ``math.inf`` for never.
+        every: Epochs from one fit of the weights to the next.
+        momentum: Share of an earlier score that stays.
+    """
+
+    def optimizer_for(
+        detector: Detector, data: FeatureRows, _: TrainingSettings
+    ) -> CoMetOptimizerWrapper:
+        options: dict[str, Any] = {"prior": memory_prior(data.batches())} if prior else {}
+        if score is not None:
+            options["source"] = lambda: _scores(detector, data, score)
+        weighter = TimedWeighter(len(data), start=start, every=every, momentum=momentum, **options)
+        return CoMetOptimizerWrapper(
+            detector.optimizers(), weighter=weighter, model=cast("nn.Module", detector)
+        )
+
+    return lambda trial: trained(trial, optimizer_for)
+
+
+def _grid() -> dict[str, Variant]:
+    """Every combination of the parts, but the plain training that all of them off is."""
+    found: dict[str, Variant] = {}
+    metas: tuple[MetaMode, ...] = get_args(MetaMode)
+    for weights, meta, penalty in itertools.product((False, True), metas, (0.0, _PENALTY)):
+        names = ["weights"] * weights + [meta] * (meta != "none") + ["penalty"] * (penalty > 0)
+        if names:
+            found["+".join(names)] = parts(weights, meta, penalty)
+    return found
+
+
+def _mean(detector: Detector, levels: list[Tensor]) -> Tensor:
+    if not isinstance(detector, SimpleNet | FastFlow):
+        raise TypeError(f"{type(detector).__name__} has no scores of patches")
+    return detector.patch_scores(levels).flatten(1).mean(dim=1)
+
+
+def _loss(detector: Detector, levels: list[Tensor]) -> Tensor:
+    return detector.losses(levels)
+
+
+@torch.no_grad()
+def _scores(detector: Detector, data: FeatureRows, score: Score) -> Tensor:
+    """Scores (N,) of a training set, on the CPU."""
+    device = next(cast("nn.Module", detector).parameters()).device
+    return torch.cat([score(detector, levels).cpu() for levels in data.batches(device)])
+
+
+GRID = _grid()
+_CHANGES: dict[str, dict[str, Any]] = {
+    "loss": {"score": _loss},
+    "mean": {"score": _mean},
+    "warmup4": {"start": 4},
+    "warmup8": {"start": 8},
+    "every2": {"every": 2},
+    "every4": {"every": 4},
+    "momentum": {"momentum": 0.5},
+}
+# The model's own scores without the prior, and with it, where they are the examples' "comet".
+SCORES: dict[str, Variant] = {
+    "prior": scored(start=math.inf),
+    "own": scored(prior=False),
+    **{
+        f"{source}+{change}": scored(prior=source == "both", **options)
+        for source in ("own", "both")
+        for change, options in _CHANGES.items()
+    },
+}

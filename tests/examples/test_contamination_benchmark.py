@@ -1,0 +1,182 @@
+"""The table of rivals: what it runs, under which keys, and what it makes of the figures."""
+
+import json
+import sys
+
+import contamination
+import grid
+import pytest
+import table
+import torch
+from ablation import GRID, SCORES, parts, relative_strength, scored
+from comet_examples.training import TrainingSettings
+from contamination import GROUPS, VARIANTS, common_gap, cost, expanded, row
+from grid import Trial, by_method, weighting_figures
+from tiny_experiment import experiment
+
+from comet_meta import SoftConfidentWeighter
+
+
+@pytest.fixture(scope="module", params=["simplenet", "fastflow"])
+def trial(request, tmp_path_factory) -> Trial:
+    made = experiment(tmp_path_factory.mktemp("tiny"), request.param)
+    return Trial(made, made.split(0.2, seed=100), TrainingSettings("plain", epochs=3))
+
+
+@pytest.fixture
+def ask(monkeypatch, tmp_path):
+    """Runs a benchmark's command on tiny pictures and returns the lines of its file."""
+    monkeypatch.setattr(
+        grid.Benchmark, "_experiment", lambda _, detector, __: experiment(tmp_path, detector)
+    )
+
+    def run(script, *options):
+        out = tmp_path / "runs.jsonl"
+        common = ["--detectors", "simplenet", "--tasks", "elpv/mono", "--epochs", "2"]
+        given = [*common, "--noise", "0.2", "--seeds", "100", "101", "--out", str(out), *options]
+        monkeypatch.setattr(sys, "argv", [script.__name__, *given])
+        script.main()
+        return [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+
+    return run
+
+
+def test_one_file_serves_both_tables(ask, capsys):
+    before = ask(table, "--methods", "plain", "comet", "comet:mldg")
+    assert len(before) == 6
+    after = ask(contamination, "--variants", "plain", "comet", "comet:mldg", "trim@true")
+    assert after[:6] == before
+    assert [run["key"]["method"] for run in after[6:]] == ["trim@true", "trim@true"]
+    assert after[6]["key"] | {"method": "plain"} == before[0]["key"]
+    capsys.readouterr()
+    # The same command has nothing left to do, and prints the same again.
+    again = ask(contamination, "--variants", "plain", "comet", "trim@true")
+    assert again == after
+    printed = capsys.readouterr().out
+    assert "| trim@true | 2     |" in printed
+
+
+def test_shards_share_the_work(ask):
+    variants = ("--variants", "plain", "patchcore-random", "softpatch")
+    first = ask(contamination, "--shard", "1/2", *variants)
+    both = ask(contamination, "--shard", "2/2", *variants)
+    assert len(first) == 3
+    assert len(both) == 6
+    assert len({json.dumps(run["key"]) for run in both}) == 6
+
+
+def test_an_unknown_variant_is_an_error_before_anything_runs(ask, capsys):
+    with pytest.raises(SystemExit):
+        ask(contamination, "--variants", "plain", "trim")
+    assert "there's no variant 'trim'" in capsys.readouterr().err
+
+
+def test_groups_stand_for_their_variants():
+    assert expanded(["base", "comet", "trim@true"]) == [*GROUPS["base"], "trim@true"]
+    assert sum(map(len, GROUPS.values())) == len(VARIANTS)
+
+
+def same(left, right):
+    return {k: v for k, v in left.items() if "seconds" not in k} == right
+
+
+def test_all_parts_off_or_on_are_plain_and_comet(trial):
+    assert same(parts(False, "none", 0.0)(trial), by_method("plain")(trial))
+    assert same(parts(True, "mldg", 0.0)(trial), by_method("comet:mldg")(trial))
+
+
+def test_the_grid_has_every_combination_once():
+    names = set(GRID)
+    assert {"weights", "penalty", "mldg", "weights+mldg+penalty", "reptile+penalty"} <= names
+    assert len(names) == 2 * 5 * 2 - 1
+
+
+def test_unchanged_scores_are_comet(trial):
+    assert same(scored()(trial), by_method("comet")(trial))
+
+
+@pytest.mark.parametrize("name", ["weights+fomaml+penalty", "penalty", "mldg"])
+def test_parts_of_the_grid_run(trial, name):
+    figures = GRID[name](trial)
+    assert figures["I-AUROC"] > 0.5
+    assert ("weight of bad" in figures) == name.startswith("weights")
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_scores_for_weighting_run(trial, name):
+    figures = SCORES[name](trial)
+    assert figures["I-AUROC"] > 0.5
+    # Three epochs: nothing of the model's own before the end of a warm-up of four.
+    own = name != "prior" and "warmup" not in name
+    assert ("curation AUROC" in figures) == own
+    assert ("ranking AUROC" in figures) == (own or name.startswith(("prior", "both")))
+
+
+def test_the_penalty_is_measured_by_the_loss(trial):
+    data = trial.experiment.rows(trial.split.train)
+    torch.manual_seed(0)
+    detector = trial.experiment.build()
+    detector.fit_statistics(data.batches())
+    strength = relative_strength(detector, data)
+    square = sum(
+        float(p.detach().square().sum())
+        for optimizer in detector.optimizers()
+        for p in optimizer.param_groups[0]["params"]
+    )
+    with torch.no_grad():
+        (levels,) = [[x[data.rows] for x in data.features]]
+        loss = float(detector.losses(levels).mean())
+    assert strength * square == pytest.approx(loss, rel=0.05)
+
+
+def test_figures_of_a_weighter():
+    weighter = SoftConfidentWeighter(10, rule="hard")
+    weighter.fit(torch.tensor([1.0, 1.1, 1.2, 1.3, 9.0, 1.4, 1.5, 1.6, 8.0, 1.7]))
+    bad = torch.tensor([0, 0, 0, 1, 1, 0, 0, 0, 0, 0], dtype=torch.bool).numpy()
+    figures = weighting_figures(weighter, bad)
+    assert figures["weight of bad"] == 0.5
+    assert figures["weight of good"] == pytest.approx(7 / 8)
+    # Of the 16 pairs, the one bad picture wins all 8, the other 3.
+    assert figures["ranking AUROC"] == figures["curation AUROC"] == pytest.approx(11 / 16)
+    assert figures["ranking precision@k"] == 0.5
+    assert weighting_figures(weighter, bad & ~bad) == {}
+
+
+def test_figures_of_a_weighter_without_scores_of_the_model():
+    weighter = SoftConfidentWeighter(prior=torch.arange(10.0))
+    bad = (torch.arange(10) > 7).numpy()
+    figures = weighting_figures(weighter, bad)
+    assert figures["ranking AUROC"] == figures["ranking precision@k"] == 1
+    assert "curation AUROC" not in figures
+
+
+def runs(*values, seconds=1.0):
+    return {
+        seed: {"I-AUROC": value, "processor seconds": seconds * (1 + seed)}
+        for seed, value in enumerate(values)
+    }
+
+
+def test_a_row_is_paired_by_seed():
+    chosen = {
+        (0.1, "plain"): runs(0.80, 0.82),
+        (0.1, "oracle"): runs(0.90, 0.92),
+        (0.1, "comet"): runs(0.88, 0.90, 0.1),
+        (0.1, "trim@true"): runs(0.85, 0.89, seconds=3.0),
+    }
+    cells = row(0.1, "trim@true", chosen)
+    assert cells["I-AUROC"] == "0.870 ± 0.028"
+    assert cells["- plain"] == "+0.060 (p = 0.105)"  # t = 6: p = 1 - 2 atan(6) / pi
+    assert cells["- comet"] == "-0.020 (p = 0.295)"  # t = 2
+    assert cells["gap recovered"] == "0.60"
+    assert cells["cost"] == "3.00"
+    # The third seed of comet has no plain run, so it doesn't count.
+    assert row(0.1, "comet", chosen)["gap recovered"] == "0.80"
+    assert row(0.1, "plain", chosen)["- plain"] == "-"
+
+
+def test_without_common_seeds_there_is_nothing_to_compare():
+    assert common_gap(runs(0.8), {}, runs(0.9)) == ""
+    assert common_gap(runs(0.8), runs(0.9), runs(0.9)) == ""
+    assert cost(runs(0.8), {}) == ""
+    assert cost({0: {"I-AUROC": 0.8}}, runs(0.9)) == ""
