@@ -369,13 +369,10 @@ class SoftConfidentWeighter(nn.Module):
             return self.scores
         prior = standardized(self.prior)
         known = ~self.scores.isnan()
-        if not known.any():
-            return prior
         own = torch.full_like(prior, torch.nan)
         own[known] = standardized(self.scores[known])
         return torch.where(known, (prior + own) / 2, prior)
 
-    @torch.no_grad()
     def update(self, index: Tensor | Sequence[int], scores: Tensor) -> None:
         """Take in the scores of a batch; for loops that don't score the whole set.
 
