@@ -500,3 +500,18 @@ def test_the_bounds_of_the_settings():
     ):
         with pytest.raises(ValueError, match=f"^{message}"):
             SoftConfidentWeighter(**options)
+
+
+def test_the_ranking_goes_by_weight_before_score():
+    weighter = SoftConfidentWeighter(10, rule=lambda s: (s >= 5) * 0.5 + (s == 7) * 0.25)
+    weighter.fit(torch.arange(10.0))
+    assert weighter.ranking().tolist() == [4, 3, 2, 1, 0, 9, 8, 6, 5, 7]
+    assert weighter.ranking(7).tolist() == [4, 3, 2, 1, 0, 9, 8]
+
+
+def test_what_a_rule_computes_leaves_no_graph():
+    scale = torch.ones((), requires_grad=True)
+    weighter = SoftConfidentWeighter(10, rule=lambda s: scale * (s < 5))
+    weighter.fit(torch.arange(10.0))
+    assert not weighter.weights.requires_grad
+    assert not weighter.threshold.requires_grad
