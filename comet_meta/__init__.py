@@ -1,5 +1,6 @@
 """Confident meta-learning: train anomaly detectors on data that nobody has cleaned."""
 
+from comet_meta.contrast import contrast_scores
 from comet_meta.data import IndexedDataset, collect_scores
 from comet_meta.memory import MemoryScorer
 from comet_meta.optimizer import CoMetOptimizerWrapper, StepReport
@@ -16,4 +17,5 @@ __all__ = [
     "SoftConfidentWeighter",
     "StepReport",
     "collect_scores",
+    "contrast_scores",
 ]

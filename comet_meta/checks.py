@@ -46,25 +46,27 @@ def as_index(index: Tensor | Sequence[int], num_samples: int | None = None) -> T
 
 
 def check_losses(losses: Tensor, size: int | None = None) -> None:
-    """Check that losses come one per sample.
+    """Check that losses come one per sample, or a pair per sample.
 
     Args:
-        losses: What should be per-sample losses, shape (B,).
+        losses: What should be per-sample losses, shape (B,), or with those of the samples taken as
+            anomalous in a second row, (2, B).
         size: The number of samples they belong to, where known.
 
     Raises:
         TypeError: If it isn't a floating-point tensor.
-        ValueError: If it isn't of shape (B,), is empty, or B differs from ``size``.
+        ValueError: If it has another shape, is empty, or B differs from ``size``.
     """
     if not isinstance(losses, Tensor) or not losses.is_floating_point():
         kind = losses.dtype if isinstance(losses, Tensor) else type(losses).__name__
         raise TypeError(f"losses is {kind}; expected a floating-point tensor of shape (B,)")
-    if losses.dim() != 1:
+    if losses.dim() != 1 and not (losses.dim() == 2 and len(losses) == 2):
         raise ValueError(
             f"losses has shape {tuple(losses.shape)}; expected (B,), one loss per sample: use "
-            "reduction='none' and average over all dimensions but the first"
+            "reduction='none' and average over all dimensions but the first. (2, B) is for losses "
+            "of the samples taken as normal, and taken as anomalous"
         )
     if losses.numel() == 0:
         raise ValueError("the batch is empty: losses has no entries; skip empty batches")
-    if size is not None and losses.numel() != size:
-        raise ValueError(f"got {losses.numel()} losses for {size} samples; expected one for each")
+    if size is not None and losses.shape[-1] != size:
+        raise ValueError(f"got {losses.shape[-1]} losses for {size} samples; expected one for each")

@@ -33,7 +33,40 @@ from comet_meta.tasks import Task, split_tasks, splits, support_query
 
 MetaMode = Literal["none", "mldg", "fomaml", "maml", "reptile"]
 Closure = Callable[[Tensor], Tensor]
-"""Per-sample losses of some rows of the batch: rows (R,) -> losses (R,)."""
+"""Losses of some rows of the batch: rows (R,) -> losses (R,), or pairs of them (2, R)."""
+
+
+def finite_samples(losses: Tensor) -> Tensor:
+    """Which samples' losses (B,) or (2, B) are finite, bool of shape (B,)."""
+    finite = torch.isfinite(losses)
+    return finite if losses.dim() == 1 else finite.all(dim=0)
+
+
+def soft_confident(losses: Tensor, weights: Tensor) -> Tensor:
+    """What each sample adds to the loss.
+
+    Args:
+        losses: Of the samples, shape (R,); or (2, R), of the samples taken as normal and taken as
+            anomalous.
+        weights: Of either loss, shape (2, R).
+
+    Returns:
+        The weighted losses, or the sums of both, shape (R,).
+
+    Example:
+        >>> weights = torch.tensor([[1.0, 0.5], [0.0, 0.1]])
+        >>> soft_confident(torch.tensor([2.0, 4.0]), weights)
+        tensor([2., 2.])
+        >>> soft_confident(torch.tensor([[2.0, 4.0], [3.0, 3.0]]), weights)
+        tensor([2.0000, 2.3000])
+
+    Source: the first row is soft confident learning; the second, outlier exposure (Hendrycks,
+    Mazeika, Dietterich, ICLR 2019) of samples that are taken as bad by their scores, as in Qiu, Li,
+    Kloft, Rudolph, Mandt: Latent outlier exposure, ICML 2022.
+    """
+    if losses.dim() == 1:
+        return weights[0].to(losses) * losses
+    return (weights.to(losses) * losses).sum(dim=0)
 
 
 @dataclass(frozen=True)
@@ -75,15 +108,15 @@ class MetaStep:
         """The gradient of the batch, or of the samples that are left if some losses aren't finite.
 
         Args:
-            closure: From rows of the batch (R,) to their losses (R,).
+            closure: From rows of the batch (R,) to their losses (R,) or (2, R).
             index: Positions of the samples in the data set, shape (B,).
-            weights: Confidence in them, shape (B,).
+            weights: Of their losses as normal and as anomalous samples, shape (2, B).
             parameters: Leaf tensors that require grad.
             scale: What the gradient is multiplied by, shape (), > 0.
             watched: Whether somebody else (a scaler) skips steps whose gradients aren't finite.
 
         Returns:
-            The gradient, None if there can't be one, and the weights (K,) of the samples used.
+            The gradient, None if there can't be one, and the weights (2, K) of the samples used.
             Without a gradient, and if the closure raises, buffers are as before.
 
         Raises:
@@ -96,7 +129,7 @@ class MetaStep:
             undo()
             kept = self._finite_rows(closure, index)
             undo()
-            weights = weights[kept]
+            weights = weights[:, kept]
             reason = "too few samples of the batch have a finite loss"
             enough = len(kept) >= (1 if self.mode == "none" else 2)
             if everywhere(enough, parameters[0].device):
@@ -122,35 +155,34 @@ class MetaStep:
         scale: Tensor | None,
         watched: bool,
     ) -> MetaGradient | None:
-        """The gradient of samples of weights (B,); None if one of their losses isn't finite."""
+        """The gradient of samples of weights (2, B); None if one of their losses isn't finite."""
+        count = weights.shape[1]
         looks: list[Look] = []
         # Where the framework averages each gradient by itself, the losses have to be scaled.
         sharded = distributed.is_sharded(parameters[0])
-        part = distributed.share(len(weights), weights.device) if sharded else 1.0
+        part = distributed.share(count, weights.device) if sharded else 1.0
 
         def losses_of(rows: Tensor) -> Tensor:
             losses = closure(rows)
             check_losses(losses, len(rows))
-            return losses
+            return soft_confident(losses, weights[:, rows])
 
-        def soft_confident_loss(losses: Tensor, rows: Tensor, at: Sequence[Tensor]) -> Tensor:
-            loss = (weights[rows].to(losses) * losses).mean() * part + self.penalty(at)
+        def objective(losses: Tensor, at: Sequence[Tensor]) -> Tensor:
+            loss = losses.mean() * part + self.penalty(at)
             # A NaN or infinite loss shows in the mean, whatever its weight: 0 * inf is NaN.
             looks.append(Look(torch.isfinite(loss.detach())))
             return loss
 
-        lone = len(weights) == 1 and splits(1)  # other processes have more of this batch
+        lone = count == 1 and splits(1)  # other processes have more of this batch
         if self.mode == "none" or lone:
-            rows = torch.arange(len(weights), device=weights.device)
-            losses = losses_of(rows)
-            loss = soft_confident_loss(losses, rows, parameters)
+            losses = losses_of(torch.arange(count, device=weights.device))
+            loss = objective(losses, parameters)
             gradients = gradients_of(loss if scale is None else loss * scale, parameters)
             with torch.no_grad():  # told apart for the report alone
-                weighted = weights.to(losses) * losses * part
-                pair = support_query(weighted, self.query_fraction, self.generator)
+                pair = support_query(losses * part, self.query_fraction, self.generator)
                 result = MetaGradient(gradients, *(pair + self.penalty(parameters)))
         else:
-            result = self._of_tasks(losses_of, soft_confident_loss, weights, parameters, scale)
+            result = self._of_tasks(losses_of, objective, weights, parameters, scale)
         sound = all(looks)
         device = parameters[0].device
         # Elsewhere it would mean waiting for the backward pass.
@@ -161,7 +193,7 @@ class MetaStep:
     def _of_tasks(
         self,
         losses_of: Closure,
-        objective: Callable[[Tensor, Tensor, Sequence[Tensor]], Tensor],
+        objective: Callable[[Tensor, Sequence[Tensor]], Tensor],
         weights: Tensor,
         parameters: list[Tensor],
         scale: Tensor | None,
@@ -171,7 +203,7 @@ class MetaStep:
         tasks = [
             # Not to wait for the device, which a copy of ordinary memory otherwise does.
             Task(*(rows.to(weights.device, non_blocking=True) for rows in task))
-            for task in split_tasks(len(weights), self.tasks, self.query_fraction, generator)
+            for task in split_tasks(weights.shape[1], self.tasks, self.query_fraction, generator)
         ]
         inner: dict[str, Any] = {
             "inner": self.inner_optimizer,
@@ -183,7 +215,7 @@ class MetaStep:
             model = cast("nn.Module", self.model)
             return second_order(losses_of, objective, model, parameters, tasks, **inner)
         return first_order(
-            lambda rows: objective(losses_of(rows), rows, parameters),
+            lambda rows: objective(losses_of(rows), parameters),
             parameters,
             tasks,
             mode=cast("Any", self.mode),
@@ -197,7 +229,7 @@ class MetaStep:
         with evaluating(self.model):
             losses = closure(torch.arange(len(index), device=index.device))
         check_losses(losses, len(index))
-        finite = torch.isfinite(losses)
+        finite = finite_samples(losses)
         warn_of_dropped(finite, index)
         return finite.to(index.device).nonzero().flatten()
 

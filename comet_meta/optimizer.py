@@ -17,7 +17,7 @@ from comet_meta.checks import as_index, check_losses
 from comet_meta.faults import LossWatch
 from comet_meta.gradients import add_gradients
 from comet_meta.inner_loop import InnerOptimizer
-from comet_meta.meta_step import Closure, MetaMode, MetaStep
+from comet_meta.meta_step import Closure, MetaMode, MetaStep, finite_samples, soft_confident
 from comet_meta.regularization import CovarianceMetaRegularizer
 from comet_meta.tasks import splits, support_query
 from comet_meta.weighting import SoftConfidentWeighter
@@ -61,6 +61,11 @@ class CoMetOptimizerWrapper(Optimizer):
     objective; ``backward()`` and :meth:`step` stay the loop's own. Level 2, the full method:
     ``step(closure, index)`` also takes the meta-step of ``meta``.
 
+    Losses may also come in pairs (2, B): of the samples taken as normal, as always, and taken as
+    anomalous. A detector that learns what bad samples look like from those that the weighter is
+    sure of gains more than one that only leaves them out. The detector has to say what a sample's
+    loss is if it is anomalous: a hinge on its anomaly score, say.
+
     A sample whose loss is NaN or infinite is left out and named in a warning (logging). A step that
     can't be taken without it is skipped, and a warning says so; parameters and state of the wrapped
     optimizers are then untouched. On CUDA, losses are looked at when the backward pass is queued
@@ -71,6 +76,9 @@ class CoMetOptimizerWrapper(Optimizer):
             re-evaluates its closure.
         weighter: Confidence in each training sample; without one every weight is 1.
         regularizer: The penalty lambda(Sigma) ||theta||^2; without one there is none.
+        exposure: What the loss of a bad sample taken as anomalous counts, >= 0, relative to that of
+            a good one taken as normal, where losses come in pairs. It is multiplied by the
+            probability that the sample is bad.
         meta: What ``step(closure, index)`` does with support and query rows: ``"mldg"`` (support
             and query gradients together), ``"fomaml"``, ``"maml"`` (second order, needs
             ``model``), ``"reptile"``, or ``"none"`` (a plain weighted step).
@@ -114,6 +122,7 @@ class CoMetOptimizerWrapper(Optimizer):
         *,
         weighter: SoftConfidentWeighter | None = None,
         regularizer: CovarianceMetaRegularizer | None = None,
+        exposure: float = 0.5,
         meta: MetaMode = "none",
         inner_lr: float = 1e-3,
         inner_steps: int = 1,
@@ -127,6 +136,8 @@ class CoMetOptimizerWrapper(Optimizer):
         self.optimizers = _checked_optimizers(optimizer)
         _one_of("meta", meta, get_args(MetaMode))
         _one_of("inner_optimizer", inner_optimizer, get_args(InnerOptimizer))
+        if not exposure >= 0:
+            raise ValueError(f"exposure is {exposure}; expected a factor >= 0")
         if not inner_lr > 0:
             raise ValueError(f"inner_lr is {inner_lr}; expected a step size > 0")
         if not 0 < query_fraction < 1:
@@ -138,6 +149,7 @@ class CoMetOptimizerWrapper(Optimizer):
             raise ValueError("meta='maml' differentiates through the model: pass model=")
         self.weighter = weighter
         self.regularizer = regularizer
+        self.exposure = exposure
         self.meta: MetaMode = meta
         self.inner_lr = inner_lr
         self.inner_steps = inner_steps
@@ -207,8 +219,8 @@ class CoMetOptimizerWrapper(Optimizer):
         skips the step.
 
         Args:
-            losses: Per-sample losses with their graph, shape (B,). Without one, as in validation,
-                nothing is left out or kept.
+            losses: Per-sample losses with their graph, shape (B,), or pairs, (2, B). Without a
+                graph, as in validation, nothing is left out or kept.
             index: Positions of the samples in the data set, shape (B,); needed with a weighter.
 
         Returns:
@@ -216,26 +228,27 @@ class CoMetOptimizerWrapper(Optimizer):
 
         Raises:
             TypeError: If losses or index have a wrong dtype.
-            ValueError: If losses are not (B,) or are empty, or index is missing; or if no loss is
-                finite because the parameters aren't.
+            ValueError: If losses are not (B,) or (2, B) or are empty, or index is missing; or if no
+                loss is finite because the parameters aren't.
             IndexError: If a position lies outside the data set.
         """
         check_losses(losses)
-        index = self._checked_index(index, losses.numel())
+        size = losses.shape[-1]
+        index = self._checked_index(index, size)
         self._settle()
         trained = self._trained()
         penalty = self._penalty(trained, self._strength(trained))
-        weighted = self._weights(index, losses.numel()).to(losses) * losses
+        weighted = soft_confident(losses, self._weights(index, size))
         if not losses.requires_grad:
             return weighted.mean() + penalty  # nothing is learned from it
-        finite = torch.isfinite(losses.detach())
+        finite = finite_samples(losses.detach())
         kept = torch.where(finite, weighted, 0)
         # The factor is exactly 1 where all losses are finite.
         rows = finite.sum()
         part = distributed.share(rows, losses.device)
         mean = kept.mean() * (len(finite) / rows.clamp_min(1) * part).to(losses)
         observed = None
-        if self.regularizer is not None and splits(losses.numel()):
+        if self.regularizer is not None and splits(size):
             with torch.no_grad():
                 parts = support_query(kept, self.query_fraction, self.generator)
                 observed = parts * part + penalty
@@ -270,9 +283,9 @@ class CoMetOptimizerWrapper(Optimizer):
 
         Args:
             closure: With ``index``, a function from rows of the batch, shape (R,), to their losses
-                at the parameters' current values, shape (R,). It is called several times, and
-                never learns from a row in both support and query. Without ``index``, as for any
-                torch optimizer.
+                at the parameters' current values, shape (R,), or pairs, (2, R). It is called
+                several times, and never learns from a row in both support and query. Without
+                ``index``, as for any torch optimizer.
             index: Positions of the batch's samples in the data set, shape (B,), B >= 2 unless
                 ``meta="none"``. Rows come on its device.
 
@@ -324,7 +337,7 @@ class CoMetOptimizerWrapper(Optimizer):
         ``scaler.update`` as in any loop: a step whose inner or outer gradients overflow is skipped.
 
         Args:
-            closure: From rows of the batch, shape (R,), to their losses, shape (R,); see
+            closure: From rows of the batch, shape (R,), to their losses, (R,) or (2, R); see
                 :meth:`step`.
             index: Positions of the batch's samples in the data set, shape (B,).
             share: What the gradient counts, > 0: 1 / n where n batches make up one step.
@@ -384,12 +397,12 @@ class CoMetOptimizerWrapper(Optimizer):
             closure, index, weights, parameters, scale, watched=scaler is not None
         )
         self._watch.note(usable=result is not None)
-        dropped = len(index) - len(weights)
+        dropped = len(index) - weights.shape[1]
         if result is not None:
             earlier = [parameter.grad for parameter in parameters]
             for parameter, gradient in zip(parameters, result.gradients, strict=True):
                 parameter.grad = gradient
-            part = distributed.share(len(weights), index.device)
+            part = distributed.share(weights.shape[1], index.device)
             distributed.average_gradients(parameters, part)
             add_gradients(parameters, earlier)
             support_loss, query_loss = result.support_loss, result.query_loss
@@ -406,8 +419,8 @@ class CoMetOptimizerWrapper(Optimizer):
             support_loss=support_loss,
             query_loss=query_loss,
             strength=strength,
-            mean_weight=weights.mean() if len(weights) else query_loss,
-            min_weight=weights.min() if len(weights) else query_loss,
+            mean_weight=weights[0].mean() if weights.numel() else query_loss,
+            min_weight=weights[0].min() if weights.numel() else query_loss,
             dropped=torch.tensor(dropped),
         )
 
@@ -431,11 +444,14 @@ class CoMetOptimizerWrapper(Optimizer):
         return None if self.weighter is None else self.weighter.num_samples
 
     def _weights(self, index: Tensor | None, batch_size: int) -> Tensor:
-        """Weights of the batch, shape (B,), on the index's device."""
+        """Weights of losses as normal and as anomalous samples, (2, B), on the index's device."""
         if self.weighter is None or index is None:
-            return torch.ones(batch_size, device=None if index is None else index.device)
-        weights: Tensor = self.weighter(index)
-        return weights.to(index.device)
+            weights = torch.zeros(2, batch_size, device=None if index is None else index.device)
+            weights[0] = 1
+            return weights
+        weights = self.weighter(index)
+        anomalous = self.weighter.anomalous[index.to(weights.device)]
+        return torch.stack([weights, self.exposure * anomalous]).to(index.device)
 
     def _strength(self, parameters: Sequence[Tensor]) -> Tensor:
         device = parameters[0].device if parameters else None

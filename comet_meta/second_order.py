@@ -48,7 +48,7 @@ class AdamDirection:
 
 def second_order(
     closure: Callable[[Tensor], Tensor],
-    objective: Callable[[Tensor, Tensor, Sequence[Tensor]], Tensor],
+    objective: Callable[[Tensor, Sequence[Tensor]], Tensor],
     model: nn.Module,
     parameters: Sequence[Tensor],
     tasks: Sequence[Task],
@@ -62,7 +62,7 @@ def second_order(
 
     Args:
         closure: Per-sample losses of some rows, rows (R,) -> (R,), by way of ``model``.
-        objective: (losses (R,), rows (R,), parameters) -> scalar.
+        objective: (losses (R,), parameters) -> scalar.
         model: The module whose parameters are replaced while ``closure`` runs.
         parameters: Leaf tensors that require grad, all of them parameters of ``model``.
         tasks: Support and query rows.
@@ -90,7 +90,7 @@ def second_order(
     def loss_at(values: Sequence[Tensor], rows: Tensor) -> Tensor:
         replaced = dict(zip(names, values, strict=True))
         losses: Tensor = functional_call(harness, replaced, (rows,), tie_weights=True)
-        return objective(losses, rows, values)
+        return objective(losses, values)
 
     with empty_gradients(parameters), restored(buffers):
         for task in tasks:

@@ -27,10 +27,12 @@ class Weighting(NamedTuple):
     Attributes:
         weights: Confidence in each sample, shape (N,), in [0, 1].
         threshold: The score above which a sample is suspect, shape ().
+        anomalous: Probability that a sample is bad, shape (N,), at most 1 - weights.
     """
 
     weights: Tensor
     threshold: Tensor
+    anomalous: Tensor
 
 
 def iqr_threshold(scores: Tensor, kappa: float = 1.5) -> Tensor:
@@ -63,7 +65,7 @@ def ratio_weights(scores: Tensor, kappa: float = 1.5) -> Weighting:
         kappa: Width of the fence, >= 0.
 
     Returns:
-        Weights (N,) and tau.
+        Weights (N,), tau and what the weights lack to 1.
 
     Example:
         >>> ratio_weights(torch.tensor([1.0, 2.0, 3.0, 4.0, 14.0])).weights
@@ -74,7 +76,7 @@ def ratio_weights(scores: Tensor, kappa: float = 1.5) -> Weighting:
     origin = torch.maximum(scores.min(), lower_fence).clamp_max(0)
     above, bound = scores - origin, tau - origin
     weights = torch.where(above > bound, bound / above, 1.0)
-    return Weighting(weights, tau)
+    return Weighting(weights, tau, 1 - weights)
 
 
 def hard_weights(scores: Tensor, kappa: float = 1.5) -> Weighting:
@@ -85,14 +87,15 @@ def hard_weights(scores: Tensor, kappa: float = 1.5) -> Weighting:
         kappa: Width of the fence, >= 0.
 
     Returns:
-        Weights (N,) and tau.
+        Weights (N,), tau and what the weights lack to 1.
 
     Example:
         >>> hard_weights(torch.tensor([1.0, 2.0, 3.0, 4.0, 14.0])).weights
         tensor([1., 1., 1., 1., 0.])
     """
     tau = iqr_threshold(scores, kappa)
-    return Weighting((scores <= tau).to(scores.dtype), tau)
+    weights = (scores <= tau).to(scores.dtype)
+    return Weighting(weights, tau, 1 - weights)
 
 
 def posterior_weights(scores: Tensor, spare: float = 0.1) -> Weighting:
@@ -117,7 +120,8 @@ def posterior_weights(scores: Tensor, spare: float = 0.1) -> Weighting:
         spare: Share of the samples that training can do without, in [0, 1).
 
     Returns:
-        Weights (N,) and the largest score whose weight is at least 1/2.
+        Weights (N,), the largest score whose weight is at least 1/2, and P(anomalous | s), in which
+        nothing is spared.
 
     Example:
         >>> scores = torch.cat([torch.linspace(0, 1, 90), torch.linspace(4, 6, 10)])
@@ -129,12 +133,13 @@ def posterior_weights(scores: Tensor, spare: float = 0.1) -> Weighting:
     x = standardized(scores)
     top = x.max()
     if top == 0:  # nothing lies above the median
-        return Weighting(torch.ones_like(scores), scores.max())
+        return Weighting(torch.ones_like(scores), scores.max(), torch.zeros_like(scores))
     values, counts = _summary(x)
     mixture = _fitted_mixture(values, counts, top.double())
     weights = _posterior(x.clamp_min_(mixture.mean), mixture)
+    anomalous = 1 - weights
     weights.masked_fill_(scores > bound, 0)
-    return Weighting(weights, _half_point(scores, weights))
+    return Weighting(weights, _half_point(scores, weights), anomalous)
 
 
 def standardized(scores: Tensor) -> Tensor:
@@ -251,12 +256,21 @@ class SoftConfidentWeighter(nn.Module):
             ``"posterior"`` whatever the scores look like, in [0, 1).
         momentum: Share of a sample's earlier score that stays when a new one comes, in [0, 1).
         prior: Anomaly scores of the training set from elsewhere, shape (N,), for instance of a
-            :class:`~comet_meta.MemoryScorer`. Weights come from them before the model has scores,
-            and from the mean of both, each standardised, as soon as it has: the errors of the
-            two are of different origin.
+            :class:`~comet_meta.MemoryScorer`. Weights then come from them alone and stay as they
+            are: a model is inclined to confirm the weights that it was trained with. Its own
+            scores count for the ranking, where the errors of the two, being of different origin,
+            make up for each other.
 
     Without a prior, let the model learn something before the first fit: weights from an untrained
     one can lock in.
+
+    Attributes:
+        scores: The model's anomaly scores, shape (N,); NaN for a sample without one.
+        weights: Confidence in each sample, shape (N,).
+        anomalous: Probability that a sample is bad, shape (N,); 0 for one never seen. With
+            ``"posterior"`` a spared sample has weight 0 and yet may not be likely bad.
+        threshold: The score (with a prior: of the prior) above which a sample is suspect, shape ().
+        prior: As given, or None.
 
     Weights are in [0, 1]. Those of the named rules are non-increasing in the score, follow a
     permutation of the samples, and (except ``"ratio"``) don't depend on the scores' offset and
@@ -281,6 +295,7 @@ class SoftConfidentWeighter(nn.Module):
 
     scores: Tensor
     weights: Tensor
+    anomalous: Tensor
     threshold: Tensor
     prior: Tensor | None
 
@@ -320,6 +335,7 @@ class SoftConfidentWeighter(nn.Module):
         size = num_samples or 0
         self.register_buffer("scores", torch.full((size,), torch.nan))
         self.register_buffer("weights", torch.ones(size))
+        self.register_buffer("anomalous", torch.zeros(size))
         self.register_buffer("threshold", torch.tensor(torch.inf))
         self.register_buffer("prior", None if prior is None else prior.detach().cpu().float())
         if prior is not None:
@@ -346,24 +362,26 @@ class SoftConfidentWeighter(nn.Module):
                 raise ValueError(f"got {len(scores)} scores for {len(self.scores)} samples")
             self._store(slice(None), scores)
         self._updates = 0
-        suspicion = self.suspicion()
+        basis = self.scores if self.prior is None else self.prior
         # A sum is NaN if one of its terms is: no pass over all samples for a mask.
-        if suspicion.sum().isnan():
-            known = ~suspicion.isnan()
-            weights = torch.ones_like(suspicion)
-            weights[known] = self._fitted(suspicion[known])
+        if basis.sum().isnan():
+            known = ~basis.isnan()
+            weights, anomalous = torch.ones_like(basis), torch.zeros_like(basis)
+            weights[known], threshold, anomalous[known] = self._fitted(basis[known])
         else:
-            weights = self._fitted(suspicion)
-        # In one piece: who reads meanwhile in another thread finds no half-made weights.
+            weights, threshold, anomalous = self._fitted(basis)
+        # Each in one piece: who reads meanwhile in another thread finds no half-made weights.
+        self.threshold.copy_(threshold)
         self.weights.copy_(weights)
+        self.anomalous.copy_(anomalous)
 
     def suspicion(self) -> Tensor:
-        """What the weights are fitted to.
+        """What the ranking goes by.
 
         Returns:
             The scores, or with a prior the mean of scores and prior, each standardised; the prior
             alone for samples without a score. NaN for samples of which nothing is known. Shape
-            (N,); the threshold has its unit.
+            (N,).
         """
         if self.prior is None:
             return self.scores
@@ -421,41 +439,35 @@ class SoftConfidentWeighter(nn.Module):
         return self.weights[index]
 
     def ranking(self, k: int | None = None) -> Tensor:
-        """The samples that fit in least.
+        """The samples that fit in least, by :meth:`suspicion`.
 
         Args:
             k: How many; None for all.
 
         Returns:
-            Sample indices, least confident first, equal weights by higher score; samples without a
-            score last. Shape (min(k, N),).
+            Sample indices, most suspicious first; samples of which nothing is known last. Shape
+            (min(k, N),).
         """
-        suspicion = self.suspicion()
+        suspicion = self.suspicion().nan_to_num(nan=-torch.inf)
         if k is None or k >= len(suspicion):
-            candidates = torch.arange(len(suspicion), device=suspicion.device)
-        else:
-            # No more than these can be among the first k.
-            kth = self.weights.kthvalue(max(k, 1)).values
-            candidates = (self.weights <= kth).nonzero().flatten()
-        by_suspicion = suspicion[candidates].nan_to_num(nan=-torch.inf)
-        order = candidates[by_suspicion.argsort(descending=True, stable=True)]
-        order = order[self.weights[order].argsort(stable=True)]
-        return order if k is None else order[:k]
+            return suspicion.argsort(descending=True, stable=True)
+        # No more than these can be among the first k.
+        kth = suspicion.kthvalue(len(suspicion) - max(k, 1) + 1).values
+        candidates = (suspicion >= kth).nonzero().flatten()
+        return candidates[suspicion[candidates].argsort(descending=True, stable=True)][:k]
 
     def extra_repr(self) -> str:
         """The settings, for ``repr``."""
         rule = self.rule if isinstance(self.rule, str) else getattr(self.rule, "__name__", "custom")
         return f"num_samples={self.num_samples}, rule={rule!r}, momentum={self.momentum}"
 
-    def _fitted(self, known: Tensor) -> Tensor:
-        """Weights (M,) of the samples of which something is known; sets the threshold."""
+    def _fitted(self, known: Tensor) -> Weighting:
+        """The weighting of the samples (M,) of which something is known."""
         low, high = known.aminmax() if len(known) else (torch.zeros(()), torch.zeros(()))
         if len(known) < _MIN_SAMPLES or low == high:
-            self.threshold.fill_(torch.inf)
-            return torch.ones_like(known)
-        weights, threshold = self._apply_rule(known)
-        self.threshold.copy_(threshold)
-        return weights
+            no_bound = torch.tensor(torch.inf)
+            return Weighting(torch.ones_like(known), no_bound, torch.zeros_like(known))
+        return self._apply_rule(known)
 
     def _apply_rule(self, scores: Tensor) -> Weighting:
         if self.rule == "posterior":
@@ -470,7 +482,7 @@ class SoftConfidentWeighter(nn.Module):
                 f"the rule returned shape {tuple(weights.shape)} for {len(scores)} scores, or "
                 "values outside [0, 1]; expected one weight in [0, 1] for each score"
             )
-        return Weighting(weights, _half_point(scores, weights))
+        return Weighting(weights, _half_point(scores, weights), 1 - weights)
 
     def _store(self, where: Tensor | slice, scores: Tensor) -> None:
         new = scores.detach().to(self.scores)
@@ -485,6 +497,7 @@ class SoftConfidentWeighter(nn.Module):
         if missing > 0:
             self.scores = torch.cat([self.scores, self.scores.new_full((missing,), torch.nan)])
             self.weights = torch.cat([self.weights, self.weights.new_ones(missing)])
+            self.anomalous = torch.cat([self.anomalous, self.anomalous.new_zeros(missing)])
 
     def get_extra_state(self) -> Tensor:
         """The number of streamed scores since the last fit, for an exact resume."""

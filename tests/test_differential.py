@@ -68,7 +68,7 @@ def test_maml_equals_torchopt(inner, steps, tasks):
     model, dealt = Net(), split_tasks(24, tasks, 0.3, torch.Generator().manual_seed(2))
     ours = second_order(
         lambda rows: model.losses(DATA[rows]),
-        lambda losses, rows, parameters: losses.mean(),
+        lambda losses, parameters: losses.mean(),
         model,
         list(model.parameters()),
         dealt,

@@ -63,7 +63,7 @@ def one_task(mode: str, inner: str = "sgd", steps: int = 1):
     if mode == "maml":
         result = second_order(
             lambda rows: model.losses(X[rows]),
-            lambda losses, rows, parameters: losses.mean(),
+            lambda losses, parameters: losses.mean(),
             model,
             [model.theta],
             [task],
@@ -171,10 +171,8 @@ def test_maml_equals_an_explicitly_unrolled_inner_loop(inner, steps, tasks):
     expected = torch.autograd.grad(total, values)
 
     result = second_order(
-        lambda rows: model.losses(data[rows]),
-        lambda losses, rows, at: (
-            (weights[rows] * losses).mean() + decay * sum(p.square().sum() for p in at)
-        ),
+        lambda rows: weights[rows] * model.losses(data[rows]),
+        lambda losses, at: losses.mean() + decay * sum(p.square().sum() for p in at),
         model,
         list(model.parameters()),
         dealt,
@@ -380,7 +378,7 @@ def meta_gradient(mode, model, data, tasks, *, watch=lambda: None, scale=None, *
     if mode == "maml":
         return second_order(
             losses,
-            lambda found, rows, at: found.mean(),
+            lambda found, at: found.mean(),
             model,
             parameters,
             tasks,

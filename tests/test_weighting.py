@@ -66,7 +66,7 @@ def test_weights_do_not_depend_on_offset_and_scale(scores, rule, scale, shift):
 def test_the_ratio_rule_by_hand():
     # Q1 = 2, Q3 = 4, tau = 4 + 1.5 * 2 = 7; 7 / 14 = 0.5.
     scores = torch.tensor([1.0, 2.0, 3.0, 4.0, 14.0])
-    weights, tau = ratio_weights(scores)
+    weights, tau, _ = ratio_weights(scores)
     assert float(tau) == 7.0
     assert weights.tolist() == [1, 1, 1, 1, 0.5]
     # kappa = 0: tau = 4.
@@ -316,8 +316,9 @@ OUTLIER = torch.tensor([1.0, 2.0, 1.5, 1.2, 9.0, 1.1, 1.7, 1.3, 1.6, 1.4])
 
 def test_rules_answer_in_the_type_of_the_scores():
     for rule in (hard_weights, ratio_weights, posterior_weights):
-        weights, threshold = rule(OUTLIER.double())
-        assert weights.dtype == threshold.dtype == torch.float64
+        weighting = rule(OUTLIER.double())
+        assert {part.dtype for part in weighting} == {torch.float64}
+        assert torch.equal(weighting.anomalous, 1 - weighting.weights) or rule is posterior_weights
 
 
 def test_the_fence_is_as_wide_as_asked_for():
@@ -502,11 +503,11 @@ def test_the_bounds_of_the_settings():
             SoftConfidentWeighter(**options)
 
 
-def test_the_ranking_goes_by_weight_before_score():
-    weighter = SoftConfidentWeighter(10, rule=lambda s: (s >= 5) * 0.5 + (s == 7) * 0.25)
+def test_the_ranking_goes_by_the_score_whatever_the_rule_says():
+    weighter = SoftConfidentWeighter(10, rule=lambda s: (s >= 5) * 0.5)
     weighter.fit(torch.arange(10.0))
-    assert weighter.ranking().tolist() == [4, 3, 2, 1, 0, 9, 8, 6, 5, 7]
-    assert weighter.ranking(7).tolist() == [4, 3, 2, 1, 0, 9, 8]
+    assert weighter.ranking().tolist() == [9, 8, 7, 6, 5, 4, 3, 2, 1, 0]
+    assert weighter.ranking(3).tolist() == [9, 8, 7]
 
 
 def test_what_a_rule_computes_leaves_no_graph():

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from typing_extensions import override
 
 from comet_examples.curation import memory_prior
-from comet_examples.detectors import Detector
+from comet_examples.detectors import Detector, Exposable
 from comet_examples.files import replacing
 from comet_meta import (
     CoMetOptimizerWrapper,
@@ -186,6 +186,7 @@ def train(
     def score(features: Sequence[Tensor]) -> Tensor:
         return detector.scores([level.to(device) for level in features])
 
+    losses = _losses(detector, settings.method)
     epochs = range(len(history), settings.epochs)
     for epoch in tqdm(
         epochs, desc=settings.method, initial=len(history), total=settings.epochs, unit="epoch"
@@ -197,10 +198,12 @@ def train(
             if len(index) == 1:
                 continue  # nothing to split, and batch norm needs two
             batch = [level.to(device) for level in features]
-            reports.append(optimizer.step(_rows_of(batch, detector), index))
+            reports.append(optimizer.step(_rows_of(batch, losses), index))
         module.eval()
-        if optimizer.weighter is not None:
-            optimizer.weighter.fit(collect_scores(score, scoring))
+        weighter = optimizer.weighter
+        # A prior's weights stay: scores are for the ranking alone.
+        if weighter is not None and (weighter.prior is None or epoch == epochs[-1]):
+            weighter.fit(collect_scores(score, scoring))
         history.append(_summary(reports, epoch))
         if checkpoint is not None:
             _write(
@@ -239,8 +242,17 @@ def predict(
     return torch.cat(scores), torch.cat(maps)
 
 
-def _rows_of(batch: Sequence[Tensor], detector: Detector) -> Callable[[Tensor], Tensor]:
-    return lambda rows: detector.losses([level[rows] for level in batch])
+def _losses(detector: Detector, method: Method) -> Callable[[Sequence[Tensor]], Tensor]:
+    """Features to losses (B,), or to pairs (2, B) where method and detector have use for them."""
+    if method == "comet" and isinstance(detector, Exposable):
+        return detector.loss_pairs
+    return detector.losses
+
+
+def _rows_of(
+    batch: Sequence[Tensor], losses: Callable[[Sequence[Tensor]], Tensor]
+) -> Callable[[Tensor], Tensor]:
+    return lambda rows: losses([level[rows] for level in batch])
 
 
 def _summary(reports: Sequence[StepReport], epoch: int) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """Detectors by name. A new one is a module that fulfils :class:`Detector`, and a line here."""
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -39,6 +39,15 @@ class Detector(Protocol):
         ...
 
 
+@runtime_checkable
+class Exposable(Protocol):
+    """A detector that also learns from samples that are taken to be bad. Being one is optional."""
+
+    def loss_pairs(self, features: Sequence[Tensor]) -> Tensor:
+        """Losses of the samples taken as normal, and taken as anomalous, shape (2, B)."""
+        ...
+
+
 class DetectorClass(Protocol):
     """Builds a detector: ``(channels, map_size, **options)``.
 
@@ -61,4 +70,4 @@ DETECTORS: dict[str, DetectorClass] = {
     "simplenet": SimpleNet,
 }
 
-__all__ = ["DETECTORS", "Detector", "DetectorClass", "FastFlow", "SimpleNet"]
+__all__ = ["DETECTORS", "Detector", "DetectorClass", "Exposable", "FastFlow", "SimpleNet"]

@@ -17,6 +17,8 @@ from comet_examples.detectors.maps import image_scores, smooth_maps
 from comet_examples.detectors.statistics import FeatureScaler
 from comet_examples.features import PyramidFeatures
 
+_EXPOSED = 2.0  # score that is asked for in anomalous pictures
+
 
 class Coupling(nn.Module):
     """An invertible step: shuffle the channels, then scale and shift half of them.
@@ -124,9 +126,17 @@ class Flow(nn.Module):
         Returns:
             Shape (B, h, w).
         """
-        z, log_determinant = self(x)
-        normal = -0.5 * (z.square() + math.log(2 * math.pi)).sum(dim=1)
-        return normal + log_determinant
+        return _log_likelihood(*self(x))
+
+
+def _log_likelihood(z: Tensor, log_determinant: Tensor) -> Tensor:
+    normal = -0.5 * (z.square() + math.log(2 * math.pi)).sum(dim=1)
+    return normal + log_determinant
+
+
+def _energy(z: Tensor) -> Tensor:
+    """Half the mean square over the channels, (B, C, h, w) -> (B, h, w)."""
+    return 0.5 * z.square().mean(dim=1)
 
 
 class FastFlow(nn.Module):
@@ -192,12 +202,23 @@ class FastFlow(nn.Module):
         Returns:
             Losses, shape (B,).
         """
-        scaled = self.scaler(features)
-        nats = [
-            -flow.log_likelihood(x).sum(dim=(1, 2))  # type: ignore[operator]
-            for flow, x in zip(self.flows, scaled, strict=True)
-        ]
-        return torch.stack(nats).sum(dim=0) / sum(x[0].numel() for x in scaled)
+        return self._nats(self._latents(features))
+
+    def loss_pairs(self, features: Sequence[Tensor]) -> Tensor:
+        """Losses of pictures taken as normal, and taken as anomalous.
+
+        The latter asks at every position for a score (half a mean square, about 1/2 in normal
+        pictures) of 2 or more.
+
+        Args:
+            features: Levels (B, C, h, w), finest first.
+
+        Returns:
+            Losses, shape (2, B).
+        """
+        latents = self._latents(features)
+        short = [F.relu(_EXPOSED - _energy(z)).mean(dim=(1, 2)) for z, _ in latents]
+        return torch.stack([self._nats(latents), torch.stack(short).mean(dim=0)])
 
     def level_scores(self, features: Sequence[Tensor]) -> list[Tensor]:
         """Anomaly scores by position.
@@ -208,8 +229,7 @@ class FastFlow(nn.Module):
         Returns:
             Half the mean square of the latents, levels (B, h, w), >= 0.
         """
-        latents = [flow(x)[0] for flow, x in zip(self.flows, self.scaler(features), strict=True)]
-        return [0.5 * z.square().mean(dim=1) for z in latents]
+        return [_energy(z) for z, _ in self._latents(features)]
 
     def patch_scores(self, features: Sequence[Tensor]) -> Tensor:
         """The levels' scores averaged on the finest level's grid, shape (B, h, w)."""
@@ -227,6 +247,17 @@ class FastFlow(nn.Module):
     def maps(self, features: Sequence[Tensor]) -> Tensor:
         """Anomaly maps: the positions' scores, resized bilinearly, shape (B, H, W)."""
         return smooth_maps(self.patch_scores(features), self.map_size, self.blur_sigma)
+
+    def _latents(self, features: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """Latents (B, C, h, w) and log-determinants (B, h, w) of each level."""
+        return [flow(x) for flow, x in zip(self.flows, self.scaler(features), strict=True)]
+
+    @staticmethod
+    def _nats(latents: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        nats = [
+            -_log_likelihood(z, log_determinant).sum(dim=(1, 2)) for z, log_determinant in latents
+        ]
+        return torch.stack(nats).sum(dim=0) / sum(z[0].numel() for z, _ in latents)
 
     def optimizers(self) -> list[Optimizer]:
         """The paper's: Adam with weight decay 1e-5."""

@@ -15,6 +15,8 @@ from comet_examples.detectors.maps import image_scores, smooth_maps
 from comet_examples.detectors.statistics import FeatureScaler
 from comet_examples.features import PatchFeatures
 
+_EXPOSED = 0.4  # share of an anomalous picture's patches
+
 
 class SimpleNet(nn.Module):
     """The trained part of SimpleNet, on frozen patch features.
@@ -100,12 +102,24 @@ class SimpleNet(nn.Module):
         Returns:
             Losses, shape (B,), >= 0.
         """
-        adapted = self._adapted(features, self.patches)
-        noisy = adapted + self.noise_std * torch.randn_like(adapted)
-        # Both halves in one batch, so that batch norm can't tell them apart by their statistics.
-        confidence = self.discriminator(torch.cat([adapted, noisy]))
-        real, fake = confidence.reshape(2, len(features[0]), -1)
-        return (F.relu(self.margin - real) + F.relu(self.margin + fake)).mean(dim=1)
+        return self._hinge(*self._confidence(features))
+
+    def loss_pairs(self, features: Sequence[Tensor]) -> Tensor:
+        """Losses of pictures taken as normal, and taken as anomalous.
+
+        Of an anomalous picture only a part shows it: the loss asks for D < -margin on the
+        most anomalous of its patches, as if they were noise.
+
+        Args:
+            features: Patch features, one level (B, dim, h, w).
+
+        Returns:
+            Losses, shape (2, B), >= 0.
+        """
+        real, fake = self._confidence(features)
+        worst = real.topk(max(1, round(_EXPOSED * real.shape[1])), dim=1, largest=False).values
+        anomalous = F.relu(self.margin + worst).mean(dim=1)
+        return torch.stack([self._hinge(real, fake), anomalous])
 
     def patch_scores(self, features: Sequence[Tensor]) -> Tensor:
         """Anomaly scores of the patches.
@@ -148,6 +162,18 @@ class SimpleNet(nn.Module):
             AdamW(self.adaptor.parameters(), lr=1e-4),
             Adam(self.discriminator.parameters(), lr=2e-4, weight_decay=1e-5),
         ]
+
+    def _confidence(self, features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """D of patches, and of the same with noise, (B, patches) each."""
+        adapted = self._adapted(features, self.patches)
+        noisy = adapted + self.noise_std * torch.randn_like(adapted)
+        # Both halves in one batch, so that batch norm can't tell them apart by their statistics.
+        confidence: Tensor = self.discriminator(torch.cat([adapted, noisy]))
+        real, fake = confidence.reshape(2, len(features[0]), -1)
+        return real, fake
+
+    def _hinge(self, real: Tensor, fake: Tensor) -> Tensor:
+        return (F.relu(self.margin - real) + F.relu(self.margin + fake)).mean(dim=1)
 
     def _adapted(self, features: Sequence[Tensor], patches: int | None = None) -> Tensor:
         """Adapted features of all patches, (B * h * w, dim), or of some positions."""
