@@ -9,6 +9,7 @@ fitted by least squares to the second half, when caches are warm.
 
 import argparse
 import logging
+import sys
 from typing import NamedTuple
 
 import numpy as np
@@ -78,6 +79,8 @@ def main(steps: int, seed: int = 0) -> Usage:
             optimizer.step(lambda rows, x=batch: losses(x[rows]), index)  # type: ignore[misc]
         if step % (steps // 100) == 0:
             memory.append(process.memory_info().rss)
+            shown = f"\rstep {step}: {memory[-1] / 2**20:.1f} MiB"
+            print(shown, end="", file=sys.stderr, flush=True)
     half = memory[len(memory) // 2 :]
     slope = np.polyfit(np.arange(len(half)) * (steps // 100), half, 1)[0]
     return Usage(

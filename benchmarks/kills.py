@@ -4,8 +4,8 @@
 
 Each training (SimpleNet on made-up features, a checkpoint after every epoch) is killed at a moment
 drawn uniformly from its duration, resumed, killed once more in half of the cases, and resumed to
-its end. Detector, optimizers, weights, loss history and random state must then be those of a
-training that nobody killed.
+its end. Detector, optimizers, weights and loss history must then be those of a training that nobody
+killed. A training that had ended before its first kill must be, too, but isn't counted as killed.
 """
 
 import os
@@ -16,6 +16,7 @@ import argparse
 import hashlib
 import random
 import signal
+import sys
 import tempfile
 import threading
 import time
@@ -33,6 +34,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 _EPOCHS = 6
+_TOO_LATE = "nothing: it had ended"
 
 
 def trained(method: Method, file: Path | None) -> Training:
@@ -110,7 +112,7 @@ def kill_and_resume(method: Method, folder: Path, moments: list[float]) -> tuple
     met = ""
     for moment in moments:
         if in_a_child(body, moment):
-            met = met or "nothing: it had ended"
+            met = met or _TOO_LATE
             break
         half_written = list(folder.glob("*.partial"))
         met = met or (
@@ -128,7 +130,7 @@ def main(kills: int, seed: int) -> Counter[str]:
     """Kill as many trainings.
 
     Returns:
-        How often a kill met what.
+        How often a training's first kill met what.
 
     Raises:
         SystemExit: If a resumed training ended in other bits.
@@ -147,14 +149,16 @@ def main(kills: int, seed: int) -> Counter[str]:
             expected[method] = digest(trained(method, Path(folder) / "run.pt"))
         duration[method] = time.perf_counter() - start
     met: Counter[str] = Counter()
-    for number in range(kills):
-        method = get_args(Method)[number % len(get_args(Method))]
+    while (killed := met.total() - met[_TOO_LATE]) < kills:
+        method = get_args(Method)[killed % len(get_args(Method))]
         moments = [draw.uniform(0, duration[method]) for _ in range(draw.choice([1, 2]))]
         with tempfile.TemporaryDirectory() as folder:
             found, what = kill_and_resume(method, Path(folder), moments)
         met[what] += 1
         if found != expected[method]:
             raise SystemExit(f"{method} killed after {moments} s ended in other bits")
+        print(f"\r{killed + (what != _TOO_LATE)} killed", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
     return met
 
 
@@ -163,7 +167,8 @@ if __name__ == "__main__":
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    for what, count in main(options.kills, options.seed).most_common():
+    outcome = main(options.kills, options.seed)
+    for what, count in outcome.most_common():
         print(f"{count:4d} met {what}")
-    print(f"all {options.kills} resumed trainings ended in the bits of one that nobody killed")
+    print(f"all {outcome.total()} resumed trainings ended in the bits of one that nobody killed")
     print(machine())

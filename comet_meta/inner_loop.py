@@ -161,7 +161,6 @@ class _Descent:
         if keep:
             add_gradients(self._parameters, found)
 
-    @torch.no_grad()
     def _move(self, gradients: Gradients, factor: float) -> None:
         if self._scale is not None:
             gradients, finite = unscaled(gradients, self._scale * factor)

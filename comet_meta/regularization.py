@@ -133,7 +133,6 @@ class CovarianceMetaRegularizer(nn.Module):
         self.register_buffer("pairs", torch.zeros(window, 2))
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))
 
-    @torch.no_grad()
     def update(self, train_loss: Tensor, validation_loss: Tensor) -> None:
         """Append the losses of one step.
 

@@ -74,8 +74,8 @@ def ratio_weights(scores: Tensor, kappa: float = 1.5) -> Weighting:
     tau = iqr_threshold(scores, kappa)
     lower_fence = -iqr_threshold(-scores, kappa)
     origin = torch.maximum(scores.min(), lower_fence).clamp_max(0)
-    positive, bound = (scores - origin).clamp_min(0), tau - origin
-    weights = torch.where(positive > bound, bound / positive, 1.0)
+    above, bound = scores - origin, tau - origin
+    weights = torch.where(above > bound, bound / above, 1.0)
     return Weighting(weights, tau, 1 - weights)
 
 
@@ -156,7 +156,10 @@ def standardized(scores: Tensor) -> Tensor:
         tensor([-0.6000,  0.0000,  2.4000])
     """
     centred = scores - scores.median()
-    deviation = centred.abs().mean()
+    # In double precision, so that a permutation of the samples doesn't change the rounding; among
+    # very many samples that isn't worth the memory.
+    precise = torch.float64 if len(scores) <= _EXACT_SAMPLES else None
+    deviation = centred.abs().mean(dtype=precise)
     return centred.div_(deviation.where(deviation > 0, 1))
 
 
@@ -384,13 +387,10 @@ class SoftConfidentWeighter(nn.Module):
             return self.scores
         prior = standardized(self.prior)
         known = ~self.scores.isnan()
-        if not known.any():
-            return prior
         own = torch.full_like(prior, torch.nan)
         own[known] = standardized(self.scores[known])
         return torch.where(known, (prior + own) / 2, prior)
 
-    @torch.no_grad()
     def update(self, index: Tensor | Sequence[int], scores: Tensor) -> None:
         """Take in the scores of a batch; for loops that don't score the whole set.
 

@@ -3,6 +3,12 @@
 from pathlib import Path
 
 import pytest
+from hypothesis import Phase, settings
+
+# Of a mutant it matters that it fails, not how simply.
+settings.register_profile(
+    "mutants", phases=[Phase.explicit, Phase.generate], database=None, derandomize=True
+)
 
 
 @pytest.fixture

@@ -361,3 +361,206 @@ def test_first_order_adam_equals_an_inner_loop_with_torchs_own(mode, steps):
     }[mode]
     for ours, reference in zip(found.gradients, expected, strict=True):
         torch.testing.assert_close(ours, reference, rtol=1e-9, atol=1e-12)
+
+
+MODES = (*FIRST_ORDER, "maml")
+
+
+def meta_gradient(mode, model, data, tasks, *, watch=lambda: None, scale=None, **options):
+    """The meta-gradient of any mode on a model that has ``losses``."""
+    options = {"inner": "sgd", "inner_lr": 0.1, "inner_steps": 2, **options}
+
+    def losses(rows):
+        watch()
+        return model.losses(data[rows])
+
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if mode == "maml":
+        return second_order(
+            losses,
+            lambda found, at: found.mean(),
+            model,
+            parameters,
+            tasks,
+            scale=scale,
+            **options,
+        )
+    return first_order(
+        lambda rows: losses(rows).mean(),
+        parameters,
+        tasks,
+        mode=mode,
+        buffers=list(model.buffers()),
+        scale=scale,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_losses_are_means_over_tasks_without_a_graph(mode):
+    model = Point(0.0)
+    tasks = [Task(torch.tensor([0]), torch.tensor([1])), Task(torch.tensor([3]), torch.tensor([4]))]
+    found = meta_gradient(mode, model, X, tasks, inner_steps=1)
+    # One step of 0.1 from 0: to 0.1 towards 1, and to 0.7 towards 7.
+    assert found.support_loss.item() == pytest.approx((1 + 49) / 4)
+    assert found.query_loss.item() == pytest.approx((1.9**2 + 10.3**2) / 4)
+    assert not found.support_loss.requires_grad
+    assert not found.query_loss.requires_grad
+    assert not found.gradients[0].requires_grad
+    assert model.theta.grad is None
+
+
+@pytest.mark.parametrize("inner", ["sgd", "adam"])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_scale_multiplies_the_gradient_and_nothing_else(mode, inner):
+    torch.manual_seed(0)
+    model, data = Net(), torch.randn(12, 3).double()
+    tasks = split_tasks(12, 2, 0.3)
+    plain = meta_gradient(mode, model, data, tasks, inner=inner)
+    scale = torch.tensor(2.0**12, dtype=torch.float64)
+    scaled = meta_gradient(mode, model, data, tasks, inner=inner, scale=scale)
+    for found, reference in zip(scaled.gradients, plain.gradients, strict=True):
+        torch.testing.assert_close(found, scale * reference, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(scaled[1:], plain[1:], rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("inner", ["sgd", "adam"])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("at", [1, 2])
+def test_an_inner_gradient_that_overflows_spoils_the_meta_gradient_not_theta(mode, inner, at):
+    calls = []
+    task = Task(torch.tensor([0, 1, 2]), torch.tensor([3, 4]))
+
+    class Spoiled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient * torch.inf
+
+    class SpoiledPoint(Point):
+        def losses(self, x):
+            calls.append(len(x))
+            found = super().losses(x)
+            return Spoiled.apply(found) if len(calls) == at else found
+
+    model = SpoiledPoint(0.0)
+    options = {"inner": inner, "scale": torch.tensor(8.0, dtype=torch.float64)}
+    found = meta_gradient(mode, model, X, [task], **options)
+    assert not found.gradients[0].isfinite().all()
+    assert found.support_loss.isfinite()
+    assert model.theta.item() == 0
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_buffers_keep_the_first_pass_of_the_first_task(mode):
+    torch.manual_seed(0)
+    model, data = BatchNormNet(), torch.randn(16, 3)
+    seen = []
+    tasks = split_tasks(16, 2, 0.3)
+
+    def losses(x):
+        found = BatchNormNet.losses(model, x)
+        seen.append([b.clone() for b in model.buffers()])
+        return found
+
+    model.losses = losses
+    found = meta_gradient(mode, model, data, tasks)
+    assert len(seen) == 6
+    for buffer, first in zip(model.buffers(), seen[0], strict=True):
+        assert torch.equal(buffer, first)
+    assert [g is None for g in found.gradients] == [True] + [False] * 6  # one isn't used
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_theta_is_seen_again_inside_autocast(mode):
+    # Autocast's copies of the weights at theta' must not outlive theta'.
+    torch.manual_seed(0)
+
+    class Rebuild(nn.Linear):
+        def losses(self, x):
+            return (self(x).float() - x).square().mean(dim=1)
+
+    model, data = Rebuild(8, 8), torch.randn(1, 8).repeat(8, 1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        before = model.losses(data).mean()
+        found = meta_gradient(mode, model, data, split_tasks(8, 2, 0.5), inner_lr=1.0)
+        after = model.losses(data).mean()
+    assert found.support_loss == pytest.approx(before.item(), rel=1e-6)
+    assert found.query_loss < 0.9 * before
+    assert after == before
+
+
+def test_reptile_judges_the_query_without_a_graph():
+    model, enabled = Point(0.0), []
+    task = Task(torch.tensor([0, 1, 2]), torch.tensor([3, 4]))
+    meta_gradient(
+        "reptile", model, X, [task], watch=lambda: enabled.append(torch.is_grad_enabled())
+    )
+    assert enabled == [True, True, False]
+
+
+def test_a_model_in_shards_has_its_query_pass_backward_too(monkeypatch):
+    # FSDP2 puts gathered parameters away only then; the gradient is dropped.
+    model, enabled, backward = Point(0.0), [], []
+    task = Task(torch.tensor([0, 1, 2]), torch.tensor([3, 4]))
+
+    class Watched(Point):
+        def losses(self, x):
+            enabled.append(torch.is_grad_enabled())
+            found = super().losses(x)
+            if found.requires_grad:
+                found.register_hook(lambda gradient: backward.append(len(gradient)))
+            return found
+
+    plain = meta_gradient("reptile", model, X, [task])
+    monkeypatch.setattr("comet_meta.inner_loop.is_sharded", lambda _: True)
+    found = meta_gradient("reptile", Watched(0.0), X, [task])
+    assert enabled == [True, True, True]
+    assert backward == [3, 3, 2]
+    assert torch.equal(found.gradients[0], plain.gradients[0])
+
+
+@pytest.mark.parametrize(("device", "fused"), [("cpu", True), ("meta", False)])
+def test_adam_is_fused_where_it_can_be_and_its_steps_are_on_the_cpu_where_not(
+    device, fused, monkeypatch
+):
+    calls = []
+    spy = lambda *arguments, **options: calls.append((arguments, options))  # noqa: E731
+    monkeypatch.setattr("comet_meta.inner_loop.adam", spy)
+    with torch.device(device):
+        model, data = nn.Linear(3, 3), torch.randn(4, 3)
+    task = Task(torch.arange(2), torch.arange(2, 4))
+    settings = {"mode": "mldg", "inner": "adam", "inner_lr": 0.1, "inner_steps": 1}
+    with torch.device("meta"):  # where new tensors go that aren't told where
+        first_order(
+            lambda rows: model(data[rows]).square().mean(),
+            list(model.parameters()),
+            [task],
+            **settings,
+        )
+    ((arguments, options),) = calls
+    assert (options["fused"], options["foreach"]) == (fused, not fused)
+    assert [steps.device.type for steps in arguments[5]] == ["cpu", "cpu"]
+
+
+def test_without_a_fused_kernel_adam_is_the_same(monkeypatch):
+    torch.manual_seed(0)
+    model, data = Net(), torch.randn(12, 3).double()
+    tasks = split_tasks(12, 2, 0.3)
+    fused = meta_gradient("mldg", model, data, tasks, inner="adam")
+    monkeypatch.setattr("comet_meta.inner_loop.all", lambda _: False, raising=False)
+    other = meta_gradient("mldg", model, data, tasks, inner="adam")
+    for found, reference in zip(other.gradients, fused.gradients, strict=True):
+        torch.testing.assert_close(found, reference, rtol=1e-9, atol=1e-12)
+
+
+def test_adam_s_direction_stays_differentiable_where_a_gradient_is_zero():
+    gradient = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    (direction,) = AdamDirection()([gradient])
+    (slope,) = torch.autograd.grad(direction.sum(), gradient)
+    assert direction.tolist() == [0, 0]
+    # g / (|g| + eps) with the root held at eps: 1 / (2 eps).
+    assert slope.tolist() == pytest.approx([0.5e8, 0.5e8])

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -12,7 +12,7 @@ from comet_meta import CoMetOptimizerWrapper, CovarianceMetaRegularizer, SoftCon
 
 MODES = ("none", "mldg", "fomaml", "maml", "reptile")
 QUICK = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-rates = st.sampled_from([1e-4, 1e-2, 0.1])
+rates = st.sampled_from([1e-4, 1e-2, 0.3])
 
 OPTIMIZERS = {
     "sgd": (torch.optim.SGD, {"momentum": [0.0, 0.9], "weight_decay": [0.0, 0.01]}),
@@ -78,16 +78,16 @@ def test_unit_weights_without_meta_change_no_bit_over_fifty_steps(make, dtype, l
         optimizer.zero_grad()
         plain.losses(x).mean().backward()
         optimizer.step()
+        if not all(p.isfinite().all() for p in plain.parameters()):
+            break  # the wrapper doesn't follow into NaN
         if level == 1:
             wrapped.zero_grad()
             wrapped.objective(model.losses(x), index).backward()
             wrapped.step()
         else:
             wrapped.step(lambda rows, x=x: model.losses(x[rows]), index)
-    # Where training diverges, the wrapper skips steps that the plain optimizer takes into NaN.
-    assume(all(p.isfinite().all() for p in plain.parameters()))
-    for ours, reference in zip(model.parameters(), plain.parameters(), strict=True):
-        assert torch.equal(ours, reference)
+        for ours, reference in zip(model.parameters(), plain.parameters(), strict=True):
+            assert torch.equal(ours, reference)
     assert model.unused.tolist() == [1, 1, 1]
 
 

@@ -157,3 +157,34 @@ def test_the_defaults_are_the_papers():
 def test_arguments_out_of_range_are_named(arguments, message):
     with pytest.raises(ValueError, match=f"^{message}"):
         CovarianceMetaRegularizer(**arguments)
+
+
+def test_the_state_stays_on_its_device_and_off_the_graph():
+    regularizer = CovarianceMetaRegularizer().to("meta")
+    assert regularizer.strength.device.type == "meta"
+    assert regularizer.penalty([]).device.type == "meta"
+    loss = torch.ones((), requires_grad=True)
+    regularizer = CovarianceMetaRegularizer()
+    regularizer.update(2 * loss, 3 * loss)
+    assert not regularizer.pairs.requires_grad
+
+
+def test_the_window_holds_the_last_pairs_in_order():
+    regularizer = CovarianceMetaRegularizer(window=4)
+    for k in range(9):
+        regularizer.update(torch.tensor(float(k)), torch.tensor(10.0 * k))
+        expected = [[j, 10 * j] for j in range(max(0, k - 3), k + 1)]
+        assert regularizer.pairs[-len(expected) :].tolist() == expected
+        assert regularizer.count == k + 1
+
+
+def test_losses_of_any_type_and_of_one_element_are_taken():
+    regularizer = CovarianceMetaRegularizer(window=2)
+    regularizer.update(torch.tensor(1.5, dtype=torch.float64), torch.tensor(2.5).bfloat16())
+    assert regularizer.pairs[-1].tolist() == [1.5, 2.5]
+    assert regularizer.count == 1
+
+
+def test_the_settings_show():
+    shown = repr(CovarianceMetaRegularizer(0.25, 0.75, 3))
+    assert shown == "CovarianceMetaRegularizer(strength=0.25, gamma=0.75, window=3)"

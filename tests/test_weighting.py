@@ -9,7 +9,14 @@ from scipy.optimize import minimize
 from scipy.stats import norm
 
 from comet_meta import SoftConfidentWeighter
-from comet_meta.weighting import iqr_threshold, posterior_weights, quantile, ratio_weights
+from comet_meta.weighting import (
+    hard_weights,
+    iqr_threshold,
+    posterior_weights,
+    quantile,
+    ratio_weights,
+    standardized,
+)
 
 NAMED = ("posterior", "hard", "ratio")
 AFFINE = ("posterior", "hard")
@@ -302,3 +309,210 @@ def test_a_histogram_of_many_scores_gives_the_weights_of_the_scores_themselves(m
     binned = posterior_weights(scores).weights
     monkeypatch.setattr("comet_meta.weighting._EXACT_SAMPLES", 10**6)
     torch.testing.assert_close(binned, posterior_weights(scores).weights, atol=1e-3, rtol=0)
+
+
+OUTLIER = torch.tensor([1.0, 2.0, 1.5, 1.2, 9.0, 1.1, 1.7, 1.3, 1.6, 1.4])
+
+
+def test_rules_answer_in_the_type_of_the_scores():
+    for rule in (hard_weights, ratio_weights, posterior_weights):
+        weighting = rule(OUTLIER.double())
+        assert {part.dtype for part in weighting} == {torch.float64}
+        assert torch.equal(weighting.anomalous, 1 - weighting.weights) or rule is posterior_weights
+
+
+def test_the_fence_is_as_wide_as_asked_for():
+    # tau = Q3 + kappa * IQR = 1.675 + 0.45 * kappa.
+    wide, narrow = (SoftConfidentWeighter(10, rule="ratio", kappa=kappa) for kappa in (10.0, 0.5))
+    wide.fit(OUTLIER)
+    narrow.fit(OUTLIER)
+    assert float(wide.threshold) == pytest.approx(6.175)
+    assert float(wide()[4]) == pytest.approx(6.175 / 9)
+    assert fitted(OUTLIER, "hard", kappa=0.5).tolist().count(0) == 2  # 2.0 lies above 1.9
+    assert float(narrow.threshold) == pytest.approx(1.9)
+
+
+def test_the_lower_fence_is_as_wide_too():
+    scores = torch.tensor([-9.0, 1.0, 2.0, 3.0, 4.0, 14.0])
+    # Q1 = 1.25, Q3 = 3.75, IQR = 2.5: with kappa = 2 from 1.25 - 5 = -3.75 up to 8.75.
+    expected = (8.75 + 3.75) / (14 + 3.75)
+    assert float(ratio_weights(scores, 2.0).weights[5]) == pytest.approx(expected)
+    assert ratio_weights(scores, 2.0).weights[:5].tolist() == [1] * 5
+
+
+def test_standardized_scores_that_are_equal_are_zero():
+    assert standardized(torch.full((5,), 7.0)).tolist() == [0] * 5
+
+
+def test_weights_change_once_as_many_scores_have_come_as_there_are_samples():
+    weighter = SoftConfidentWeighter(10, rule="hard")
+    weighter.update(torch.arange(6), OUTLIER[:6])
+    assert weighter().tolist() == [1] * 10
+    weighter.update(torch.arange(6, 10), OUTLIER[6:])
+    assert weighter().tolist().count(0) == 1
+    higher = OUTLIER.clone()
+    higher[0] = 99
+    for part in (torch.arange(3), torch.arange(3, 6), torch.arange(6, 9)):  # nine of ten
+        weighter.update(part, higher[part])
+        assert weighter().nonzero().flatten().tolist() == [0, 1, 2, 3, 5, 6, 7, 8, 9]
+    weighter.update([9], higher[9:])
+    assert (weighter() == 0).nonzero().flatten().tolist() == [0, 4]
+    weighter.update([1], torch.tensor([1.9]))
+    weighter.fit()  # by hand, which begins a new account
+    assert weighter._updates == 0
+
+
+def test_a_sample_never_seen_has_weight_one_whatever_it_had():
+    weighter = SoftConfidentWeighter(20, rule="hard")
+    weighter.weights.fill_(0.5)
+    weighter.update(torch.arange(10), OUTLIER)
+    weighter.fit()
+    assert weighter()[10:].tolist() == [1] * 10
+    assert weighter()[:10].tolist() == [1, 1, 1, 1, 0, 1, 1, 1, 1, 1]
+
+
+def test_a_fit_without_any_score_leaves_all_weights_one():
+    for weighter in (SoftConfidentWeighter(5), SoftConfidentWeighter()):
+        weighter.fit()
+        assert (weighter() == 1).all()
+        assert weighter.threshold == torch.inf
+        assert weighter.ranking().tolist() == list(range(len(weighter())))
+
+
+def test_eight_scores_are_enough_and_equal_ones_forget_the_threshold():
+    scores = torch.tensor([1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 9.0])
+    weighter = SoftConfidentWeighter(8, rule="hard")
+    weighter.fit(scores)
+    assert weighter().tolist() == [1] * 7 + [0]
+    assert 1.6 < weighter.threshold < 9
+    weighter.fit(torch.ones(8))
+    assert weighter().tolist() == [1] * 8
+    assert weighter.threshold == torch.inf
+
+
+def test_asking_for_a_sample_makes_room_for_it():
+    weighter = SoftConfidentWeighter()
+    assert weighter([3, 5]).tolist() == [1, 1]
+    assert len(weighter()) == len(weighter.scores) == 6
+    assert weighter([0]).tolist() == [1]
+    assert len(weighter()) == 6  # and never takes it back
+    with pytest.raises(IndexError, match="out of range for 5 samples"):
+        SoftConfidentWeighter(5)([5])
+
+
+def test_all_weights_are_given_as_a_copy():
+    weighter = SoftConfidentWeighter(5)
+    weighter().zero_()
+    assert weighter().tolist() == [1] * 5
+
+
+def test_the_first_of_the_ranking_are_the_first_of_the_whole_ranking():
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randint(6, (30,), generator=generator).float()  # many equal ones
+    scores[:3] = 40
+    weighter = SoftConfidentWeighter(40, rule="hard")
+    weighter.update(torch.arange(30), scores)
+    weighter.fit()
+    whole = weighter.ranking()
+    assert weighter().tolist().count(0) == 3
+    for k in range(45):
+        assert torch.equal(weighter.ranking(k), whole[:k])
+    by_hand = sorted(range(30), key=lambda i: (float(weighter()[i]), -float(scores[i]), i))
+    assert whole.tolist() == [*by_hand, *range(30, 40)]
+
+
+def test_samples_without_a_score_are_the_last_of_the_ranking_below_any_score():
+    weighter = SoftConfidentWeighter(10)
+    weighter.update([2, 5], torch.tensor([-1e30, -2e30]))
+    weighter.fit()
+    assert weighter.ranking().tolist() == [2, 5, 0, 1, 3, 4, 6, 7, 8, 9]
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        lambda s: torch.ones(3),
+        lambda s: torch.full_like(s, torch.nan),
+        lambda s: torch.full_like(s, -0.1),
+        lambda s: torch.full_like(s, 1.1),
+    ],
+)
+def test_a_rule_that_gives_no_weights_is_refused(rule):
+    with pytest.raises(ValueError, match=r"the rule returned shape .*for 10 scores"):
+        fitted(OUTLIER, rule)
+
+
+def test_the_threshold_of_a_rule_is_the_highest_score_that_is_trusted_by_half():
+    weighter = SoftConfidentWeighter(10, rule=lambda s: 1 - s / 18)
+    weighter.fit(OUTLIER)
+    assert float(weighter.threshold) == 9  # of weight 1/2
+    weighter = SoftConfidentWeighter(10, rule=lambda s: 1 - s / 17)
+    weighter.fit(OUTLIER)
+    assert float(weighter.threshold) == 2
+
+
+def test_a_streamed_batch_is_what_all_processes_bring_together(monkeypatch):
+    monkeypatch.setattr(
+        "comet_meta.weighting.distributed.join_batches",
+        lambda index, scores: (torch.cat([index, index + 4]), torch.cat([scores, -scores])),
+    )
+    weighter = SoftConfidentWeighter(8)
+    weighter.update(torch.arange(4), torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    assert weighter.scores.tolist() == [1, 2, 3, 4, -1, -2, -3, -4]
+    assert weighter._updates == 0  # all eight have come
+
+
+def test_scores_bring_no_graph_along():
+    weighter = SoftConfidentWeighter(10, rule="hard")
+    weighter.fit(OUTLIER.clone().requires_grad_())
+    weighter.update([0], torch.ones(1, requires_grad=True))
+    assert not weighter.scores.requires_grad
+    assert not weighter().requires_grad
+
+
+def test_the_settings_show():
+    def tame(scores):
+        return torch.ones_like(scores)
+
+    shown = repr(SoftConfidentWeighter(3, rule="hard", momentum=0.5))
+    assert shown == "SoftConfidentWeighter(num_samples=3, rule='hard', momentum=0.5)"
+    assert "rule='tame'" in repr(SoftConfidentWeighter(rule=tame))
+
+
+def test_a_small_prior_goes_with_its_own_number_of_samples():
+    prior = torch.linspace(0, 1, 10, dtype=torch.float64, requires_grad=True)
+    weighter = SoftConfidentWeighter(10, prior=prior)
+    assert weighter.prior.dtype == torch.float32
+    assert not weighter.prior.requires_grad
+    assert torch.equal(weighter.suspicion(), standardized(prior.detach().float()))
+
+
+def test_the_bounds_of_the_settings():
+    for options in ({"kappa": 0.0}, {"spare": 0.0}, {"momentum": 0.0}, {"num_samples": 1}):
+        SoftConfidentWeighter(**options)
+    for options, message in (
+        ({"kappa": -0.1}, "kappa is -0.1; expected >= 0"),
+        ({"kappa": float("nan")}, "kappa is nan"),
+        ({"spare": 1.0}, "spare is 1.0; expected a share in"),
+        ({"spare": -0.1}, "spare is -0.1"),
+        ({"momentum": 1.0}, "momentum is 1.0; expected a share in"),
+        ({"momentum": -0.1}, "momentum is -0.1"),
+        ({"num_samples": 0}, "num_samples is 0; expected"),
+    ):
+        with pytest.raises(ValueError, match=f"^{message}"):
+            SoftConfidentWeighter(**options)
+
+
+def test_the_ranking_goes_by_the_score_whatever_the_rule_says():
+    weighter = SoftConfidentWeighter(10, rule=lambda s: (s >= 5) * 0.5)
+    weighter.fit(torch.arange(10.0))
+    assert weighter.ranking().tolist() == [9, 8, 7, 6, 5, 4, 3, 2, 1, 0]
+    assert weighter.ranking(3).tolist() == [9, 8, 7]
+
+
+def test_what_a_rule_computes_leaves_no_graph():
+    scale = torch.ones((), requires_grad=True)
+    weighter = SoftConfidentWeighter(10, rule=lambda s: scale * (s < 5))
+    weighter.fit(torch.arange(10.0))
+    assert not weighter.weights.requires_grad
+    assert not weighter.threshold.requires_grad

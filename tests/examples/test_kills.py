@@ -1,6 +1,7 @@
 """A short version of benchmarks/kills.py."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +23,9 @@ def test_killed_trainings_resume_bit_equal():
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    assert "all 4 resumed trainings ended in the bits" in done.stdout
+    assert "resumed trainings ended in the bits" in done.stdout
+    met = re.findall(r"(\d+) met (?!nothing)", done.stdout)
+    assert sum(map(int, met)) == 4
 
 
 def test_the_digest_sees_every_bit():

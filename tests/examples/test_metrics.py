@@ -7,6 +7,7 @@ import pytest
 from comet_examples.metrics import aupro, curation_metrics, image_metrics, pixel_metrics
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from scipy.stats import mannwhitneyu
 
 
 def regions_of(mask: np.ndarray) -> list[set[tuple[int, int]]]:
@@ -91,6 +92,19 @@ def test_image_metrics_by_hand():
     assert found["I-AUROC"] == pytest.approx(0.75)
     # Precision 1 at the first hit, 2/3 at the second.
     assert found["I-AP"] == pytest.approx((1 + 2 / 3) / 2)
+
+
+@settings(max_examples=50, deadline=None)
+@given(seed=st.integers(0, 10_000), levels=st.sampled_from([2, 5, 1000]))
+def test_auroc_is_the_share_of_pairs_in_order(seed, levels):
+    generator = np.random.default_rng(seed)
+    scores, labels = generator.integers(0, levels, 40), generator.random(40) < 0.3
+    assume(labels.any() and not labels.all())
+    statistic = mannwhitneyu(scores[labels], scores[~labels]).statistic
+    expected = pytest.approx(statistic / (labels.sum() * (~labels).sum()))
+    assert image_metrics(scores, labels)["I-AUROC"] == expected
+    maps = scores.reshape(4, 2, 5).astype(np.float32)
+    assert pixel_metrics(maps, labels.reshape(4, 2, 5))["P-AUROC"] == expected
 
 
 def test_curation_metrics_by_hand():
