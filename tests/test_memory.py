@@ -1,5 +1,7 @@
 """Memory scores: golden values, invariants, and what they are for."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from sklearn.neighbors import NearestNeighbors
 
 from comet_meta import MemoryScorer
 from comet_meta import memory as memory_module
+from comet_meta.weighting import posterior_weights
 
 
 def test_two_samples_judge_each_other_by_hand():
@@ -62,6 +65,34 @@ def test_bad_samples_are_found_however_many_as_long_as_they_differ(share):
     assert roc_auc_score(bad, MemoryScorer()(features)) > 0.95
 
 
+@pytest.mark.parametrize("share", [0.1, 0.2, 0.3])
+def test_a_rare_variant_keeps_its_weight_and_bad_samples_of_both_lose_theirs(share):
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(200, 16, 8, generator=generator)
+    # Pictures of one product are not equally even: on solar cells the median distance of a
+    # picture's patches varies by a quarter.
+    features *= (0.25 * torch.randn(200, 1, 1, generator=generator)).exp()
+    variant = torch.arange(200) < round(200 * share)
+    features[variant] += 4  # another product, different everywhere
+    bad = torch.arange(200) % 20 == 0
+    features[bad, :3] += 12 * torch.nn.functional.normalize(
+        torch.randn(int(bad.sum()), 3, 8, generator=generator), dim=2
+    )
+    weights = posterior_weights(MemoryScorer()(features), spare=0.0).weights
+    assert weights[variant & ~bad].mean() > 0.9
+    assert weights[~variant & ~bad].mean() > 0.9
+    assert weights[bad].mean() < 0.2
+    plain = posterior_weights(MemoryScorer(scale=math.inf)(features), spare=0.0).weights
+    assert plain[variant & ~bad].mean() < weights[variant & ~bad].mean()
+
+
+def test_copies_of_one_picture_are_no_division_by_zero():
+    features = torch.ones(20, 6, 3)
+    assert MemoryScorer()(features).tolist() == [0] * 20
+    features[4, 2] = 5
+    assert int(MemoryScorer()(features).argmax()) == 4
+
+
 def test_features_of_samples_need_no_patches():
     features = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
     assert torch.equal(MemoryScorer()(features), MemoryScorer()(features.unsqueeze(1)))
@@ -82,7 +113,8 @@ def test_bad_features_get_a_sentence(features, error, message):
 
 
 @pytest.mark.parametrize(
-    "option", [{"draws": 0}, {"share": 0.0}, {"share": 1.0}, {"top": 0}, {"max_patches": 0}]
+    "option",
+    [{"draws": 0}, {"share": 0.0}, {"share": 1.0}, {"top": 0}, {"scale": 0}, {"max_patches": 0}],
 )
 def test_bad_settings_get_a_sentence(option):
     with pytest.raises(ValueError, match=f"{next(iter(option))} is"):

@@ -267,6 +267,20 @@ def test_prior_and_scores_count_alike_by_hand():
     torch.testing.assert_close(weighter.suspicion(), expected)
 
 
+def test_weights_of_a_prior_stay_and_the_ranking_learns():
+    prior = torch.cat([torch.linspace(0, 1, 40), torch.tensor([8.0, 9.0])])
+    weighter = SoftConfidentWeighter(prior=prior)
+    before = weighter(), weighter.anomalous.clone(), weighter.threshold.clone()
+    assert weighter.ranking(2).tolist() == [41, 40]
+    scores = torch.zeros(42)
+    scores[[3, 40]] = torch.tensor([100.0, 50.0])
+    weighter.fit(scores)
+    after = weighter(), weighter.anomalous, weighter.threshold
+    for old, new in zip(before, after, strict=True):
+        assert torch.equal(old, new)
+    assert weighter.ranking(2).tolist() == [3, 40]
+
+
 def test_samples_without_a_score_are_judged_by_their_prior():
     prior = torch.arange(20.0)
     weighter = SoftConfidentWeighter(prior=prior)

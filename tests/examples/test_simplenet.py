@@ -34,6 +34,26 @@ def test_the_loss_by_hand():
     torch.testing.assert_close(by_hand().losses(FEATURES), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_pairs_of_losses_by_hand():
+    real = torch.tensor([[0.8, -0.2, 0.3, 0.6, -1.0]])
+    fake = torch.full((1, 5), -0.7)
+    detector = SimpleNet([4], (8, 8))
+    detector._confidence = lambda features: (real, fake)
+    normal, anomalous = detector.loss_pairs([]).squeeze(1).tolist()
+    assert normal == pytest.approx((0.7 + 0.2 + 1.5) / 5)
+    # Two fifths of the patches, the most anomalous: D = -1 and -0.2.
+    assert anomalous == pytest.approx((0 + 0.3) / 2)
+
+
+def test_the_first_of_a_pair_is_the_loss():
+    detector = SimpleNet([6], (8, 8))
+    features = [torch.randn(3, 6, 12, 12)]
+    torch.manual_seed(1)
+    losses = detector.losses(features)
+    torch.manual_seed(1)
+    assert torch.equal(detector.loss_pairs(features)[0], losses)
+
+
 def test_the_score_is_the_maximum_of_the_patches_not_minus_the_maximum_of_d():
     net = by_hand()
     expected = torch.tensor([[[-1.0, -0.2]], [[-3.0, -0.1]]])
