@@ -1,0 +1,90 @@
+"""Does a rare variant of the product keep its weight? Two kinds of solar cells in one folder.
+
+Good monocrystalline cells make up the folder, good polycrystalline ones a minor share of it; with
+--noise, cells of either kind are bad. The weights come from MemoryScorer as in the examples, before
+training, nothing spared: what is asked is who is taken for bad. Mean weights over seeds (draws of
+the bad cells and of the variant's), for each --scale of MemoryScorer.
+"""
+
+import argparse
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from comet_examples.backbones import DEFAULT_BACKBONE
+from comet_examples.curation import memory_prior
+from comet_examples.datasets import bad_samples
+from comet_examples.metrics import curation_metrics
+from comet_examples.report import table
+from grid import Benchmark
+from runs import spread
+from torch import Tensor
+
+from comet_meta import MemoryScorer, SoftConfidentWeighter
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--shares", nargs="+", type=float, default=[0.05, 0.15, 0.3])
+    parser.add_argument("--noise", nargs="+", type=float, default=[0.0, 0.1])
+    parser.add_argument("--scales", nargs="+", type=float, default=[2.0, float("inf")])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
+    options = parser.parse_args()
+    bench = Benchmark(DEFAULT_BACKBONE, {}, "cpu", None)
+    rows = []
+    for share in options.shares:
+        for noise in options.noise:
+            found: dict[float, list[dict[str, float]]] = {scale: [] for scale in options.scales}
+            for seed in options.seeds:
+                features, bad, minor = folder(bench, share, noise, seed)
+                for scale in options.scales:
+                    prior = memory_prior([[features]], MemoryScorer(scale=scale))
+                    found[scale].append(figures(prior, bad, minor))
+            rows += [
+                {"variant": f"{share:.0%}", "bad": f"{noise:.0%}", "scale": f"{scale:g}"}
+                | {name: spread([run[name] for run in runs], 2) for name in runs[0]}
+                for scale, runs in found.items()
+            ]
+    print(table(rows))
+
+
+def folder(bench: Benchmark, share: float, noise: float, seed: int) -> tuple[Tensor, ...]:
+    """Features (N, C, h, w) of a folder, who in it is bad and who is of the variant, (N,)."""
+    parts = list(_kinds(bench, noise, seed))
+    (major, major_bad), (minor, minor_bad) = parts
+    count = round(share / (1 - share) * len(major))
+    chosen = torch.from_numpy(np.random.default_rng(seed).permutation(len(minor))[:count])
+    of_variant = torch.arange(len(major) + len(chosen)) >= len(major)
+    return (
+        torch.cat([major, minor[chosen]]),
+        torch.cat([major_bad, minor_bad[chosen]]),
+        of_variant,
+    )
+
+
+def _kinds(bench: Benchmark, noise: float, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    for task in ("elpv/mono", "elpv/poly"):
+        experiment = bench.experiment("simplenet", task)
+        samples = experiment.split(noise, seed).train
+        (features,) = zip(*experiment.rows(samples).batches(), strict=True)
+        yield torch.cat(features), torch.from_numpy(bad_samples(samples))
+
+
+def figures(prior: Tensor, bad: Tensor, minor: Tensor) -> dict[str, float]:
+    """Mean weights of good cells of either kind and of bad ones, and the AUROC of the prior."""
+    weights = SoftConfidentWeighter(prior=prior, spare=0.0).weights
+    result = {
+        "weight of the others": float(weights[~bad & ~minor].mean()),
+        "of the variant": float(weights[~bad & minor].mean()),
+    }
+    if bad.any():
+        result["of the bad"] = float(weights[bad].mean())
+        result["AUROC"] = curation_metrics(prior.numpy(), bad.numpy())["AUROC"]
+    return result
+
+
+if __name__ == "__main__":
+    main()
