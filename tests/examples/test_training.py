@@ -54,12 +54,12 @@ def test_a_stopped_run_resumes_bit_equal(tmp_path, method, stop_at):
     calls = []
 
     class Stopping(SimpleNet):
-        def losses(self, features):
+        def _confidence(self, features):  # of either kind of loss
             calls.append(1)
             steps = 8 if method == "paper" else 1
             if len(calls) > stop_at * steps:
                 raise StopError
-            return super().losses(features)
+            return super()._confidence(features)
 
     def stopping():
         return Stopping([6], (12, 12), hidden=16)
@@ -224,7 +224,7 @@ def test_ctrl_c_says_how_to_go_on_and_resume_ends_in_the_same_bits(
     root = tree(tmp_path / "data")
     run(root, tmp_path / "whole")
     calls = []
-    losses = SimpleNet.losses
+    losses = SimpleNet.loss_pairs
 
     def interrupted(self, features):
         calls.append(1)
@@ -232,11 +232,11 @@ def test_ctrl_c_says_how_to_go_on_and_resume_ends_in_the_same_bits(
             raise KeyboardInterrupt
         return losses(self, features)
 
-    monkeypatch.setattr(SimpleNet, "losses", interrupted)
+    monkeypatch.setattr(SimpleNet, "loss_pairs", interrupted)
     status, _ = run(root, tmp_path / "stopped")
     assert status == 130
     assert "--resume" in capsys.readouterr().err
-    monkeypatch.setattr(SimpleNet, "losses", losses)
+    monkeypatch.setattr(SimpleNet, "loss_pairs", losses)
     status, _ = run(root, tmp_path / "stopped", "--resume")
     assert status == 0
     states = [
