@@ -114,7 +114,8 @@ def write_report(
         "metrics": run.metrics,
         "highlights": run.highlights,
         "curves": _curves(run.history),
-        "threshold": _number(weighter.threshold),
+        # With a prior it is a threshold of the prior, not of what is shown.
+        "threshold": _number(weighter.threshold) if weighter.prior is None else None,
         "prior": weighter.prior is not None,
         "aspect": width / height,
         "pictures": pictures,

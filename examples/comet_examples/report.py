@@ -24,7 +24,7 @@ _KINDS = {
 def draw_weights(
     weighter: SoftConfidentWeighter, samples: Sequence[Sample], title: str, file: Path
 ) -> None:
-    """Histograms of the training set's suspicion, with the threshold, and of its weights.
+    """Histograms of the scores that the weights come from, with the threshold, and of the weights.
 
     Normal, bad and unknown pictures are told apart where there are several of these kinds.
 
@@ -43,8 +43,10 @@ def draw_weights(
         names = ("training pictures",)
     figure = Figure(figsize=(7, 2.6), layout="constrained")
     left, right = figure.subplots(1, 2)
+    scores = weighter.scores if weighter.prior is None else weighter.prior
+    basis = "anomaly score" if weighter.prior is None else "anomaly score before training (prior)"
     for axes, values, name in (
-        (left, weighter.suspicion().cpu().numpy(), "suspicion"),
+        (left, scores.cpu().numpy(), basis),
         (right, weighter.weights.cpu().numpy(), "weight in training"),
     ):
         groups = [values[kind] for kind in kinds.values()]
