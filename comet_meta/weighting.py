@@ -137,7 +137,7 @@ def posterior_weights(scores: Tensor, spare: float = 0.1) -> Weighting:
     values, counts = _summary(x)
     mixture = _fitted_mixture(values, counts, top.double())
     weights = _posterior(x.clamp_min_(mixture.mean), mixture)
-    anomalous = 1 - weights
+    anomalous = x.copy_(weights).neg_().add_(1)  # in memory that has served its turn
     weights.masked_fill_(scores > bound, 0)
     return Weighting(weights, _half_point(scores, weights), anomalous)
 
