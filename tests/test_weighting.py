@@ -530,3 +530,32 @@ def test_what_a_rule_computes_leaves_no_graph():
     weighter.fit(torch.arange(10.0))
     assert not weighter.weights.requires_grad
     assert not weighter.threshold.requires_grad
+
+
+def test_streamed_scores_that_are_not_finite_are_refused():
+    weighter = SoftConfidentWeighter(20)
+    with pytest.raises(ValueError, match="1 of 2 scores are NaN or infinite"):
+        weighter.update([0, 1], torch.tensor([1.0, torch.nan]))
+    with pytest.raises(TypeError, match="floating-point"):
+        weighter.update([0, 1], torch.tensor([1, 2]))
+
+
+def test_small_sets_are_fitted_sample_by_sample():
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.cat([torch.randn(300, generator=generator), 2 + 2 * torch.rand(60)]).double()
+    x = (scores - scores.median()).numpy()
+    x /= np.abs(x).mean()
+    top = x.max()
+    r = 0.05 + 0.9 * (x <= np.sort(x)[int(0.8 * len(x)) - 1])
+    for _ in range(100):
+        mean, share = (r * x).sum() / r.sum(), r.mean()
+        variance = (r * (x - mean) ** 2).sum() / r.sum() + 1e-3
+        z = np.maximum(x, mean)
+        normal, anomalous = (
+            share * np.exp(-((values - mean) ** 2) / (2 * variance)) / np.sqrt(2 * np.pi * variance)
+            for values in (x, z)
+        )
+        r = normal / (normal + (x >= 0) * (1 - share) / top)
+    expected = anomalous / (anomalous + (z >= 0) * (1 - share) / top)
+    found = posterior_weights(scores, spare=0.0).weights.numpy()
+    np.testing.assert_allclose(found, expected, atol=1e-6)
