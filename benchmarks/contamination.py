@@ -28,7 +28,6 @@ from pathlib import Path
 
 import numpy as np
 from ablation import CHOICES, GRID, SCORES
-from comet_examples.report import table
 from grid import (
     METHODS,
     BySeed,
@@ -38,7 +37,7 @@ from grid import (
     by_method,
     common_figures,
     finished,
-    overview,
+    print_tables,
     run_missing,
 )
 from memory_bank import greedy_memory, memory_bank, random_memory, soft_patch
@@ -89,7 +88,7 @@ def main() -> None:
     run_missing(bench, runs, options, tasks, variants, variant)
     for detector, task in itertools.product(options.detectors, tasks):
         chosen = finished(bench, runs, options, detector, task, variants)
-        print_tables(f"{detector}, {task}", chosen, options.noise, variants)
+        print_tables(f"{detector}, {task}", chosen, options.noise, variants, row)
 
 
 def variant(name: str) -> Variant:
@@ -118,23 +117,6 @@ def _parser() -> argparse.ArgumentParser:
         help="variants, or groups of them",
     )
     return parser
-
-
-def print_tables(
-    title: str,
-    chosen: dict[tuple[float, str], BySeed],
-    levels: Sequence[float],
-    variants: Sequence[str],
-) -> None:
-    """I-AUROC by variant and contamination, then every level with differences and cost."""
-    levels = [noise for noise in levels if any(chosen[noise, name] for name in variants)]
-    if not levels:
-        return
-    print(f"\n### {title}: I-AUROC\n")
-    print(table(overview(chosen, levels, variants)))
-    for noise in levels:
-        print(f"\n{title}, noise {noise:g}\n")
-        print(table([row(noise, name, chosen) for name in variants if chosen[noise, name]]))
 
 
 def row(noise: float, name: str, chosen: dict[tuple[float, str], BySeed]) -> dict[str, str | float]:

@@ -20,6 +20,7 @@ from comet_examples.experiment import Experiment
 from comet_examples.features import FeatureStore
 from comet_examples.metrics import curation_metrics
 from comet_examples.presets import preset_for
+from comet_examples.report import table
 from comet_examples.training import Method, TrainingSettings, Wrap, wrap
 from runs import Figures, Runs, spread
 
@@ -279,6 +280,25 @@ def overview(
                 row[f"noise {noise:g}"] = spread(run["I-AUROC"] for run in own.values())
         rows.append(row)
     return rows
+
+
+def print_tables(
+    title: str,
+    chosen: dict[tuple[float, str], BySeed],
+    levels: Sequence[float],
+    methods: Sequence[str],
+    row: Callable[[float, str, dict[tuple[float, str], BySeed]], dict[str, str | float]],
+) -> None:
+    """I-AUROC by method and contamination, then what ``row`` says of each method at every level."""
+    levels = [noise for noise in levels if any(chosen[noise, name] for name in methods)]
+    if not levels:
+        return
+    print(f"\n### {title}: I-AUROC\n")
+    print(table(overview(chosen, levels, methods)))
+    for noise in levels:
+        seeds = max(len(chosen[noise, name]) for name in methods)
+        print(f"\n{title}, noise {noise:g}, {seeds} seeds\n")
+        print(table([row(noise, name, chosen) for name in methods if chosen[noise, name]]))
 
 
 def common_figures(own: BySeed) -> list[str]:

@@ -10,11 +10,9 @@ disk (KSDD2: uncurated).
 import argparse
 import itertools
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from comet_examples.report import table
 from grid import (
     METHODS,
     Benchmark,
@@ -24,7 +22,7 @@ from grid import (
     by_method,
     common_figures,
     finished,
-    overview,
+    print_tables,
     run_missing,
 )
 from matplotlib.figure import Figure
@@ -39,7 +37,7 @@ def main() -> None:
     run_missing(bench, runs, options, tasks, options.methods, by_method)
     for detector, task in itertools.product(options.detectors, tasks):
         chosen = finished(bench, runs, options, detector, task, options.methods)
-        print_tables(f"{detector}, {task}", chosen, options.noise, options.methods)
+        print_tables(f"{detector}, {task}", chosen, options.noise, options.methods, _row)
     if options.figure:
         draw(bench, runs, options, tasks)
 
@@ -58,24 +56,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--figure", type=Path, help="PNG of I-AUROC against contamination")
     return parser
-
-
-def print_tables(
-    title: str,
-    chosen: dict[tuple[float, str], BySeed],
-    levels: Sequence[float],
-    methods: Sequence[str],
-) -> None:
-    """I-AUROC by method and contamination, then all figures of every level."""
-    levels = [noise for noise in levels if any(chosen[noise, method] for method in methods)]
-    if not levels:
-        return
-    print(f"\n### {title}: I-AUROC\n")
-    print(table(overview(chosen, levels, methods)))
-    for noise in levels:
-        seeds = max(len(chosen[noise, method]) for method in methods)
-        print(f"\n{title}, noise {noise:g}, {seeds} seeds\n")
-        print(table([_row(noise, method, chosen) for method in methods if chosen[noise, method]]))
 
 
 def _row(

@@ -30,8 +30,8 @@ class MemoryScorer:
             variants, large ones hold more bad samples.
         top: Patch distances that are averaged, >= 1; all where a sample has fewer.
         scale: How much a sample's distances are measured by those usual in the set, and not by its
-            own, > 0. ``math.inf``: by the former alone. That finds more where up to half of the
-            samples are bad, but takes a variant of less than a third of the samples for bad. Of no
+            own, > 0. ``math.inf``: by the former alone. That finds more where very many samples
+            are bad, but takes a variant of less than a third of the samples for bad. Of no
             effect with one patch a sample.
         max_patches: Most patches in a memory; a random choice of them where there are more. Bounds
             the time, which is draws * N * P * max_patches * C multiplications at the most.

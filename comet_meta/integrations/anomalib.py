@@ -170,10 +170,9 @@ class CoMetCallback(lightning.CoMetCallback):
 
     def _draw(self, index: Tensor) -> Tensor:
         """Rows of the batch that stay, each with the probability that its weight is, shape (K,)."""
-        assert self._comet is not None
-        assert self.weighter is not None
-        weights: Tensor = self.weighter(index)
-        generator = distributed.own_generator(self._comet.generator)
+        comet, weighter = self._started()
+        weights: Tensor = weighter(index)
+        generator = distributed.own_generator(comet.generator)
         weights = weights.cpu()
         rows = (torch.rand(len(weights), generator=generator) < weights).nonzero().flatten()
         if not len(rows) and distributed.world_size() > 1:  # every process has to take its step
@@ -184,13 +183,12 @@ class CoMetCallback(lightning.CoMetCallback):
         self, loss: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
         """The loss module's own value less what distrusted samples add to it."""
-        assert self.weighter is not None
-        assert self._positions is not None
+        _, weighter = self._started()
         if not loss.training or not torch.is_grad_enabled():
             return output
         self._weighed += 1
         size = len(self._positions)
-        if self.regularizer is None and bool((self.weighter(self._positions) == 1).all()):
+        if self.regularizer is None and bool((weighter(self._positions) == 1).all()):
             return output
         losses = torch.stack(
             [

@@ -103,7 +103,7 @@ class CoMetCallback(Callback):
         self.settings = settings
         self._comet: CoMetOptimizerWrapper | None = None
         self._saved: dict[str, Any] = {}
-        self._positions: Tensor | None = None
+        self._positions = torch.empty(0, dtype=torch.int64)  # of the batch
         self._steps = 0
         self._weighed = 0
         self._replaced: list[tuple[LightningModule, str]] = []
@@ -153,13 +153,13 @@ class CoMetCallback(Callback):
                 "self.manual_backward(...) the losses of shape (B,) instead of their mean"
             )
         self._steps, self._weighed = 0, 0
-        assert self.weighter is not None
+        _, weighter = self._started()
         if trainer.current_epoch + 1 < self.warm_up:
             return
         if self.scores is None:
-            self.weighter.fit()
+            weighter.fit()
         else:
-            self.weighter.fit(self._collect(self.scores, trainer, pl_module))
+            weighter.fit(self._collect(self.scores, trainer, pl_module))
 
     @override
     def on_exception(
@@ -194,6 +194,12 @@ class CoMetCallback(Callback):
                 "pass scores=lambda module, batch: ... (B,) anomaly scores"
             )
 
+    def _started(self) -> tuple[CoMetOptimizerWrapper, SoftConfidentWeighter]:
+        """Wrapper and weighter."""
+        if self._comet is None or self.weighter is None:
+            raise RuntimeError("training hasn't started: on_train_start wraps the optimizers")
+        return self._comet, self.weighter
+
     def _replace(self, module: LightningModule, name: str, by: Callable[..., Any]) -> None:
         original = getattr(module, name)
 
@@ -223,31 +229,30 @@ class CoMetCallback(Callback):
         losses = _losses_of(output)
         objective = self._objective(losses)
         if self.scores is None and module.current_epoch + 1 >= self.warm_up:
-            assert self.weighter is not None
-            self.weighter.update(index.cpu(), losses.detach().float().cpu())
+            _, weighter = self._started()
+            as_normal = losses if losses.dim() == 1 else losses[0]
+            weighter.update(index.cpu(), as_normal.detach().float().cpu())
         return {**output, "loss": objective} if isinstance(output, Mapping) else objective
 
     def _manual_backward(
         self, _: Any, original: Callable[..., Any], loss: Tensor, *args: Any, **kwargs: Any
     ) -> Any:
-        if loss.dim() == 1:
+        if loss.dim():
             loss = self._objective(loss)
         return original(loss, *args, **kwargs)
 
     def _objective(self, losses: Tensor) -> Tensor:
-        assert self._comet is not None
+        comet, _ = self._started()
         self._weighed += 1
-        return self._comet.objective(losses, self._positions)
+        return comet.objective(losses, self._positions)
 
     def _meta_step(self, step: Callable[[Any], Any], index: Tensor, batch: Any) -> Tensor:
         """The objective of the full method, with the meta-gradient as its gradient."""
-        assert self._comet is not None
+        comet, _ = self._started()
         self._weighed += 1
-        parameters = [p for group in self._comet.param_groups for p in group["params"]]
+        parameters = [p for group in comet.param_groups for p in group["params"]]
         earlier = [parameter.grad for parameter in parameters]  # with gradient accumulation
-        report = self._comet.step(
-            lambda rows: _losses_of(step(_take(batch, rows, len(index)))), index
-        )
+        report = comet.step(lambda rows: _losses_of(step(_take(batch, rows, len(index)))), index)
         gradients = [parameter.grad for parameter in parameters]
         for parameter, gradient in zip(parameters, earlier, strict=True):
             parameter.grad = gradient
@@ -339,7 +344,8 @@ def _loader(trainer: Trainer) -> DataLoader[Any]:
 
 def _losses_of(output: Any) -> Tensor:
     losses = output.get("losses", output.get("loss")) if isinstance(output, Mapping) else output
-    if not isinstance(losses, Tensor) or losses.dim() != 1:
+    paired = isinstance(losses, Tensor) and losses.dim() == 2 and len(losses) == 2
+    if not isinstance(losses, Tensor) or not (losses.dim() == 1 or paired):
         kind = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
         raise ValueError(
             f"training_step gave {kind} as losses; expected one for each sample: return "

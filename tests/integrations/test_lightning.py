@@ -156,6 +156,41 @@ def test_the_full_method_equals_a_plain_loop():
     assert_same(module, by_hand(step, meta="mldg", inner_lr=0.1), rtol=1e-5, atol=1e-6)
 
 
+class Paired(Module):
+    """Says also what a sample's loss is if it is anomalous."""
+
+    @staticmethod
+    def pairs(losses: torch.Tensor) -> torch.Tensor:
+        return torch.stack([losses, (50 - losses).relu()])
+
+    def training_step(self, batch, batch_idx):
+        return self.pairs(self.net.losses(batch))
+
+
+@pytest.mark.parametrize("scores", [True, False])
+def test_pairs_of_losses_equal_a_plain_loop(scores):
+    module = Paired()
+    fit(module, callback() if scores else callback(scores=None))
+    seen = []
+
+    def step(comet, net, index, batch):
+        losses = net.losses(batch)
+        comet.zero_grad()
+        comet.objective(Paired.pairs(losses), index).backward()
+        comet.step()
+        seen.append(losses.detach())
+        if not scores and len(seen) % 4 == 0 and len(seen) > 4:
+            comet.weighter.fit(torch.cat(seen[-4:]))
+
+    net = by_hand(step, scores=scores)
+    assert_same(module, net)
+    # The second row has had a say.
+    assert any(
+        not torch.equal(ours, theirs)
+        for ours, theirs in zip(net.parameters(), by_hand(drop_in).parameters(), strict=True)
+    )
+
+
 def test_training_losses_serve_as_scores():
     module = Module()
     fit(module, callback(scores=None))
