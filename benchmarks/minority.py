@@ -3,10 +3,12 @@
 Good monocrystalline cells make up the folder, good polycrystalline ones a minor share of it; with
 --noise, cells of either kind are bad. The weights come from MemoryScorer as in the examples, before
 training, nothing spared: what is asked is who is taken for bad. Mean weights over seeds (draws of
-the bad cells and of the variant's), for each --scale of MemoryScorer.
+the bad cells and of the variant's), by the default prior, a more cautious one, and one for folders
+of one product.
 """
 
 import argparse
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -22,6 +24,12 @@ from torch import Tensor
 
 from comet_meta import MemoryScorer, SoftConfidentWeighter
 
+_SCORERS = {
+    "scale=1": MemoryScorer(scale=1.0),
+    "default": MemoryScorer(),
+    "scale=inf": MemoryScorer(scale=math.inf),
+}
+
 
 def main() -> None:
     """Print the table."""
@@ -30,23 +38,22 @@ def main() -> None:
     )
     parser.add_argument("--shares", nargs="+", type=float, default=[0.05, 0.15, 0.3])
     parser.add_argument("--noise", nargs="+", type=float, default=[0.0, 0.1])
-    parser.add_argument("--scales", nargs="+", type=float, default=[2.0, float("inf")])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     options = parser.parse_args()
     bench = Benchmark(DEFAULT_BACKBONE, {}, "cpu", None)
     rows = []
     for share in options.shares:
         for noise in options.noise:
-            found: dict[float, list[dict[str, float]]] = {scale: [] for scale in options.scales}
+            found: dict[str, list[dict[str, float]]] = {name: [] for name in _SCORERS}
             for seed in options.seeds:
                 features, bad, minor = folder(bench, share, noise, seed)
-                for scale in options.scales:
-                    prior = memory_prior([[features]], MemoryScorer(scale=scale))
-                    found[scale].append(figures(prior, bad, minor))
+                for name, scorer in _SCORERS.items():
+                    prior = memory_prior([[features]], scorer)
+                    found[name].append(figures(prior, bad, minor))
             rows += [
-                {"variant": f"{share:.0%}", "bad": f"{noise:.0%}", "scale": f"{scale:g}"}
-                | {name: spread([run[name] for run in runs], 2) for name in runs[0]}
-                for scale, runs in found.items()
+                {"variant": f"{share:.0%}", "bad": f"{noise:.0%}", "prior": name}
+                | {figure: spread([run[figure] for run in runs], 2) for figure in runs[0]}
+                for name, runs in found.items()
             ]
     print(table(rows))
 

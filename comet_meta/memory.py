@@ -17,9 +17,9 @@ class MemoryScorer:
     explains itself away; a bad sample needs another one like it in most memories to look normal.
 
     A rare variant of the product is far from most memories too, but in all of its patches, where a
-    defect shows in some. So distances are divided by m + scale * M: m is the median over the
-    sample's own patches, M the median of m over samples. What counts is how far a sample's strange
-    patches stand out from its others.
+    defect shows in some. So distances are divided by m + scale * M: m is the upper quartile
+    over the sample's own patches, M the median of m over samples. What counts is how far a sample's
+    strange patches stand out from its others.
 
     Use the scores as the ``prior`` of a :class:`~comet_meta.SoftConfidentWeighter`. A few dozen
     patches a sample are enough: average finer ones first.
@@ -30,9 +30,9 @@ class MemoryScorer:
             variants, large ones hold more bad samples.
         top: Patch distances that are averaged, >= 1; all where a sample has fewer.
         scale: How much a sample's distances are measured by those usual in the set, and not by its
-            own, > 0. ``math.inf``: by the former alone. That finds more where very many samples
-            are bad, but takes a variant of less than a third of the samples for bad. Of no
-            effect with one patch a sample.
+            own, > 0. ``math.inf``: by the former alone. That finds a little more in folders of one
+            product, but takes a variant of less than a third of the samples for bad. Of no effect
+            with one patch a sample.
         max_patches: Most patches in a memory; a random choice of them where there are more. Bounds
             the time, which is draws * N * P * max_patches * C multiplications at the most.
         seed: Of the random choices.
@@ -58,7 +58,7 @@ class MemoryScorer:
         draws: int = 8,
         share: float = 0.25,
         top: int = 5,
-        scale: float = 2.0,
+        scale: float = 1.5,
         max_patches: int = 8192,
         seed: int = 0,
     ) -> None:
@@ -139,7 +139,7 @@ class MemoryScorer:
         highest = distances.topk(min(self.top, patches), dim=1).values.mean(dim=1)
         if patches == 1:
             return highest
-        own = distances.median(dim=1).values
+        own = distances.kthvalue(max(1, 3 * patches // 4), dim=1).values
         usual = own.median()
         usual = usual.where(usual > 0, 1)  # copies of each other
         if math.isinf(self.scale):

@@ -1,6 +1,5 @@
 """Soft confident learning: how far each training sample can be trusted, from its anomaly score."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -9,16 +8,13 @@ from torch import Tensor, nn
 
 from comet_meta import distributed
 from comet_meta.checks import as_index
+from comet_meta.mixture import EXACT_SAMPLES, Mixture, summary
 
 RuleName = Literal["posterior", "hard", "ratio"]
 Rule = Callable[[Tensor], Tensor]
 """A custom rule: finite scores (N,) -> weights (N,) in [0, 1]."""
 
 _MIN_SAMPLES = 8
-_EM_STEPS = 100
-_MIN_VARIANCE = 1e-3  # keeps the normal density from collapsing onto one sample
-_EXACT_SAMPLES = 2**14
-_BINS = 2**13
 
 
 class Weighting(NamedTuple):
@@ -108,12 +104,18 @@ def posterior_weights(scores: Tensor, spare: float = 0.1) -> Weighting:
     Up to the centre of the normal density all samples have the posterior of the centre; above it
     the posterior falls with the score.
 
+    Scores of normal samples alone are never quite normally distributed either, least of all where
+    there are several kinds of them, and a mixture always fits better. So the posterior is averaged
+    over both answers to whether there are bad samples at all: the mixture counts by the odds that
+    its likelihood gives it over a single normal density, after a handicap of 8 nats. Where it gains
+    no more than that, nobody is taken for bad.
+
     Where bad samples score much like normal ones, no fit can tell how many there are. Training
     loses little by a tenth less of the samples, but much by bad ones: so the highest scores get
     weight 0 whatever the fit says.
 
     More than 16,384 scores are fitted by their histogram of 8,192 bins, which changes no weight by
-    more than 0.001; time and memory stay linear in N.
+    more than 0.001 (0.005 where the odds are even); time and memory stay linear in N.
 
     Args:
         scores: Anomaly scores, shape (N,), not all equal.
@@ -134,9 +136,11 @@ def posterior_weights(scores: Tensor, spare: float = 0.1) -> Weighting:
     top = x.max()
     if top == 0:  # nothing lies above the median
         return Weighting(torch.ones_like(scores), scores.max(), torch.zeros_like(scores))
-    values, counts = _summary(x)
-    mixture = _fitted_mixture(values, counts, top.double())
-    weights = _posterior(x.clamp_min_(mixture.mean), mixture)
+    values, counts = summary(x)
+    mixture = Mixture.fitted(values, counts, top.double())
+    there_are_bad = mixture.evidence(values, counts).to(x)
+    weights = mixture.posterior(x.clamp_min_(mixture.mean))
+    weights.sub_(1).mul_(there_are_bad).add_(1)
     anomalous = x.copy_(weights).neg_().add_(1)  # in memory that has served its turn
     weights.masked_fill_(scores > bound, 0)
     return Weighting(weights, _half_point(scores, weights), anomalous)
@@ -158,56 +162,9 @@ def standardized(scores: Tensor) -> Tensor:
     centred = scores - scores.median()
     # In double precision, so that a permutation of the samples doesn't change the rounding; among
     # very many samples that isn't worth the memory.
-    precise = torch.float64 if len(scores) <= _EXACT_SAMPLES else None
+    precise = torch.float64 if len(scores) <= EXACT_SAMPLES else None
     deviation = centred.abs().mean(dtype=precise)
     return centred.div_(deviation.where(deviation > 0, 1))
-
-
-class _Mixture(NamedTuple):
-    """A normal density with its share, and a uniform one on [0, top]; tensors of shape ()."""
-
-    share: Tensor
-    mean: Tensor
-    variance: Tensor
-    top: Tensor
-
-
-def _posterior(x: Tensor, mixture: _Mixture) -> Tensor:
-    """P(normal | x), shape of x."""
-    share, mean, variance, top = (value.to(x) for value in mixture)
-    normal = (x - mean).square_().div_(-2 * variance).exp_()
-    normal.mul_(share / (math.tau * variance).sqrt())
-    anomalous = (x >= 0).to(x).mul_((1 - share) / top)
-    return normal.div_(anomalous.add_(normal).clamp_min_(torch.finfo(x.dtype).tiny))
-
-
-def _fitted_mixture(values: Tensor, counts: Tensor, top: Tensor) -> _Mixture:
-    """Expectation-maximisation on values (M,) that occur counts (M,) times, values ascending."""
-    total = counts.sum()
-    lower_part = counts.cumsum(0) <= 0.8 * total
-    responsibility = 0.05 + 0.9 * lower_part.double()
-    for _ in range(_EM_STEPS):
-        normal = counts * responsibility
-        size = normal.sum()
-        mean = (normal * values).sum() / size
-        variance = (normal * (values - mean).square()).sum() / size + _MIN_VARIANCE
-        mixture = _Mixture(size / total, mean, variance, top)
-        responsibility = _posterior(values, mixture)
-    return mixture
-
-
-def _summary(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Ascending values (M,) and how often they occur, (M,), in double precision."""
-    if len(x) <= _EXACT_SAMPLES:
-        # In order, so that a permutation of the samples doesn't change the sums' rounding.
-        values = x.double().sort().values
-        return values, torch.ones_like(values)
-    # Bins that grow with the distance from the median: no outlier makes all others share one.
-    counts = torch.histc(x.abs().add_(1).reciprocal_().mul_(x), _BINS, min=-1, max=1).double()
-    edges = torch.linspace(-1, 1, _BINS + 1, dtype=torch.float64, device=x.device)
-    centres = (edges[1:] + edges[:-1]) / 2
-    filled = counts > 0
-    return (centres / (1 - centres.abs()))[filled], counts[filled]
 
 
 def _half_point(scores: Tensor, weights: Tensor) -> Tensor:

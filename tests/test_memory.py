@@ -33,7 +33,7 @@ def test_scores_equal_an_independent_nearest_neighbour_search():
         inside, outside = order[:6], order[6:]
         search = NearestNeighbors(n_neighbors=1).fit(features[inside].flatten(0, 1).numpy())
         distances = np.sort([search.kneighbors(features[i].numpy())[0].ravel() for i in outside])
-        own = distances[:, 2]
+        own = distances[:, 2]  # three of five are no larger
         usual = np.sort(own)[2]  # the lower of the two in the middle of six
         totals[outside] += distances[:, -3:].mean(axis=1) * 2.5 / (own + 1.5 * usual)
         seen[outside] += 1

@@ -321,7 +321,7 @@ def test_a_histogram_of_many_scores_gives_the_weights_of_the_scores_themselves(m
     scores[:2000] += 5
     scores[0] = 1e6  # one stray score must not make all others share a bin
     binned = posterior_weights(scores).weights
-    monkeypatch.setattr("comet_meta.weighting._EXACT_SAMPLES", 10**6)
+    monkeypatch.setattr("comet_meta.mixture.EXACT_SAMPLES", 10**6)
     torch.testing.assert_close(binned, posterior_weights(scores).weights, atol=1e-3, rtol=0)
 
 
