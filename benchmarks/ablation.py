@@ -84,7 +84,9 @@ def chosen(
     def optimizer_for(
         detector: Detector, data: FeatureRows, _: TrainingSettings
     ) -> CoMetOptimizerWrapper:
-        weighter = SoftConfidentWeighter(prior=memory_prior(data.batches(), scorer), spare=spare)
+        weighter = SoftConfidentWeighter(
+            prior=memory_prior(data.batches(), len(data), scorer), spare=spare
+        )
         return CoMetOptimizerWrapper(
             detector.optimizers(),
             weighter=weighter,
@@ -116,7 +118,7 @@ def scored(
     def optimizer_for(
         detector: Detector, data: FeatureRows, _: TrainingSettings
     ) -> CoMetOptimizerWrapper:
-        memory = standardized(memory_prior(data.batches())) if prior else None
+        memory = standardized(memory_prior(data.batches(), len(data))) if prior else None
 
         def source() -> Tensor:
             own = _scores(detector, data, score or _score)

@@ -48,7 +48,7 @@ def main() -> None:
             for seed in options.seeds:
                 features, bad, minor = folder(bench, share, noise, seed)
                 for name, scorer in _SCORERS.items():
-                    prior = memory_prior([[features]], scorer)
+                    prior = memory_prior([[features]], len(features), scorer)
                     found[name].append(figures(prior, bad, minor))
             rows += [
                 {"variant": f"{share:.0%}", "bad": f"{noise:.0%}", "prior": name}

@@ -12,7 +12,7 @@ EXACT_SAMPLES = 2**14
 _BINS = 2**13
 _EM_STEPS = 100
 _MIN_VARIANCE = 1e-3  # keeps the normal density from collapsing onto one sample
-_HANDICAP = 8.0  # nats
+_HANDICAP = 7.0  # nats
 
 
 class Mixture(NamedTuple):

@@ -107,12 +107,12 @@ def posterior_weights(scores: Tensor, spare: float = 0.1) -> Weighting:
     Scores of normal samples alone are never quite normally distributed either, least of all where
     there are several kinds of them, and a mixture always fits better. So the posterior is averaged
     over both answers to whether there are bad samples at all: the mixture counts by the odds that
-    its likelihood gives it over a single normal density, after a handicap of 8 nats. Where it gains
-    no more than that, nobody is taken for bad.
+    its likelihood gives it over a single normal density, after a handicap of 7 nats. Where it gains
+    less than that, all weights are nearly 1.
 
     Where bad samples score much like normal ones, no fit can tell how many there are. Training
     loses little by a tenth less of the samples, but much by bad ones: so the highest scores get
-    weight 0 whatever the fit says.
+    weight 0 whatever the fit says, if there are bad samples at all.
 
     More than 16,384 scores are fitted by their histogram of 8,192 bins, which changes no weight by
     more than 0.001 (0.005 where the odds are even); time and memory stay linear in N.
@@ -142,7 +142,7 @@ def posterior_weights(scores: Tensor, spare: float = 0.1) -> Weighting:
     weights = mixture.posterior(x.clamp_min_(mixture.mean))
     weights.sub_(1).mul_(there_are_bad).add_(1)
     anomalous = x.copy_(weights).neg_().add_(1)  # in memory that has served its turn
-    weights.masked_fill_(scores > bound, 0)
+    weights.masked_fill_(scores > bound, 1 - there_are_bad)
     return Weighting(weights, _half_point(scores, weights), anomalous)
 
 

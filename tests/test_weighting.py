@@ -308,11 +308,17 @@ def test_a_prior_that_does_not_fit_gets_a_sentence():
 
 
 def test_the_most_suspicious_tenth_is_spared_whatever_the_fit_says():
-    scores = torch.linspace(0, 1, 101)
+    normal = torch.special.ndtri(torch.linspace(0.005, 0.995, 96))
+    scores = torch.cat([normal, torch.linspace(5, 9, 5)])
     weights, unspared = fitted(scores), fitted(scores, spare=0.0)
     assert weights[91:].tolist() == [0] * 10
-    assert unspared[91:].min() > 0
+    assert unspared[91:96].min() > 0.1
     assert torch.equal(weights[:91], unspared[:91])
+
+
+def test_nobody_is_spared_where_nobody_is_bad():
+    scores = torch.special.ndtri(torch.linspace(0.005, 0.995, 101))
+    assert fitted(scores).min() > 0.99
 
 
 def test_a_histogram_of_many_scores_gives_the_weights_of_the_scores_themselves(monkeypatch):

@@ -1,5 +1,6 @@
 """Who is bad? A first guess from frozen features, before any training."""
 
+import math
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -9,24 +10,30 @@ from torch import Tensor
 from comet_examples.detectors.statistics import FeatureScaler
 from comet_meta import MemoryScorer
 
-_GRID = 6
+_SIDE = 6
+_PATCHES = 20_000
 
 
-def memory_prior(batches: Iterable[Sequence[Tensor]], scorer: MemoryScorer | None = None) -> Tensor:
+def memory_prior(
+    batches: Iterable[Sequence[Tensor]], count: int, scorer: MemoryScorer | None = None
+) -> Tensor:
     """Anomaly scores of a training set by :class:`~comet_meta.MemoryScorer`.
 
-    Every channel is standardised over the training set; levels are averaged down to 6 x 6 patches,
-    which takes a fraction of the time of finer ones.
+    Every channel is standardised over the training set. Time grows with the square of the number of
+    patches, so levels are averaged down to at most 20,000 of them over the set, but no coarser than
+    6 x 6 in a picture: small sets, where each picture counts, get finer ones.
 
     Args:
         batches: The training set's features in order, levels (B, C, h, w) each.
+        count: Of the pictures, >= 2.
         scorer: With settings of one's own.
 
     Returns:
         Scores, higher = more anomalous, shape (N,). A picture whose features are not all finite
         gets the highest score.
     """
-    patches = torch.cat([_patches(levels) for levels in batches])
+    side = max(_SIDE, math.isqrt(_PATCHES // count))
+    patches = torch.cat([_patches(levels, side) for levels in batches])
     whole = patches.isfinite().flatten(1).all(dim=1)
     scores = torch.full((len(patches),), torch.nan)
     scores[whole] = _scores(patches[whole], scorer or MemoryScorer())
@@ -41,7 +48,7 @@ def _scores(patches: Tensor, scorer: MemoryScorer) -> Tensor:
     return scorer(scaled.flatten(2).transpose(1, 2))
 
 
-def _patches(levels: Sequence[Tensor]) -> Tensor:
-    """All levels on one coarse grid, shape (B, C, 6, 6), or less where the levels are smaller."""
-    height, width = (min(_GRID, side) for side in levels[-1].shape[-2:])
+def _patches(levels: Sequence[Tensor], side: int) -> Tensor:
+    """All levels on one coarse grid, (B, C, side, side), or less where the levels are smaller."""
+    height, width = (min(side, length) for length in levels[-1].shape[-2:])
     return torch.cat([F.adaptive_avg_pool2d(level, (height, width)) for level in levels], dim=1)

@@ -121,7 +121,7 @@ def wrap(
     options: dict[str, Any] = {} if settings.meta is None else {"meta": settings.meta}
     if settings.strength > 0:
         options["regularizer"] = CovarianceMetaRegularizer(settings.strength)
-    weighter = SoftConfidentWeighter(prior=memory_prior(data.batches()))
+    weighter = SoftConfidentWeighter(prior=memory_prior(data.batches(), len(data)))
     return CoMetOptimizerWrapper(optimizers, weighter=weighter, model=model, **options)
 
 

@@ -17,9 +17,6 @@ from comet_examples.detectors.maps import image_scores, smooth_maps
 from comet_examples.detectors.statistics import FeatureScaler
 from comet_examples.features import PyramidFeatures
 
-_EXPOSED = 0.1  # share of an anomalous picture's positions
-_EXPOSED_SCORE = 2.0  # that is asked of them
-
 
 class Coupling(nn.Module):
     """An invertible step: shuffle the channels, then scale and shift half of them.
@@ -203,23 +200,11 @@ class FastFlow(nn.Module):
         Returns:
             Losses, shape (B,).
         """
-        return self._nats(self._latents(features))
-
-    def loss_pairs(self, features: Sequence[Tensor]) -> Tensor:
-        """Losses of pictures taken as normal, and taken as anomalous.
-
-        Of an anomalous picture only a part shows it: the loss asks for a score (half a mean square,
-        about 1/2 in normal pictures) of 2 or more at the tenth of the positions with the highest.
-
-        Args:
-            features: Levels (B, C, h, w), finest first.
-
-        Returns:
-            Losses, shape (2, B).
-        """
         latents = self._latents(features)
-        short = [self._shortfall(_energy(z).flatten(1)) for z, _ in latents]
-        return torch.stack([self._nats(latents), torch.stack(short).mean(dim=0)])
+        nats = [
+            -_log_likelihood(z, log_determinant).sum(dim=(1, 2)) for z, log_determinant in latents
+        ]
+        return torch.stack(nats).sum(dim=0) / sum(z[0].numel() for z, _ in latents)
 
     def level_scores(self, features: Sequence[Tensor]) -> list[Tensor]:
         """Anomaly scores by position.
@@ -252,19 +237,6 @@ class FastFlow(nn.Module):
     def _latents(self, features: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
         """Latents (B, C, h, w) and log-determinants (B, h, w) of each level."""
         return [flow(x) for flow, x in zip(self.flows, self.scaler(features), strict=True)]
-
-    @staticmethod
-    def _shortfall(energies: Tensor) -> Tensor:
-        """What the highest of a level's scores (B, h * w) lack to be an anomaly's, shape (B,)."""
-        highest = energies.topk(max(1, round(_EXPOSED * energies.shape[1])), dim=1).values
-        return F.relu(_EXPOSED_SCORE - highest).mean(dim=1)
-
-    @staticmethod
-    def _nats(latents: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-        nats = [
-            -_log_likelihood(z, log_determinant).sum(dim=(1, 2)) for z, log_determinant in latents
-        ]
-        return torch.stack(nats).sum(dim=0) / sum(z[0].numel() for z, _ in latents)
 
     def optimizers(self) -> list[Optimizer]:
         """The paper's: Adam with weight decay 1e-5."""
