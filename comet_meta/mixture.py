@@ -12,7 +12,7 @@ EXACT_SAMPLES = 2**14
 _BINS = 2**13
 _EM_STEPS = 100
 _MIN_VARIANCE = 1e-3  # keeps the normal density from collapsing onto one sample
-_HANDICAP = 7.0  # nats
+_HANDICAP = 5.0  # nats
 
 
 class Mixture(NamedTuple):
@@ -59,8 +59,8 @@ class Mixture(NamedTuple):
     def evidence(self, values: Tensor, counts: Tensor) -> Tensor:
         """Probability that the values come from a mixture, and not from a normal density alone.
 
-        The odds are the ratio of the likelihoods, less a handicap: values of one population are
-        never quite normal, and two densities always fit better than one.
+        Values of one population are never quite normal, and two densities always fit better than
+        one: hence the handicap.
 
         Args:
             values: Those that the mixture was fitted to, shape (M,).
@@ -69,13 +69,17 @@ class Mixture(NamedTuple):
         Returns:
             Shape ().
         """
+        return (self.gain(values, counts) - _HANDICAP).sigmoid()
+
+    def gain(self, values: Tensor, counts: Tensor) -> Tensor:
+        """Log-likelihood of the mixture less that of a normal density alone, in nats, shape ()."""
         total = counts.sum()
         mean = (counts * values).sum() / total
         variance = (counts * (values - mean).square()).sum() / total + _MIN_VARIANCE
         alone = -((values - mean).square() / variance + (math.tau * variance).log()) / 2
         normal, anomalous = self._densities(values)
         together = (normal + anomalous).clamp_min(torch.finfo(values.dtype).tiny).log()
-        return ((counts * (together - alone)).sum() - _HANDICAP).sigmoid()
+        return (counts * (together - alone)).sum()
 
     def _densities(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The normal and the uniform density by their shares, both of the shape of x."""

@@ -107,7 +107,7 @@ def posterior_weights(scores: Tensor, spare: float = 0.1) -> Weighting:
     Scores of normal samples alone are never quite normally distributed either, least of all where
     there are several kinds of them, and a mixture always fits better. So the posterior is averaged
     over both answers to whether there are bad samples at all: the mixture counts by the odds that
-    its likelihood gives it over a single normal density, after a handicap of 7 nats. Where it gains
+    its likelihood gives it over a single normal density, after a handicap of 5 nats. Where it gains
     less than that, all weights are nearly 1.
 
     Where bad samples score much like normal ones, no fit can tell how many there are. Training

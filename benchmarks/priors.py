@@ -1,0 +1,73 @@
+"""What is known of each training set before training, by its prior and the mixture fitted to it.
+
+For each data set and share of bad pictures: the gain in log-likelihood of the mixture over a normal
+density alone (in nats; the weights react from 5), mean weights of the good and of the bad, nothing
+spared, and how well the prior tells them apart (AUROC). Means over seeds (draws of the bad).
+"""
+
+import argparse
+
+import torch
+from comet_examples.backbones import DEFAULT_BACKBONE
+from comet_examples.curation import memory_prior
+from comet_examples.datasets import bad_samples
+from comet_examples.metrics import curation_metrics
+from comet_examples.report import table
+from grid import Benchmark
+from runs import spread
+from torch import Tensor
+
+from comet_meta import SoftConfidentWeighter
+from comet_meta.mixture import Mixture, summary
+from comet_meta.weighting import standardized
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--tasks", nargs="+", default=["elpv/mono", "elpv/poly"])
+    parser.add_argument("--root", nargs="+", default=[], metavar="NAME=FOLDER")
+    parser.add_argument("--noise", nargs="+", type=float, default=[0.0, 0.1, 0.2, 0.4])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
+    options = parser.parse_args()
+    roots = dict(item.split("=", 1) for item in options.root)
+    bench = Benchmark(DEFAULT_BACKBONE, roots, "cpu", None)
+    rows = []
+    for task in options.tasks:
+        for noise in options.noise:
+            runs = [figures(bench, task, noise, seed) for seed in options.seeds]
+            rows.append(
+                {"data set": task, "bad": f"{noise:.0%}"}
+                | {name: spread([run[name] for run in runs], 2) for name in runs[0]}
+            )
+    print(table(rows))
+
+
+def figures(bench: Benchmark, task: str, noise: float, seed: int) -> dict[str, float]:
+    """What the prior says of one draw."""
+    experiment = bench.experiment("simplenet", task)
+    samples = experiment.split(noise, seed).train
+    bad = torch.from_numpy(bad_samples(samples))
+    prior = memory_prior(experiment.rows(samples).batches(), len(samples))
+    weights = SoftConfidentWeighter(prior=prior, spare=0.0).weights
+    result = {
+        "pictures": float(len(samples)),
+        "gain": gain(prior),
+        "weight of good": float(weights[~bad].mean()),
+    }
+    if bad.any():
+        result["of bad"] = float(weights[bad].mean())
+        result["AUROC"] = curation_metrics(prior.numpy(), bad.numpy())["AUROC"]
+    return result
+
+
+def gain(scores: Tensor) -> float:
+    """What a mixture explains of scores (N,) better than a normal density alone, in nats."""
+    values, counts = summary(standardized(scores))
+    return float(Mixture.fitted(values, counts, values[-1]).gain(values, counts))
+
+
+if __name__ == "__main__":
+    main()
