@@ -318,7 +318,7 @@ def test_the_most_suspicious_tenth_is_spared_whatever_the_fit_says():
 
 def test_nobody_is_spared_where_nobody_is_bad():
     scores = torch.special.ndtri(torch.linspace(0.005, 0.995, 101))
-    assert fitted(scores).min() > 0.99
+    assert fitted(scores).min() > 0.98
 
 
 def test_a_histogram_of_many_scores_gives_the_weights_of_the_scores_themselves(monkeypatch):
