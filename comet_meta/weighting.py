@@ -210,7 +210,7 @@ class SoftConfidentWeighter(nn.Module):
             from finite scores (N,) to weights (N,) in [0, 1].
         kappa: Width of the fence of ``"hard"`` and ``"ratio"``, >= 0 (paper: 1.5).
         spare: Share of the samples, those of the highest scores, that get weight 0 by
-            ``"posterior"`` whatever the scores look like, in [0, 1).
+            ``"posterior"`` where there is evidence of bad samples, in [0, 1).
         momentum: Share of a sample's earlier score that stays when a new one comes, in [0, 1).
         prior: Anomaly scores of the training set from elsewhere, shape (N,), for instance of a
             :class:`~comet_meta.MemoryScorer`. Weights then come from them alone and stay as they
