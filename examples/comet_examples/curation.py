@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from comet_examples.detectors.statistics import FeatureScaler
+from comet_examples.features import patch_features
 from comet_meta import MemoryScorer
 
 _SIDE = 6
@@ -19,12 +20,14 @@ def memory_prior(
 ) -> Tensor:
     """Anomaly scores of a training set by :class:`~comet_meta.MemoryScorer`.
 
-    Every channel is standardised over the training set. Time grows with the square of the number of
-    patches, so levels are averaged down to at most 20,000 of them over the set, but no coarser than
-    6 x 6 in a picture: small sets, where each picture counts, get finer ones.
+    Whatever levels a detector looks at, the prior sees the same: several are first made into patch
+    features. Every channel is standardised over the training set. Time grows with the square of the
+    number of patches, so features are averaged down to at most 20,000 of them over the set, but no
+    coarser than 6 x 6 in a picture: small sets, where each picture counts, get finer ones.
 
     Args:
-        batches: The training set's features in order, levels (B, C, h, w) each.
+        batches: The training set's features in order, patch features as their only level
+            (B, C, h, w), or the levels of a backbone.
         count: Of the pictures, >= 2.
         scorer: With settings of one's own.
 
@@ -49,6 +52,7 @@ def _scores(patches: Tensor, scorer: MemoryScorer) -> Tensor:
 
 
 def _patches(levels: Sequence[Tensor], side: int) -> Tensor:
-    """All levels on one coarse grid, (B, C, side, side), or less where the levels are smaller."""
-    height, width = (min(side, length) for length in levels[-1].shape[-2:])
-    return torch.cat([F.adaptive_avg_pool2d(level, (height, width)) for level in levels], dim=1)
+    """Patch features on a coarse grid, (B, C, side, side), or less where the level is smaller."""
+    level = levels[0] if len(levels) == 1 else patch_features(levels)
+    height, width = (min(side, length) for length in level.shape[-2:])
+    return F.adaptive_avg_pool2d(level, (height, width))

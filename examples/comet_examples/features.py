@@ -68,24 +68,52 @@ class PyramidFeatures(FeatureExtractor):
         return levels
 
 
-class PatchFeatures(FeatureExtractor):
-    """Neighbourhood-aggregated features of two levels, as in PatchCore and SimpleNet.
+def patch_features(levels: Sequence[Tensor]) -> Tensor:
+    """Neighbourhood-aggregated features, as in PatchCore and SimpleNet.
 
     Each position of a level is described by its 3 x 3 neighbourhood (C * 9 numbers), averaged
     down to ``dim``; the coarser level is resized to the finer grid; both are averaged down to
     ``dim`` together.
 
     Args:
-        backbone: The frozen backbone.
+        levels: Of a backbone, (B, C, h, w), finest first.
 
-    ``dim`` is min(1536, sum of the levels' channels): 1536 for WRN50-2, as in the papers.
+    Returns:
+        Features on the finest level's grid, shape (B, dim, h, w), where dim = min(1536, sum of the
+        levels' channels): 1536 for WRN50-2, as in the papers.
 
     Source: Roth et al.: Towards total recall in industrial anomaly detection, CVPR 2022; Liu et
     al.: SimpleNet, CVPR 2023.
     """
+    dim = _patch_dim([level.shape[1] for level in levels])
+    grid = levels[0].shape[-2:]
+    described = [
+        _pooled(F.unfold(level, 3, padding=1), dim).unflatten(2, level.shape[-2:])
+        for level in levels
+    ]
+    # Averaging channels commutes with resizing the grid; this way round it's far cheaper.
+    resized = [F.interpolate(x, size=grid, mode="bilinear") for x in described]
+    return _pooled(torch.cat(resized, dim=1).flatten(2), dim).unflatten(2, grid)
+
+
+def _patch_dim(channels: Sequence[int]) -> int:
+    return min(_MAX_DIM, sum(channels))
+
+
+def _pooled(x: Tensor, dim: int) -> Tensor:
+    """(B, C, L) to (B, dim, L)."""
+    return F.adaptive_avg_pool1d(x.transpose(1, 2), dim).transpose(1, 2)
+
+
+class PatchFeatures(FeatureExtractor):
+    """The backbone's levels as one level of patch features: :func:`patch_features`.
+
+    Args:
+        backbone: The frozen backbone.
+    """
 
     def __init__(self, backbone: Backbone) -> None:
-        self.dim = min(_MAX_DIM, sum(backbone.channels))
+        self.dim = _patch_dim(backbone.channels)
         super().__init__(backbone, [self.dim], f"patch3-dim{self.dim}")
 
     @torch.no_grad()
@@ -98,18 +126,7 @@ class PatchFeatures(FeatureExtractor):
         Returns:
             One level, on the finer level's grid, shape (B, dim, h, w).
         """
-        levels = [self._neighbourhoods(level) for level in self.backbone(images)]
-        # Averaging channels commutes with resizing the grid; this way round it's far cheaper.
-        grid = levels[0].shape[-2:]
-        levels = [F.interpolate(x, size=grid, mode="bilinear") for x in levels]
-        return [self._pooled(torch.cat(levels, dim=1).flatten(2)).unflatten(2, grid)]
-
-    def _neighbourhoods(self, level: Tensor) -> Tensor:
-        return self._pooled(F.unfold(level, 3, padding=1)).unflatten(2, level.shape[-2:])
-
-    def _pooled(self, x: Tensor) -> Tensor:
-        """(B, C, L) to (B, dim, L)."""
-        return F.adaptive_avg_pool1d(x.transpose(1, 2), self.dim).transpose(1, 2)
+        return [patch_features(self.backbone(images))]
 
 
 class FeatureStore:

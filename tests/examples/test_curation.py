@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from comet_examples.backbones import load_backbone
 from comet_examples.curation import memory_prior
+from comet_examples.features import PatchFeatures, PyramidFeatures
 
 from comet_meta import MemoryScorer
 
@@ -33,3 +35,14 @@ def test_a_small_defect_is_found_in_a_small_set():
     assert sorted(scores.topk(3).indices.tolist()) == [0, 1, 2]
     # In patches of 4 x 4 positions it is lost.
     assert sorted(memory_prior([[features]], 600).topk(3).indices.tolist()) != [0, 1, 2]
+
+
+def test_the_prior_does_not_depend_on_the_detector():
+    generator = torch.Generator().manual_seed(0)
+    images = 255 * torch.rand(12, 3, 64, 64, generator=generator)
+    backbone = load_backbone("resnet10t", "random")
+    priors = [
+        memory_prior([extractor(backbone).eval()(images)], len(images))
+        for extractor in (PatchFeatures, PyramidFeatures)
+    ]
+    torch.testing.assert_close(*priors)
