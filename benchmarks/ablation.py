@@ -2,17 +2,21 @@
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, cast, get_args
 
 import torch
+import torch.nn.functional as F
 from comet_examples.curation import memory_prior
 from comet_examples.detectors import Detector, FastFlow, SimpleNet
-from comet_examples.training import FeatureRows, TrainingSettings, wrap
-from grid import Trial, Variant, trained
+from comet_examples.training import FeatureRows, TrainingSettings, train, wrap
+from grid import Trial, Variant, trained, weighting_figures
+from rivals import judged
+from runs import Figures
 from timed import TimedWeighter
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from comet_meta import (
     CoMetOptimizerWrapper,
@@ -68,6 +72,80 @@ def relative_strength(detector: Detector, data: FeatureRows) -> float:
     cast("nn.Module", detector).eval()
     loss = _scores(detector, data, _loss).mean()
     return abs(float(loss)) / square
+
+
+class Patchwise(nn.Module):
+    """SimpleNet whose likely bad pictures keep their least anomalous patches as normal ones.
+
+    The second of a pair of losses is the first without the patches that the detector finds the
+    most anomalous, as many as it would expose: with an exposure of 1 the objective has weight 1 for
+    all other patches, and the weight of the picture for these.
+
+    Args:
+        detector: What to train.
+    """
+
+    def __init__(self, detector: SimpleNet) -> None:
+        super().__init__()
+        self.detector = detector
+
+    def fit_statistics(self, batches: Iterable[Sequence[Tensor]]) -> None:
+        """Learn what the detector must know before training."""
+        self.detector.fit_statistics(batches)
+
+    def losses(self, features: Sequence[Tensor]) -> Tensor:
+        """Those of the detector, shape (B,)."""
+        return self.detector.losses(features)
+
+    def loss_pairs(self, features: Sequence[Tensor]) -> Tensor:
+        """Losses over all patches, and over the least anomalous alone, shape (2, B)."""
+        real, fake = self.detector._confidence(features)
+        by_patch = F.relu(self.detector.margin - real) + F.relu(self.detector.margin + fake)
+        patches = real.shape[1]
+        kept = real.topk(patches - round(self.detector.exposed * patches), dim=1).indices
+        return torch.stack([by_patch.mean(dim=1), by_patch.gather(1, kept).sum(dim=1) / patches])
+
+    def scores(self, features: Sequence[Tensor]) -> Tensor:
+        """Those of the detector, shape (B,)."""
+        return self.detector.scores(features)
+
+    def maps(self, features: Sequence[Tensor]) -> Tensor:
+        """Those of the detector, shape (B, H, W)."""
+        return self.detector.maps(features)
+
+    def optimizers(self) -> list[Optimizer]:
+        """Those of the detector."""
+        return self.detector.optimizers()
+
+
+def patchwise(trial: Trial) -> Figures:
+    """The examples' ``"comet"`` with weights by patch, see :class:`Patchwise`."""
+    experiment = trial.experiment
+
+    def build() -> Detector:
+        detector = experiment.build()
+        if not isinstance(detector, SimpleNet):
+            raise TypeError(f"{type(detector).__name__} has no losses of patches")
+        return Patchwise(detector)
+
+    def optimizer_for(
+        detector: Detector, data: FeatureRows, _: TrainingSettings
+    ) -> CoMetOptimizerWrapper:
+        weighter = SoftConfidentWeighter(prior=memory_prior(data.batches(), len(data)))
+        model = cast("nn.Module", detector)
+        return CoMetOptimizerWrapper(
+            detector.optimizers(), weighter=weighter, exposure=1.0, model=model
+        )
+
+    training = train(
+        build,
+        experiment.rows(trial.split.train),
+        as_comet(trial).settings,
+        device=experiment.device,
+        wrap=optimizer_for,
+    )
+    weighter = cast("SoftConfidentWeighter", training.optimizer.weighter)
+    return judged(trial, training.detector) | weighting_figures(weighter, trial.bad)
 
 
 def chosen(
@@ -195,4 +273,5 @@ CHOICES: dict[str, Variant] = {
     "spare-0": chosen(spare=0.0),
     "spare-0.2": chosen(spare=0.2),
     "one-product": chosen(MemoryScorer(scale=math.inf)),
+    "patches": patchwise,
 }

@@ -17,7 +17,8 @@ or off; *scores* fits the weights, in place of the prior, to the model's own sco
 with the prior; the loss or the mean of all patches in place of the score;
 epochs of warm-up; epochs from one fit to the next; momentum 0.5. *choices* changes single settings:
 no-exposure only leaves likely bad pictures out, one-product measures distances by what is usual in
-the set alone (``MemoryScorer(scale=inf)``). The groups of variants: {groups}
+the set alone (``MemoryScorer(scale=inf)``), patches leaves of SimpleNet's likely bad pictures only
+the most anomalous patches out. The groups of variants: {groups}
 """
 
 import argparse

@@ -65,9 +65,9 @@ _PAPER_DETECTORS: dict[str, dict[str, Any]] = {
 _DEFAULT_DETECTORS: dict[str, dict[str, Any]] = {
     "fastflow": {"steps": 4, "hidden_ratio": 0.5, "top": 20},
 }
-# A cracked or dark cell is large against the features' stride of 8 pixels.
+# A crack or a dark part of a cell is large against the features' stride of 8 pixels.
 _DATASET_DETECTORS: dict[tuple[str, str], dict[str, Any]] = {
-    ("simplenet", "elpv"): {"pool": 2},
+    ("simplenet", "elpv"): {"pool": 2, "exposed": 0.4},
     ("simplenet", "mvtec"): {"noise_std": 0.25},
     ("simplenet", "viaduct"): {"noise_std": 0.25},
 }

@@ -37,7 +37,7 @@ def test_the_loss_by_hand():
 def test_pairs_of_losses_by_hand():
     real = torch.tensor([[0.8, -0.2, 0.3, 0.6, -1.0]])
     fake = torch.full((1, 5), -0.7)
-    detector = SimpleNet([4], (8, 8))
+    detector = SimpleNet([4], (8, 8), exposed=0.4)
     detector._confidence = lambda features: (real, fake)
     normal, anomalous = detector.loss_pairs([]).squeeze(1).tolist()
     assert normal == pytest.approx((0.7 + 0.2 + 1.5) / 5)

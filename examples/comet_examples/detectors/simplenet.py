@@ -15,8 +15,6 @@ from comet_examples.detectors.maps import image_scores, smooth_maps
 from comet_examples.detectors.statistics import FeatureScaler
 from comet_examples.features import PatchFeatures
 
-_EXPOSED = 0.4  # share of an anomalous picture's patches
-
 
 class SimpleNet(nn.Module):
     """The trained part of SimpleNet, on frozen patch features.
@@ -42,6 +40,8 @@ class SimpleNet(nn.Module):
         pool: Positions of the features, in either direction, that are averaged to a patch, >= 1.
             More than 1 suits defects that are large against the features' stride.
         patches: Patches of a picture that a loss looks at, drawn anew each time; None for all.
+        exposed: Share of an anomalous picture's patches that show it, in (0, 1]; see
+            :meth:`loss_pairs`.
         top: Patch scores that a picture's score is the mean of, >= 1.
         blur_sigma: Of the Gaussian that smooths the maps, in pixels, >= 0.
     """
@@ -59,6 +59,7 @@ class SimpleNet(nn.Module):
         standardize: bool = True,
         pool: int = 1,
         patches: int | None = 96,
+        exposed: float = 0.1,
         top: int = 5,
         blur_sigma: float = 4.0,
     ) -> None:
@@ -70,6 +71,7 @@ class SimpleNet(nn.Module):
         self.standardize = standardize
         self.pool = pool
         self.patches = patches
+        self.exposed = exposed
         self.top = top
         self.blur_sigma = blur_sigma
         self.scaler = FeatureScaler([dim])
@@ -117,7 +119,7 @@ class SimpleNet(nn.Module):
             Losses, shape (2, B), >= 0.
         """
         real, fake = self._confidence(features)
-        worst = real.topk(max(1, round(_EXPOSED * real.shape[1])), dim=1, largest=False).values
+        worst = real.topk(max(1, round(self.exposed * real.shape[1])), dim=1, largest=False).values
         anomalous = F.relu(self.margin + worst).mean(dim=1)
         return torch.stack([self._hinge(real, fake), anomalous])
 
