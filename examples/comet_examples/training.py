@@ -28,6 +28,7 @@ from comet_meta.meta_step import MetaMode
 
 Method = Literal["plain", "oracle", "paper", "comet"]
 _SCORING_BATCH = 16  # larger ones fall out of a CPU's cache
+_EXPOSED_FROM = 200  # pictures: of fewer, the handful of bad ones would be learned by heart
 
 
 class ResumeError(ValueError):
@@ -186,7 +187,7 @@ def train(
     def score(features: Sequence[Tensor]) -> Tensor:
         return detector.scores([level.to(device) for level in features])
 
-    losses = _losses(detector, settings.method)
+    losses = _losses(detector, settings.method, len(data))
     epochs = range(len(history), settings.epochs)
     for epoch in tqdm(
         epochs, desc=settings.method, initial=len(history), total=settings.epochs, unit="epoch"
@@ -242,9 +243,9 @@ def predict(
     return torch.cat(scores), torch.cat(maps)
 
 
-def _losses(detector: Detector, method: Method) -> Callable[[Sequence[Tensor]], Tensor]:
-    """Features to losses (B,), or to pairs (2, B) where method and detector have use for them."""
-    if method == "comet" and isinstance(detector, Exposable):
+def _losses(detector: Detector, method: Method, count: int) -> Callable[[Sequence[Tensor]], Tensor]:
+    """Features to losses (B,), or to pairs (2, B) where method, detector and set can use them."""
+    if method == "comet" and isinstance(detector, Exposable) and count >= _EXPOSED_FROM:
         return detector.loss_pairs
     return detector.losses
 

@@ -224,7 +224,7 @@ def test_ctrl_c_says_how_to_go_on_and_resume_ends_in_the_same_bits(
     root = tree(tmp_path / "data")
     run(root, tmp_path / "whole")
     calls = []
-    losses = SimpleNet.loss_pairs
+    losses = SimpleNet.losses
 
     def interrupted(self, features):
         calls.append(1)
@@ -232,11 +232,11 @@ def test_ctrl_c_says_how_to_go_on_and_resume_ends_in_the_same_bits(
             raise KeyboardInterrupt
         return losses(self, features)
 
-    monkeypatch.setattr(SimpleNet, "loss_pairs", interrupted)
+    monkeypatch.setattr(SimpleNet, "losses", interrupted)
     status, _ = run(root, tmp_path / "stopped")
     assert status == 130
     assert "--resume" in capsys.readouterr().err
-    monkeypatch.setattr(SimpleNet, "loss_pairs", losses)
+    monkeypatch.setattr(SimpleNet, "losses", losses)
     status, _ = run(root, tmp_path / "stopped", "--resume")
     assert status == 0
     states = [
@@ -298,3 +298,16 @@ def test_comet_starts_from_the_prior_of_the_frozen_features():
     assert torch.equal(optimizer.weighter.prior, expected)
     assert int(optimizer.weighter.ranking(1)) == int(expected.argmax())
     assert optimizer.weighter().min() < 0.1
+
+
+@pytest.mark.parametrize(("count", "exposed"), [(199, False), (200, True)])
+def test_only_large_sets_are_learned_from_as_anomalous(count, exposed, monkeypatch):
+    asked = []
+    pairs = SimpleNet.loss_pairs
+    monkeypatch.setattr(
+        SimpleNet, "loss_pairs", lambda self, x: asked.append(len(x[0])) or pairs(self, x)
+    )
+    features = [torch.randn(count, 8, 2, 2)]
+    data = FeatureRows(features, torch.arange(count))
+    train(lambda: SimpleNet([8], (8, 8), hidden=4), data, TrainingSettings("comet", 1, 50))
+    assert sum(asked) == (count if exposed else 0)
