@@ -159,6 +159,18 @@ def test_the_loss_is_in_nats_per_feature_value_over_all_levels():
     )
 
 
+def test_pairs_of_losses_by_hand():
+    detector = FastFlow([4, 6], (8, 8), steps=2)
+    features = [torch.randn(3, 4, 4, 4), torch.randn(3, 6, 2, 2)]
+    detector.fit_statistics([features])
+    normal, anomalous = detector.loss_pairs(features)
+    torch.testing.assert_close(normal, detector.losses(features))
+    # How much the highest tenth of the scores, two of 16 positions and one of 4, falls short of 2.
+    fine, coarse = (level.flatten(1).sort().values for level in detector.level_scores(features))
+    short = (2 - fine[:, -2:]).clamp(min=0).mean(dim=1) + (2 - coarse[:, -1]).clamp(min=0)
+    torch.testing.assert_close(anomalous, short / 2)
+
+
 def test_scores_by_hand():
     # Untrained, without statistics: half the mean square of the features themselves.
     fine = torch.zeros(1, 2, 2, 2)

@@ -17,6 +17,8 @@ from comet_examples.detectors.maps import image_scores, smooth_maps
 from comet_examples.detectors.statistics import FeatureScaler
 from comet_examples.features import PyramidFeatures
 
+_EXPOSED_SCORE = 2.0  # asked of an anomalous picture's strange positions
+
 
 class Coupling(nn.Module):
     """An invertible step: shuffle the channels, then scale and shift half of them.
@@ -156,6 +158,8 @@ class FastFlow(nn.Module):
         steps: Coupling steps of each flow.
         hidden_ratio: Width of the couplings' networks; the paper's 1.0 for WRN50 and ResNet18.
         learning_rate: Of Adam; the paper's 1e-3.
+        exposed: Share of an anomalous picture's positions that show it, in (0, 1]; see
+            :meth:`loss_pairs`.
         top: Positions that a picture's score is the mean of, >= 1; the paper has 1.
         blur_sigma: Of the Gaussian that smooths the maps, in pixels, >= 0; the paper has none.
     """
@@ -170,12 +174,14 @@ class FastFlow(nn.Module):
         steps: int = 8,
         hidden_ratio: float = 1.0,
         learning_rate: float = 1e-3,
+        exposed: float = 0.1,
         top: int = 5,
         blur_sigma: float = 0.0,
     ) -> None:
         super().__init__()
         self.map_size = map_size
         self.learning_rate = learning_rate
+        self.exposed = exposed
         self.top = top
         self.blur_sigma = blur_sigma
         self.scaler = FeatureScaler(channels)
@@ -200,11 +206,23 @@ class FastFlow(nn.Module):
         Returns:
             Losses, shape (B,).
         """
+        return self._nats(self._latents(features))
+
+    def loss_pairs(self, features: Sequence[Tensor]) -> Tensor:
+        """Losses of pictures taken as normal, and taken as anomalous.
+
+        Of an anomalous picture only a part shows it: the loss asks for a score (half a mean square,
+        about 1/2 in normal pictures) of 2 or more at the positions with the highest.
+
+        Args:
+            features: Levels (B, C, h, w), finest first.
+
+        Returns:
+            Losses, shape (2, B).
+        """
         latents = self._latents(features)
-        nats = [
-            -_log_likelihood(z, log_determinant).sum(dim=(1, 2)) for z, log_determinant in latents
-        ]
-        return torch.stack(nats).sum(dim=0) / sum(z[0].numel() for z, _ in latents)
+        short = [self._shortfall(_energy(z).flatten(1)) for z, _ in latents]
+        return torch.stack([self._nats(latents), torch.stack(short).mean(dim=0)])
 
     def level_scores(self, features: Sequence[Tensor]) -> list[Tensor]:
         """Anomaly scores by position.
@@ -237,6 +255,18 @@ class FastFlow(nn.Module):
     def _latents(self, features: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
         """Latents (B, C, h, w) and log-determinants (B, h, w) of each level."""
         return [flow(x) for flow, x in zip(self.flows, self.scaler(features), strict=True)]
+
+    def _shortfall(self, energies: Tensor) -> Tensor:
+        """What the highest of a level's scores (B, h * w) lack to be an anomaly's, shape (B,)."""
+        highest = energies.topk(max(1, round(self.exposed * energies.shape[1])), dim=1).values
+        return F.relu(_EXPOSED_SCORE - highest).mean(dim=1)
+
+    @staticmethod
+    def _nats(latents: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        nats = [
+            -_log_likelihood(z, log_determinant).sum(dim=(1, 2)) for z, log_determinant in latents
+        ]
+        return torch.stack(nats).sum(dim=0) / sum(z[0].numel() for z, _ in latents)
 
     def optimizers(self) -> list[Optimizer]:
         """The paper's: Adam with weight decay 1e-5."""
