@@ -454,7 +454,7 @@ PAPER_FLOW = {"steps": 8, "hidden_ratio": 1.0, "top": 1}
         ("simplenet", PAPER_BACKBONE, "viaduct", Preset(Transform(329, 288), 160, PAPER_NOISE)),
         ("fastflow", PAPER_BACKBONE, "mvtec", Preset(Transform(329, 288), 160, PAPER_FLOW)),
         ("newcomer", PAPER_BACKBONE, "news", Preset(Transform(329, 288), 160)),
-        ("simplenet", "resnet18", "elpv", Preset(Transform(176), 16, {"pool": 2})),
+        ("simplenet", "resnet18", "elpv", Preset(Transform(176), 16, {"pool": 2, "exposed": 0.4})),
         ("simplenet", "resnet18", "viaduct", Preset(Transform(256), 120, {"noise_std": 0.25})),
         ("newcomer", "resnet18", "news", Preset(Transform(256, 256), 40)),
     ],
