@@ -93,6 +93,30 @@ def test_copies_of_one_picture_are_no_division_by_zero():
     assert int(MemoryScorer()(features).argmax()) == 4
 
 
+def test_a_single_patch_scores_its_distance():
+    assert MemoryScorer(share=0.5)(torch.tensor([[0.0], [3.0]])).tolist() == [3, 3]
+
+
+def test_a_memory_holds_no_more_patches_than_it_may(monkeypatch):
+    sizes = []
+    nearest = MemoryScorer._nearest
+    monkeypatch.setattr(
+        MemoryScorer,
+        "_nearest",
+        lambda self, x, memory: sizes.append(len(memory)) or nearest(x, memory),
+    )
+    features = torch.randn(30, 4, 6, generator=torch.Generator().manual_seed(0))
+    scorer = MemoryScorer(max_patches=7)
+    scores = scorer(features)
+    assert set(sizes) == {7}
+    torch.manual_seed(1)  # of no matter: its choices are its own
+    assert torch.equal(scorer(features), scores)
+
+
+def test_scores_carry_no_graph():
+    assert not MemoryScorer()(torch.randn(10, 3, requires_grad=True)).requires_grad
+
+
 def test_features_of_samples_need_no_patches():
     features = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
     assert torch.equal(MemoryScorer()(features), MemoryScorer()(features.unsqueeze(1)))
@@ -104,7 +128,7 @@ def test_features_of_samples_need_no_patches():
         (torch.ones(4, 2, dtype=torch.int64), TypeError, "floating-point"),
         (torch.ones(1, 2), ValueError, "N >= 2"),
         (torch.ones(4), ValueError, "expected"),
-        (torch.tensor([[0.0], [torch.nan], [1.0]]), ValueError, "NaN or infinite"),
+        (torch.tensor([[0.0], [torch.nan], [1.0]]), ValueError, r"1 samples are NaN.*\[1\]"),
     ],
 )
 def test_bad_features_get_a_sentence(features, error, message):
