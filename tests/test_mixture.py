@@ -80,3 +80,13 @@ def test_more_of_the_same_evidence_convinces():
     assert odds[0] < 0.1
     assert odds[0] < odds[1] < odds[2]
     assert odds[2] > 0.9
+
+
+def test_a_histogram_counts_every_score_close_to_its_value():
+    x = standardized(torch.randn(20_000, generator=torch.Generator().manual_seed(0)).double())
+    values, counts = summary(x)
+    assert values.dtype == counts.dtype == torch.float64
+    assert len(values) < 8193 < len(x)
+    assert counts.sum() == len(x)
+    each = values.repeat_interleave(counts.long())
+    torch.testing.assert_close(each, x.sort().values, rtol=0, atol=3e-3 * float(1 + x.abs().max()))
