@@ -74,12 +74,8 @@ def loss_pair(detector: Detector, features: Sequence[Tensor]) -> Pair:
     between latents and their mode; so L_a = 1 / mean(z^2), which is 1 for a typical normal picture.
     """
     if isinstance(detector, SimpleNet):
-        adapted = detector._adapted(features, detector.patches)
-        noisy = adapted + detector.noise_std * torch.randn_like(adapted)
-        confidence: Tensor = detector.discriminator(torch.cat([adapted, noisy]))
-        real, fake = confidence.reshape(2, len(features[0]), -1)
-        normal = F.relu(detector.margin - real) + F.relu(detector.margin + fake)
-        return normal.mean(dim=1), F.relu(detector.margin + real).mean(dim=1)
+        real, fake = detector._confidence(features)
+        return detector._hinge(real, fake), F.relu(detector.margin + real).mean(dim=1)
     if isinstance(detector, FastFlow):
         scaled = detector.scaler(features)
         latents = [flow(x) for flow, x in zip(detector.flows, scaled, strict=True)]
