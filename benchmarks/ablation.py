@@ -149,13 +149,13 @@ def patchwise(trial: Trial) -> Figures:
 
 
 def chosen(
-    scorer: MemoryScorer | None = None, *, spare: float = 0.1, exposure: float = 0.5
+    scorer: MemoryScorer | None = None, *, spare: float = 0.5, exposure: float = 0.5
 ) -> Variant:
     """The examples' ``"comet"`` with other settings.
 
     Args:
         scorer: Makes the prior.
-        spare: Share of the highest scores that gets weight 0 in any case.
+        spare: Share of the highest scores that gets weight 0 where the fit is in full doubt.
         exposure: What losses of likely bad pictures taken as anomalous count.
     """
 
@@ -271,7 +271,7 @@ CHOICES: dict[str, Variant] = {
     "no-exposure": chosen(exposure=0.0),
     "exposure-1": chosen(exposure=1.0),
     "spare-0": chosen(spare=0.0),
-    "spare-0.2": chosen(spare=0.2),
+    "spare-0.3": chosen(spare=0.3),
     "one-product": chosen(MemoryScorer(scale=math.inf)),
     "patches": patchwise,
 }

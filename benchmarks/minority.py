@@ -2,9 +2,8 @@
 
 Good monocrystalline cells make up the folder, good polycrystalline ones a minor share of it; with
 --noise, cells of either kind are bad. The weights come from MemoryScorer as in the examples, before
-training, nothing spared: what is asked is who is taken for bad. Mean weights over seeds (draws of
-the bad cells and of the variant's), by the default prior, a more cautious one, and one for folders
-of one product.
+training. Mean weights, and the variant's P(bad), over seeds (draws of the bad cells and of the
+variant's), by the default prior, a more cautious one, and one for folders of one product.
 """
 
 import argparse
@@ -82,10 +81,12 @@ def _kinds(bench: Benchmark, noise: float, seed: int) -> Iterator[tuple[Tensor, 
 
 def figures(prior: Tensor, bad: Tensor, minor: Tensor) -> dict[str, float]:
     """Mean weights of good cells of either kind and of bad ones, and the AUROC of the prior."""
-    weights = SoftConfidentWeighter(prior=prior, spare=0.0).weights
+    weighter = SoftConfidentWeighter(prior=prior)
+    weights = weighter.weights
     result = {
         "weight of the others": float(weights[~bad & ~minor].mean()),
         "of the variant": float(weights[~bad & minor].mean()),
+        "its P(bad)": float(weighter.anomalous[~bad & minor].mean()),
     }
     if bad.any():
         result["of the bad"] = float(weights[bad].mean())

@@ -1,8 +1,10 @@
 """What is known of each training set before training, by its prior and the mixture fitted to it.
 
 For each data set and share of bad pictures: the gain in log-likelihood of the mixture over a normal
-density alone (in nats; the weights react from 5), mean weights of the good and of the bad, nothing
-spared, and how well the prior tells them apart (AUROC). Means over seeds (draws of the bad).
+density alone (in nats; the weights react from 5), its doubt (of those it takes for bad, the share
+it expects to be good), mean weights of the good and of the bad by the fit and in training, where by
+its doubt more are spared, their mean P(bad) in training, and how well the prior tells them apart
+(AUROC). Means over seeds (draws of the bad).
 """
 
 import argparse
@@ -51,22 +53,28 @@ def figures(bench: Benchmark, task: str, noise: float, seed: int) -> dict[str, f
     samples = experiment.split(noise, seed).train
     bad = torch.from_numpy(bad_samples(samples))
     prior = memory_prior(experiment.rows(samples).batches(), len(samples))
-    weights = SoftConfidentWeighter(prior=prior, spare=0.0).weights
+    mixture, values, counts = fit(prior)
+    by_fit = SoftConfidentWeighter(prior=prior, spare=0.0)
+    training = SoftConfidentWeighter(prior=prior)
     result = {
         "pictures": float(len(samples)),
-        "gain": gain(prior),
-        "weight of good": float(weights[~bad].mean()),
+        "gain": float(mixture.gain(values, counts)),
+        "doubt": float(mixture.doubt(values, counts)),
     }
+    for kind, chosen in {"good": ~bad, "bad": bad}.items():
+        if chosen.any():
+            result[f"weight of {kind} by the fit"] = float(by_fit.weights[chosen].mean())
+            result[f"{kind} in training"] = float(training.weights[chosen].mean())
+            result[f"P(bad) of {kind}"] = float(training.anomalous[chosen].mean())
     if bad.any():
-        result["of bad"] = float(weights[bad].mean())
         result["AUROC"] = curation_metrics(prior.numpy(), bad.numpy())["AUROC"]
     return result
 
 
-def gain(scores: Tensor) -> float:
-    """What a mixture explains of scores (N,) better than a normal density alone, in nats."""
+def fit(scores: Tensor) -> tuple[Mixture, Tensor, Tensor]:
+    """The mixture of scores (N,), and the values (M,) and counts (M,) that it was fitted to."""
     values, counts = summary(standardized(scores))
-    return float(Mixture.fitted(values, counts, values[-1]).gain(values, counts))
+    return Mixture.fitted(values, counts, values[-1]), values, counts
 
 
 if __name__ == "__main__":

@@ -81,6 +81,20 @@ class Mixture(NamedTuple):
         together = (normal + anomalous).clamp_min(torch.finfo(values.dtype).tiny).log()
         return (counts * (together - alone)).sum()
 
+    def doubt(self, values: Tensor, counts: Tensor) -> Tensor:
+        """Share of normal samples that the mixture expects among those it takes for bad.
+
+        Args:
+            values: Those that the mixture was fitted to, shape (M,).
+            counts: How often each occurs, shape (M,).
+
+        Returns:
+            In [0, 1], shape ().
+        """
+        normal = self.posterior(values.clamp_min(self.mean))
+        bad = counts * (1 - normal)
+        return (bad * normal).sum() / bad.sum().clamp_min(torch.finfo(bad.dtype).tiny)
+
     def _densities(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The normal and the uniform density by their shares, both of the shape of x."""
         share, mean, variance, top = (value.to(x) for value in self)

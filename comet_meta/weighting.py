@@ -94,7 +94,7 @@ def hard_weights(scores: Tensor, kappa: float = 1.5) -> Weighting:
     return Weighting(weights, tau, 1 - weights)
 
 
-def posterior_weights(scores: Tensor, spare: float = 0.1) -> Weighting:
+def posterior_weights(scores: Tensor, spare: float = 0.5) -> Weighting:
     """Posterior of being normal, w = P(normal | s), in a mixture of a normal and a uniform density.
 
     Normal samples' scores are taken as normally distributed, bad samples' as uniform between median
@@ -110,20 +110,23 @@ def posterior_weights(scores: Tensor, spare: float = 0.1) -> Weighting:
     its likelihood gives it over a single normal density, after a handicap of 5 nats. Where it gains
     less than that, all weights are nearly 1.
 
-    Where bad samples score much like normal ones, no fit can tell how many there are. Training
-    loses little by a tenth less of the samples, but much by bad ones: so the highest scores get
-    weight 0 whatever the fit says, if there are bad samples at all.
+    Where bad samples score much like normal ones, no fit can tell how many there are, and it finds
+    too few. Training loses little by some normal samples less, but much by bad ones. So by the
+    fit's own doubt, the share of normal samples that it expects among those it takes for bad, the
+    highest scores get weight 0, and the upper half of them is taken for bad, if there are bad
+    samples at all. Where bad samples stand apart the fit has no doubt, and nothing is spared.
 
     More than 16,384 scores are fitted by their histogram of 8,192 bins, which changes no weight by
-    more than 0.001 (0.005 where the odds are even); time and memory stay linear in N.
+    more than 0.001 (0.005 where the odds are even), save of samples at the bound of the spared
+    ones; time and memory stay linear in N.
 
     Args:
         scores: Anomaly scores, shape (N,), not all equal.
-        spare: Share of the samples that training can do without, in [0, 1).
+        spare: Share of the samples that training can do without where the fit is in full doubt, in
+            [0, 1); in proportion where it is in less.
 
     Returns:
-        Weights (N,), the largest score whose weight is at least 1/2, and P(anomalous | s), in which
-        nothing is spared.
+        Weights (N,), the largest score whose weight is at least 1/2, and P(anomalous | s).
 
     Example:
         >>> scores = torch.cat([torch.linspace(0, 1, 90), torch.linspace(4, 6, 10)])
@@ -131,7 +134,6 @@ def posterior_weights(scores: Tensor, spare: float = 0.1) -> Weighting:
         >>> bool(weights[:90].min() > 0.9), bool(weights[90:].max() < 0.01)
         (True, True)
     """
-    bound = quantile(scores, 1 - spare)  # first: it takes memory that is then free again
     x = standardized(scores)
     top = x.max()
     if top == 0:  # nothing lies above the median
@@ -139,10 +141,12 @@ def posterior_weights(scores: Tensor, spare: float = 0.1) -> Weighting:
     values, counts = summary(x)
     mixture = Mixture.fitted(values, counts, top.double())
     there_are_bad = mixture.evidence(values, counts).to(x)
-    weights = mixture.posterior(x.clamp_min_(mixture.mean))
-    weights.sub_(1).mul_(there_are_bad).add_(1)
-    anomalous = x.copy_(weights).neg_().add_(1)  # in memory that has served its turn
-    weights.masked_fill_(scores > bound, 1 - there_are_bad)
+    spared = spare * float(mixture.doubt(values, counts))
+    anomalous = mixture.posterior(x.clamp_min_(mixture.mean)).neg_().add_(1)
+    anomalous.mul_(there_are_bad)
+    weights = torch.sub(1, anomalous, out=x)  # in memory that has served its turn
+    weights.masked_fill_(scores > quantile(scores, 1 - spared), 1 - there_are_bad)
+    anomalous.masked_fill_(scores > quantile(scores, 1 - spared / 2), there_are_bad)
     return Weighting(weights, _half_point(scores, weights), anomalous)
 
 
@@ -209,8 +213,8 @@ class SoftConfidentWeighter(nn.Module):
             (:func:`hard_weights`), ``"ratio"`` (:func:`ratio_weights`, the paper's), or a function
             from finite scores (N,) to weights (N,) in [0, 1].
         kappa: Width of the fence of ``"hard"`` and ``"ratio"``, >= 0 (paper: 1.5).
-        spare: Share of the samples, those of the highest scores, that get weight 0 by
-            ``"posterior"`` where there is evidence of bad samples, in [0, 1).
+        spare: Share of the samples, those of the highest scores, that training can do without
+            where ``"posterior"`` is in full doubt about which are bad, in [0, 1).
         momentum: Share of a sample's earlier score that stays when a new one comes, in [0, 1).
         prior: Anomaly scores of the training set from elsewhere, shape (N,), for instance of a
             :class:`~comet_meta.MemoryScorer`. Weights then come from them alone and stay as they
@@ -262,7 +266,7 @@ class SoftConfidentWeighter(nn.Module):
         *,
         rule: RuleName | Rule = "posterior",
         kappa: float = 1.5,
-        spare: float = 0.1,
+        spare: float = 0.5,
         momentum: float = 0.0,
         prior: Tensor | None = None,
     ) -> None:

@@ -117,13 +117,32 @@ def test_other_shapes_and_factors_get_a_sentence():
 def test_probabilities_are_those_of_the_rule():
     generator = torch.Generator().manual_seed(0)
     scores = torch.cat([torch.randn(90, generator=generator), torch.full((10,), 9.0)])
-    soft = posterior_weights(scores, spare=0.2)
-    spared = soft.weights == 0
-    assert int(spared.sum()) == 20
-    # Ten of the spared ones score like normal samples, and nobody calls them bad.
+    soft = posterior_weights(scores)
+    # Bad samples stand apart: nobody else is called bad.
     assert float(soft.anomalous[90:].min()) > 0.99
-    assert float(soft.anomalous[:90][spared[:90]].mean()) < 0.5
+    assert float(soft.anomalous[:90].mean()) < 0.1
+    unspared = posterior_weights(scores, spare=0.0)
+    torch.testing.assert_close(unspared.anomalous, 1 - unspared.weights)
+
+
+def test_half_of_the_spared_samples_are_taken_for_bad():
+    generator = torch.Generator().manual_seed(0)
+    normal = torch.randn(280, generator=generator)
+    scores = torch.cat([normal, 1.8 + 1.4 * torch.randn(120, generator=generator)])
+    soft, unspared = posterior_weights(scores), posterior_weights(scores, spare=0.0)
+    spared = soft.weights < unspared.weights
+    exposed = soft.anomalous > unspared.anomalous
+    assert int(exposed.sum()) > 30
+    assert int(spared.sum()) == pytest.approx(2 * int(exposed.sum()), abs=1)
+    assert bool(spared[exposed].all())
+    assert scores[exposed].min() > scores[spared & ~exposed].max()
+    assert bool((soft.anomalous <= 1 - soft.weights).all())
     torch.testing.assert_close(soft.anomalous[~spared], 1 - soft.weights[~spared])
+
+
+def test_the_other_rules_take_for_bad_what_weights_lack():
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.cat([torch.randn(90, generator=generator), torch.full((10,), 9.0)])
     for rule in (hard_weights, ratio_weights):
         found = rule(scores.abs())
         assert torch.equal(found.anomalous, 1 - found.weights)

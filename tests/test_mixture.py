@@ -38,6 +38,18 @@ def test_posterior_is_bayes_rule():
     np.testing.assert_allclose(mixture.posterior(x).numpy(), normal / (normal + bad), rtol=1e-12)
 
 
+def test_doubt_is_the_expected_share_of_normal_samples_among_those_taken_for_bad():
+    mixture = Mixture(*(torch.tensor(v, dtype=torch.float64) for v in (0.8, 0.0, 1.0, 5.0)))
+    values = torch.tensor([-1.0, 2.0, 4.0], dtype=torch.float64)
+    counts = torch.tensor([5.0, 2.0, 1.0], dtype=torch.float64)
+    # Below the centre a sample has the posterior of the centre.
+    normal = 0.8 * stats.norm.pdf([0.0, 2.0, 4.0])
+    bad = 0.04 / (normal + 0.04)
+    expected = (counts.numpy() * bad * (1 - bad)).sum() / (counts.numpy() * bad).sum()
+    assert float(mixture.doubt(values, counts)) == pytest.approx(expected, rel=1e-9)
+    assert float(mixture._replace(share=torch.tensor(1.0)).doubt(values, counts)) == 0
+
+
 def test_counts_stand_for_repeated_values():
     scores = torch.cat([torch.randn(50), torch.full((5,), 4.0)])
     mixture, values, counts = _fit(scores)

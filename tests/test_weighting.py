@@ -1,5 +1,7 @@
 """Weights: golden values, invariants, and agreement with an independent mixture fit."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from scipy.optimize import minimize
 from scipy.stats import norm
 
 from comet_meta import SoftConfidentWeighter
+from comet_meta.mixture import Mixture, summary
 from comet_meta.weighting import (
     hard_weights,
     iqr_threshold,
@@ -146,8 +149,8 @@ def test_equal_or_too_few_scores_tell_nothing(rule):
 )
 def test_clean_scores_keep_their_weight_even_with_a_heavy_tail(scores):
     assert fitted(scores, spare=0.0).mean() > 0.9
-    # A tenth is spared in any case.
-    assert fitted(scores).mean() > 0.85
+    # By the fit's doubt about the highest ones, no more than about a quarter is spared.
+    assert fitted(scores).mean() > 0.7
 
 
 def test_bad_samples_stand_out_from_squared_errors():
@@ -307,13 +310,32 @@ def test_a_prior_that_does_not_fit_gets_a_sentence():
         SoftConfidentWeighter(prior=torch.arange(5))
 
 
-def test_the_most_suspicious_tenth_is_spared_whatever_the_fit_says():
-    normal = torch.special.ndtri(torch.linspace(0.005, 0.995, 96))
-    scores = torch.cat([normal, torch.linspace(5, 9, 5)])
-    weights, unspared = fitted(scores), fitted(scores, spare=0.0)
-    assert weights[91:].tolist() == [0] * 10
-    assert unspared[91:96].min() > 0.1
-    assert torch.equal(weights[:91], unspared[:91])
+def test_the_most_suspicious_are_spared_as_far_as_the_fit_doubts():
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(400, generator=generator)
+    bad = torch.arange(400) >= 280
+    scores[bad] = 1.8 + 1.4 * scores[bad]  # half of them score like normal ones
+    soft, unspared = posterior_weights(scores), posterior_weights(scores, spare=0.0)
+    values, counts = summary(standardized(scores))
+    doubt = float(Mixture.fitted(values, counts, values[-1]).doubt(values, counts))
+    assert 0.2 < doubt < 0.8
+    order = scores.argsort(descending=True)
+    spared, exposed = math.ceil(0.5 * doubt * 399), math.ceil(0.25 * doubt * 399)
+    assert soft.weights[order[:spared]].max() < 0.01
+    assert torch.equal(soft.weights[order[spared:]], unspared.weights[order[spared:]])
+    assert soft.anomalous[order[:exposed]].min() > 0.99
+    assert torch.equal(soft.anomalous[order[exposed:]], unspared.anomalous[order[exposed:]])
+    # The fit alone finds too few of them and would go on training with the others.
+    assert unspared.weights[bad].mean() > 0.65
+    assert soft.weights[bad].mean() < 0.45
+    assert soft.weights[~bad].mean() > 0.8
+
+
+def test_nobody_is_spared_where_bad_samples_stand_apart():
+    scores = torch.cat([torch.randn(190), torch.linspace(8, 12, 10)])
+    weights = posterior_weights(scores).weights
+    assert weights[:190].mean() > 0.9
+    assert weights[190:].max() < 0.01
 
 
 def test_nobody_is_spared_where_nobody_is_bad():
