@@ -348,9 +348,14 @@ def test_a_histogram_of_many_scores_gives_the_weights_of_the_scores_themselves(m
     scores = torch.randn(20_000, generator=generator)
     scores[:2000] += 5
     scores[0] = 1e6  # one stray score must not make all others share a bin
-    binned = posterior_weights(scores).weights
+    binned = {spare: posterior_weights(scores, spare) for spare in (0.0, 0.5)}
     monkeypatch.setattr("comet_meta.mixture.EXACT_SAMPLES", 10**6)
-    torch.testing.assert_close(binned, posterior_weights(scores).weights, atol=1e-3, rtol=0)
+    exact = {spare: posterior_weights(scores, spare) for spare in binned}
+    torch.testing.assert_close(binned[0.0].weights, exact[0.0].weights, atol=1e-3, rtol=0)
+    # Sparing begins at a whole bin: that is one of thousands.
+    for part in ("weights", "anomalous"):
+        change = (getattr(binned[0.5], part) - getattr(exact[0.5], part)).abs()
+        assert (change > 1e-3).double().mean() < 1e-3
 
 
 OUTLIER = torch.tensor([1.0, 2.0, 1.5, 1.2, 9.0, 1.1, 1.7, 1.3, 1.6, 1.4])
