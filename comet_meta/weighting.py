@@ -114,7 +114,7 @@ def posterior_weights(scores: Tensor, spare: float = 0.5) -> Weighting:
     too few. Training loses little by some normal samples less, but much by bad ones. So by the
     fit's own doubt, the share of normal samples that it expects among those it takes for bad, the
     highest scores get weight 0, and the upper half of them is taken for bad, if there are bad
-    samples at all. Where bad samples stand apart the fit has no doubt, and nothing is spared.
+    samples at all. Where bad samples stand apart there is little doubt, and few are spared.
 
     More than 16,384 scores are fitted by their histogram of 8,192 bins, which changes no weight by
     more than 0.001 (0.005 where the odds are even), save of the samples in the bin where sparing
