@@ -149,7 +149,11 @@ def patchwise(trial: Trial) -> Figures:
 
 
 def chosen(
-    scorer: MemoryScorer | None = None, *, spare: float = 0.5, exposure: float = 0.5
+    scorer: MemoryScorer | None = None,
+    *,
+    spare: float = 0.5,
+    exposure: float = 0.5,
+    convinced: bool = False,
 ) -> Variant:
     """The examples' ``"comet"`` with other settings.
 
@@ -157,6 +161,7 @@ def chosen(
         scorer: Makes the prior.
         spare: Share of the highest scores that gets weight 0 where the fit is in full doubt.
         exposure: What losses of likely bad pictures taken as anomalous count.
+        convinced: Take it for certain that there are bad pictures, whatever the evidence.
     """
 
     def optimizer_for(
@@ -165,6 +170,8 @@ def chosen(
         weighter = SoftConfidentWeighter(
             prior=memory_prior(data.batches(), len(data), scorer), spare=spare
         )
+        if convinced:
+            convince(weighter)
         return CoMetOptimizerWrapper(
             detector.optimizers(),
             weighter=weighter,
@@ -173,6 +180,16 @@ def chosen(
         )
 
     return lambda trial: trained(as_comet(trial), optimizer_for)
+
+
+def convince(weighter: SoftConfidentWeighter) -> None:
+    """Change weights and probabilities to what they are where there are bad samples for certain.
+
+    The spared samples have the weight 1 - P(there are any), of which the others' are multiples.
+    """
+    there_are_bad = 1 - weighter.weights.min()
+    weighter.weights.sub_(1).div_(there_are_bad).add_(1)
+    weighter.anomalous.div_(there_are_bad)
 
 
 def scored(
@@ -272,6 +289,7 @@ CHOICES: dict[str, Variant] = {
     "exposure-1": chosen(exposure=1.0),
     "spare-0": chosen(spare=0.0),
     "spare-0.3": chosen(spare=0.3),
+    "false-alarm": chosen(convinced=True),
     "one-product": chosen(MemoryScorer(scale=math.inf)),
     "patches": patchwise,
 }
