@@ -4,7 +4,8 @@ For each data set and share of bad pictures: the gain in log-likelihood of the m
 density alone (in nats; the weights react from 5), its doubt (of those it takes for bad, the share
 it expects to be good), mean weights of the good and of the bad by the fit and in training, where by
 its doubt more are spared, their mean P(bad) in training, and how well the prior tells them apart
-(AUROC). Means over seeds (draws of the bad).
+(AUROC). Means over seeds (draws of the bad). Then: how often normally distributed scores alone gain
+5 nats and more.
 """
 
 import argparse
@@ -45,6 +46,24 @@ def main() -> None:
                 | {name: spread([run[name] for run in runs], 2) for name in runs[0]}
             )
     print(table(rows))
+    print()
+    print(table([false_alarms(size) for size in (50, 100, 400, 2000)]))
+
+
+def false_alarms(size: int, draws: int = 1000) -> dict[str, str | float]:
+    """How often there seem to be bad samples among so many normal ones, and the doubt then."""
+    generator = torch.Generator().manual_seed(0)
+    doubts = []
+    for _ in range(draws):
+        mixture, values, counts = fit(torch.randn(size, generator=generator))
+        if mixture.evidence(values, counts) > 0.5:
+            doubts.append(float(mixture.doubt(values, counts)))
+    return {
+        "normal scores": str(size),
+        "draws": str(draws),
+        "false alarms": f"{len(doubts) / draws:.1%}",
+        "doubt": spread(doubts, 2),
+    }
 
 
 def figures(bench: Benchmark, task: str, noise: float, seed: int) -> dict[str, float]:

@@ -98,6 +98,7 @@ def write_report(
             "kind": _KINDS[sample.label],
             "defect": sample.defect,
             "weight": _number(weighter.weights[i]),
+            "anomalous": _number(weighter.anomalous[i]),
             "score": _number(weighter.scores[i]),
             "suspicion": _number(suspicion[i]),
             "image": _encoded(_thumbnail(_load(sample, transform), *format_)),

@@ -3,7 +3,7 @@
 
 const page = JSON.parse(document.getElementById("data").textContent);
 const pictures = page.pictures; // most suspect first
-const SUSPECT = 0.5;
+const isSuspect = (picture) => picture.anomalous > 0.5; // P(bad)
 const BATCH = 60; // cards made at a time, as the reader scrolls
 const COLORS = { normal: "--normal", bad: "--bad", unknown: "--unknown" };
 const byId = (id) => document.getElementById(id);
@@ -35,7 +35,7 @@ function tile(value, caption, kind = "") {
 
 byId("heading").textContent = page.heading;
 byId("subtitle").textContent = page.subtitle;
-const suspects = pictures.filter((picture) => picture.weight < SUSPECT).length;
+const suspects = pictures.filter(isSuspect).length;
 const mean = pictures.reduce((sum, picture) => sum + picture.weight, 0) / pictures.length;
 tile(pictures.length.toLocaleString("en"), "training pictures");
 tile(
@@ -166,7 +166,7 @@ page.curves.forEach(curve);
 const tau = page.threshold;
 const suspicion = page.prior ? "Suspicion, from score and prior" : "Anomaly scores";
 histogram(suspicion, "suspicion", tau, `threshold ${short(tau)}`, null);
-histogram("Weights", "weight", SUSPECT, "suspect below 0.5", [0, 1]);
+histogram("Weights", "weight", null, "", [0, 1]);
 
 // --- tables ----------------------------------------------------------------------------------
 
@@ -229,7 +229,7 @@ const sorts = {
 };
 const filters = {
   all: () => true,
-  suspects: (i) => pictures[i].weight < SUSPECT,
+  suspects: (i) => isSuspect(pictures[i]),
   drop: (i) => dropped.has(i),
   keep: (i) => !dropped.has(i),
 };
@@ -264,7 +264,7 @@ function card(i) {
       make("span", {}, "weight ", make("b", {}, picture.weight.toFixed(2))),
       make("span", {}, `score ${short(picture.score)}`)),
     make("label", { class: "check drop" }, box, " drop"));
-  const kind = picture.weight < SUSPECT ? "card suspect" : "card";
+  const kind = isSuspect(picture) ? "card suspect" : "card";
   const made = make("li", { class: kind, "data-i": i }, open, facts);
   paint(made);
   return made;
@@ -400,7 +400,11 @@ function view(i) {
   box.replaceChildren(...images(picture));
   box.style.aspectRatio = String(page.aspect);
   box.style.width = `min(86vw, 560px, ${62 * page.aspect}vh)`;
-  const facts = [["Weight", picture.weight.toFixed(3)], ["Score", short(picture.score)]];
+  const facts = [
+    ["Weight", picture.weight.toFixed(3)],
+    ["P(bad)", picture.anomalous.toFixed(3)],
+    ["Score", short(picture.score)],
+  ];
   if (page.prior) facts.push(["Suspicion", short(picture.suspicion)]);
   if (picture.kind === "bad" && byId("truth").checked) facts.push(["Known label", picture.defect]);
   facts.push(["Path", picture.path]);
