@@ -3,7 +3,7 @@
 
 const page = JSON.parse(document.getElementById("data").textContent);
 const pictures = page.pictures; // most suspect first
-const isSuspect = (picture) => picture.anomalous > 0.5; // P(bad)
+const isSuspect = (picture) => picture.anomalous > 0.5; // a probability
 const BATCH = 60; // cards made at a time, as the reader scrolls
 const COLORS = { normal: "--normal", bad: "--bad", unknown: "--unknown" };
 const byId = (id) => document.getElementById(id);
@@ -402,7 +402,7 @@ function view(i) {
   box.style.width = `min(86vw, 560px, ${62 * page.aspect}vh)`;
   const facts = [
     ["Weight", picture.weight.toFixed(3)],
-    ["P(bad)", picture.anomalous.toFixed(3)],
+    ["P(anomalous)", picture.anomalous.toFixed(3)],
     ["Score", short(picture.score)],
   ];
   if (page.prior) facts.push(["Suspicion", short(picture.suspicion)]);
