@@ -37,6 +37,7 @@ def main() -> None:
     )
     parser.add_argument("--shares", nargs="+", type=float, default=[0.05, 0.15, 0.3])
     parser.add_argument("--noise", nargs="+", type=float, default=[0.0, 0.1])
+    parser.add_argument("--spare", type=float, default=0.5, help="of the weighter")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     options = parser.parse_args()
     bench = Benchmark(DEFAULT_BACKBONE, {}, "cpu", None)
@@ -48,7 +49,7 @@ def main() -> None:
                 features, bad, minor = folder(bench, share, noise, seed)
                 for name, scorer in _SCORERS.items():
                     prior = memory_prior([[features]], len(features), scorer)
-                    found[name].append(figures(prior, bad, minor))
+                    found[name].append(figures(prior, bad, minor, options.spare))
             rows += [
                 {"variant": f"{share:.0%}", "bad": f"{noise:.0%}", "prior": name}
                 | {figure: spread([run[figure] for run in runs], 2) for figure in runs[0]}
@@ -79,9 +80,9 @@ def _kinds(bench: Benchmark, noise: float, seed: int) -> Iterator[tuple[Tensor, 
         yield torch.cat(features), torch.from_numpy(bad_samples(samples))
 
 
-def figures(prior: Tensor, bad: Tensor, minor: Tensor) -> dict[str, float]:
+def figures(prior: Tensor, bad: Tensor, minor: Tensor, spare: float) -> dict[str, float]:
     """Mean weights of good cells of either kind and of bad ones, and the AUROC of the prior."""
-    weighter = SoftConfidentWeighter(prior=prior)
+    weighter = SoftConfidentWeighter(prior=prior, spare=spare)
     weights = weighter.weights
     result = {
         "weight of the others": float(weights[~bad & ~minor].mean()),
