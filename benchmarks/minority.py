@@ -4,25 +4,33 @@ Good monocrystalline cells make up the folder, good polycrystalline ones a minor
 --noise, cells of either kind are bad. The weights come from MemoryScorer as in the examples, before
 training. Mean weights, and the variant's P(bad), over seeds (draws of the bad cells and of the
 variant's), by the default prior, a more cautious one, and one for folders of one product.
+
+With --train, what a detector is worth that has been trained on the folder: I-AUROC on test cells of
+which the variant makes up the same share, and on those of either kind alone.
 """
 
 import argparse
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
-from comet_examples.backbones import DEFAULT_BACKBONE
+from comet_examples.backbones import DEFAULT_BACKBONE, load_backbone
 from comet_examples.curation import memory_prior
-from comet_examples.datasets import bad_samples
-from comet_examples.metrics import curation_metrics
+from comet_examples.datasets import Sample, Split, bad_samples
+from comet_examples.detectors import DETECTORS
+from comet_examples.experiment import Experiment
+from comet_examples.metrics import curation_metrics, image_metrics
 from comet_examples.report import table
+from comet_examples.training import Method, TrainingSettings
 from grid import Benchmark
 from runs import spread
 from torch import Tensor
 
 from comet_meta import MemoryScorer, SoftConfidentWeighter
 
+_TASKS = ("elpv/mono", "elpv/poly")  # the many, and the variant
 _SCORERS = {
     "scale=1": MemoryScorer(scale=1.0),
     "default": MemoryScorer(),
@@ -39,6 +47,7 @@ def main() -> None:
     parser.add_argument("--noise", nargs="+", type=float, default=[0.0, 0.1])
     parser.add_argument("--spare", type=float, default=0.5, help="of the weighter")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
+    parser.add_argument("--train", choices=sorted(DETECTORS), help="what to train")
     options = parser.parse_args()
     bench = Benchmark(DEFAULT_BACKBONE, {}, "cpu", None)
     rows = []
@@ -56,6 +65,64 @@ def main() -> None:
                 for name, runs in found.items()
             ]
     print(table(rows))
+    if options.train:
+        print()
+        print(table(list(trained_rows(bench, options))))
+
+
+def trained_rows(bench: Benchmark, options: argparse.Namespace) -> Iterator[dict[str, str]]:
+    """Figures of detectors trained on each folder, means over seeds."""
+    major, minor = (bench.experiment(options.train, task) for task in _TASKS)
+    both = replace(
+        major.clean,
+        train=(*major.clean.train, *minor.clean.train),
+        test=(*major.clean.test, *minor.clean.test),
+    )
+    backbone = load_backbone(DEFAULT_BACKBONE)
+    experiment = Experiment(both, options.train, major.preset, backbone, bench.store, "cpu")
+    for share in options.shares:
+        for noise in options.noise:
+            methods: list[Method] = ["plain", "oracle", "comet"] if noise else ["plain", "comet"]
+            for method in methods:
+                runs = []
+                for seed in options.seeds:
+                    parts = major.split(noise, seed), minor.split(noise, seed)
+                    settings = TrainingSettings(method, major.preset.epochs, seed=seed)
+                    runs.append(detection(experiment, *parts, share, settings))
+                yield (
+                    {"variant": f"{share:.0%}", "bad": f"{noise:.0%}", "method": method}
+                    | {name: spread(run[name] for run in runs) for name in runs[0]}
+                )
+
+
+def detection(
+    experiment: Experiment, major: Split, minor: Split, share: float, settings: TrainingSettings
+) -> dict[str, float]:
+    """I-AUROC of a detector of both kinds, on both and on either.
+
+    Args:
+        experiment: Knows the cells of both kinds.
+        major: Cells of the one.
+        minor: Cells of the other, of which some are drawn.
+        share: Of these, among the training cells and among good and bad test cells.
+        settings: How to train.
+    """
+    generator = np.random.default_rng(settings.seed)
+
+    def some(cells: Sequence[Sample], others: int) -> list[Sample]:
+        count = round(share / (1 - share) * others)
+        return [cells[i] for i in generator.permutation(len(cells))[:count]]
+
+    train = (*major.train, *some(minor.train, len(major.train)))
+    test = major.test
+    for label in (0, 1):
+        cells = [sample for sample in minor.test if sample.label == label]
+        test += tuple(some(cells, sum(sample.label == label for sample in major.test)))
+    split = replace(major, train=train, test=test)
+    scores, bad = experiment.run(split, settings).scores, bad_samples(test)
+    size = len(major.test)
+    kinds = {"all": slice(None), "major kind": slice(size), "variant": slice(size, None)}
+    return {name: image_metrics(scores[part], bad[part])["I-AUROC"] for name, part in kinds.items()}
 
 
 def folder(bench: Benchmark, share: float, noise: float, seed: int) -> tuple[Tensor, ...]:
@@ -73,7 +140,7 @@ def folder(bench: Benchmark, share: float, noise: float, seed: int) -> tuple[Ten
 
 
 def _kinds(bench: Benchmark, noise: float, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    for task in ("elpv/mono", "elpv/poly"):
+    for task in _TASKS:
         experiment = bench.experiment("simplenet", task)
         samples = experiment.split(noise, seed).train
         (features,) = zip(*experiment.rows(samples).batches(), strict=True)
