@@ -121,7 +121,7 @@ def detection(
     split = replace(major, train=train, test=test)
     scores, bad = experiment.run(split, settings).scores, bad_samples(test)
     size = len(major.test)
-    kinds = {"all": slice(None), "major kind": slice(size), "variant": slice(size, None)}
+    kinds = {"all": slice(None), "the others": slice(size), "the variant": slice(size, None)}
     return {name: image_metrics(scores[part], bad[part])["I-AUROC"] for name, part in kinds.items()}
 
 
