@@ -187,7 +187,8 @@ def convince(weighter: SoftConfidentWeighter) -> None:
 
     The spared samples have the weight 1 - P(there are any), of which the others' are multiples.
     """
-    there_are_bad = 1 - weighter.weights.min()
+    # Not 0 where nobody has lost weight, and nothing changes.
+    there_are_bad = (1 - weighter.weights.min()).clamp_min(torch.finfo(torch.float32).tiny)
     weighter.weights.sub_(1).div_(there_are_bad).add_(1)
     weighter.anomalous.div_(there_are_bad)
 

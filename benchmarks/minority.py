@@ -109,28 +109,32 @@ def detection(
     """
     generator = np.random.default_rng(settings.seed)
 
-    def some(cells: Sequence[Sample], others: int) -> list[Sample]:
-        count = round(share / (1 - share) * others)
-        return [cells[i] for i in generator.permutation(len(cells))[:count]]
+    def beside(others: Sequence[Sample], cells: Sequence[Sample]) -> tuple[Sample, ...]:
+        return tuple(cells[i] for i in drawn(len(cells), len(others), share, generator))
 
-    train = (*major.train, *some(minor.train, len(major.train)))
+    train = major.train + beside(major.train, minor.train)
     test = major.test
     for label in (0, 1):
-        cells = [sample for sample in minor.test if sample.label == label]
-        test += tuple(some(cells, sum(sample.label == label for sample in major.test)))
+        kinds = ([s for s in part.test if s.label == label] for part in (major, minor))
+        test += beside(*kinds)
     split = replace(major, train=train, test=test)
     scores, bad = experiment.run(split, settings).scores, bad_samples(test)
     size = len(major.test)
-    kinds = {"all": slice(None), "the others": slice(size), "the variant": slice(size, None)}
-    return {name: image_metrics(scores[part], bad[part])["I-AUROC"] for name, part in kinds.items()}
+    parts = {"all": slice(None), "the others": slice(size), "the variant": slice(size, None)}
+    return {name: image_metrics(scores[part], bad[part])["I-AUROC"] for name, part in parts.items()}
+
+
+def drawn(count: int, others: int, share: float, generator: np.random.Generator) -> list[int]:
+    """Which of the variant's cells (count of them) to take, to be a share beside the others."""
+    wanted = round(share / (1 - share) * others)
+    return [int(i) for i in generator.permutation(count)[:wanted]]
 
 
 def folder(bench: Benchmark, share: float, noise: float, seed: int) -> tuple[Tensor, ...]:
     """Features (N, C, h, w) of a folder, who in it is bad and who is of the variant, (N,)."""
     parts = list(_kinds(bench, noise, seed))
     (major, major_bad), (minor, minor_bad) = parts
-    count = round(share / (1 - share) * len(major))
-    chosen = torch.from_numpy(np.random.default_rng(seed).permutation(len(minor))[:count])
+    chosen = drawn(len(minor), len(major), share, np.random.default_rng(seed))
     of_variant = torch.arange(len(major) + len(chosen)) >= len(major)
     return (
         torch.cat([major, minor[chosen]]),

@@ -15,6 +15,7 @@ from ablation import (
     SCORES,
     Patchwise,
     chosen,
+    convince,
     parts,
     relative_strength,
     scored,
@@ -110,6 +111,18 @@ def test_scores_that_never_come_leave_the_prior(trial):
     late, comet = scored(start=math.inf)(trial), by_method("comet")(trial)
     assert late["I-AUROC"] == comet["I-AUROC"]
     assert late["weight of bad"] == pytest.approx(comet["weight of bad"], rel=1e-4)
+
+
+def test_a_false_alarm_by_hand():
+    weighter = SoftConfidentWeighter(4)
+    weighter.weights.copy_(torch.tensor([0.9, 0.95, 1.0, 0.9]))
+    weighter.anomalous.copy_(torch.tensor([0.1, 0.05, 0.0, 0.02]))
+    convince(weighter)
+    torch.testing.assert_close(weighter.weights, torch.tensor([0.0, 0.5, 1.0, 0.0]))
+    torch.testing.assert_close(weighter.anomalous, torch.tensor([1.0, 0.5, 0.0, 0.2]))
+    convince(untouched := SoftConfidentWeighter(3))
+    assert untouched.weights.tolist() == [1, 1, 1]
+    assert untouched.anomalous.tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize("name", CHOICES)

@@ -127,6 +127,24 @@ def test_with_a_prior_no_threshold_is_drawn_in_what_has_another_unit(tmp_path):
     assert {picture["score"] for picture in found["pictures"]} >= {100, 200}
 
 
+def spared_and_suspects(folder: Path) -> Path:
+    """A report on twenty pictures of which ten have lost their weight and four are likely bad."""
+    samples = pictures(folder, [f"{i:02d}.png" for i in range(20)])
+    weighter = fitted(samples)
+    weighter.weights[weighter.ranking(10)] = 0.0
+    weighter.anomalous.fill_(0.1)
+    weighter.anomalous[weighter.ranking(4)] = 1.0
+    file = folder / "out" / "report.html"
+    html_report.write_report(file, RUN, weighter, samples, Transform((48, 32)), corner_maps)
+    return file
+
+
+def test_the_file_tells_lost_weight_and_likely_bad_apart(tmp_path):
+    found = content(spared_and_suspects(tmp_path))["pictures"]
+    assert [picture["weight"] for picture in found[:10]] == [0] * 10
+    assert [picture["anomalous"] for picture in found] == pytest.approx([1.0] * 4 + [0.1] * 16)
+
+
 def test_the_file_needs_nothing_else(report):
     text = report.read_text(encoding="utf-8")
     text = text.replace("http://www.w3.org/2000/svg", "")  # a name, never fetched
@@ -344,6 +362,15 @@ def test_it_filters(page, samples):
     field.send_keys(" ")
     choose(page, "show", "suspects")
     assert set(paths(page)) == {str(sample.path) for sample in samples if sample.label == 1}
+
+
+def test_a_spared_picture_is_no_suspect(driver, tmp_path):
+    driver.get(spared_and_suspects(tmp_path).as_uri())
+    tiles = driver.find_element("css selector", ".tiles").text
+    assert "4\nsuspects (20.0 %)" in tiles
+    choose(driver, "show", "suspects")
+    assert len(paths(driver)) == 4
+    assert len(driver.find_elements("css selector", ".card.suspect")) == 4
 
 
 def test_all_pictures_come_by_scrolling(page, samples):

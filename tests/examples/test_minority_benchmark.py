@@ -1,0 +1,65 @@
+"""Folders with a variant of the product: who is in them, and what a detector is judged on."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import minority
+import numpy as np
+import pytest
+import torch
+from comet_examples.datasets import Sample, Split
+from comet_examples.training import TrainingSettings
+
+
+def cells(kind: str, label: int, count: int) -> tuple[Sample, ...]:
+    return tuple(Sample(Path(f"{kind}/{label}/{i}"), label, None, "x") for i in range(count))
+
+
+def a_split(kind: str) -> Split:
+    test = cells(kind, 0, 40) + cells(kind, 1, 20)
+    return Split(kind, cells(f"{kind}-train", 0, 90), test, has_masks=False)
+
+
+def test_the_variant_is_the_same_share_of_the_training_and_of_good_and_bad_test_cells():
+    seen = []
+
+    def run(split, settings):
+        seen.append(split)
+        kind = [sample.path.parts[0] for sample in split.test]
+        # All of the one kind are told apart, none of the other.
+        scores = [
+            float(s.label or 0) * (k == "many") for s, k in zip(split.test, kind, strict=True)
+        ]
+        return SimpleNamespace(scores=torch.tensor(scores))
+
+    settings = TrainingSettings("plain", epochs=1, seed=3)
+    major, minor = a_split("many"), a_split("few")
+    figures = minority.detection(SimpleNamespace(run=run), major, minor, 0.1, settings)
+    (split,) = seen
+    assert split.train[:90] == major.train
+    assert len(split.train) == len(set(split.train)) == 100
+    assert set(split.train[90:]) <= set(minor.train)
+    assert split.test[:60] == major.test
+    assert [sample.label for sample in split.test[60:]] == [0] * 4 + [1] * 2
+    assert set(split.test[60:]) <= set(minor.test)
+    assert figures["the others"] == 1.0
+    assert figures["the variant"] == 0.5
+    assert 0.5 < figures["all"] < 1.0
+
+
+def test_weights_and_detectors_are_about_the_same_cells():
+    chosen = [minority.drawn(90, 90, 0.1, np.random.default_rng(seed)) for seed in (3, 3, 4)]
+    assert chosen[0] == chosen[1] != chosen[2]
+    assert len(set(chosen[0])) == 10
+    assert max(chosen[0]) < 90
+
+
+def test_figures_say_who_of_the_variant_is_taken_for_bad():
+    prior = torch.cat([torch.linspace(-1, 1, 80), torch.linspace(9, 10, 20)])
+    bad = torch.arange(100) >= 90
+    minor = (torch.arange(100) >= 80) & (torch.arange(100) < 90)
+    figures = minority.figures(prior, bad, minor, 0.5)
+    assert figures["of the variant"] == pytest.approx(0, abs=0.01)
+    assert figures["its P(bad)"] == pytest.approx(1, abs=0.01)
+    assert figures["weight of the others"] > 0.9
+    assert figures["AUROC"] == 1.0
