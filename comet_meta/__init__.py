@@ -1,10 +1,10 @@
 """Confident meta-learning: train anomaly detectors on data that nobody has cleaned."""
 
 from comet_meta.data import IndexedDataset, collect_scores
-from comet_meta.memory import MemoryScorer
 from comet_meta.optimizer import CoMetOptimizerWrapper, StepReport
-from comet_meta.regularization import CovarianceMetaRegularizer
-from comet_meta.weighting import SoftConfidentWeighter
+from comet_meta.penalty import CovarianceMetaRegularizer
+from comet_meta.weights.prior import MemoryScorer
+from comet_meta.weights.weighter import SoftConfidentWeighter
 
 __version__ = "0.1.0"
 
