@@ -23,9 +23,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from comet_examples.datasets import Sample, Transform, load_image
-from comet_examples.files import replacing
 from comet_meta import SoftConfidentWeighter
+from comet_meta.vision.files import replacing
+from comet_meta.vision.images import Transform, load_image
+from comet_meta.vision.samples import Sample
 
 _PARTS = Path(__file__).with_name("html_page")
 # Of the pictures and heat maps together, before base64 makes them a third larger.

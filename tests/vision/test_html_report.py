@@ -12,11 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from comet_examples import html_report
-from comet_examples.datasets import Sample, Transform
 from PIL import Image
 
 from comet_meta import SoftConfidentWeighter
+from comet_meta.vision import html_report
+from comet_meta.vision.images import Transform
+from comet_meta.vision.samples import Sample
 
 HOSTILE = [
     "<img src=x onerror=window.pwned=1>.png",

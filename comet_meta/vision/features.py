@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from typing_extensions import override
 
-from comet_examples.backbones import Backbone
+from comet_meta.vision.backbones import Backbone
 
 _LOGGER = logging.getLogger(__name__)
 _MAX_DIM = 1536

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from comet_examples.detectors.statistics import FeatureScaler
-from comet_examples.features import patch_features
 from comet_meta import MemoryScorer
+from comet_meta.vision.features import patch_features
+from comet_meta.vision.statistics import FeatureScaler
 
 _SIDE = 6
 _PATCHES = 20_000
