@@ -1,8 +1,11 @@
 """Who is bad? A first guess from frozen features, before any training."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from tempfile import TemporaryFile
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -35,12 +38,88 @@ def memory_prior(
         Scores, higher = more anomalous, shape (N,). A picture whose features are not all finite
         gets the highest score.
     """
-    side = max(_SIDE, math.isqrt(_PATCHES // count))
-    patches = torch.cat([_patches(levels, side) for levels in batches])
-    whole = patches.isfinite().flatten(1).all(dim=1)
+    side = grid_side(count)
+    patches = torch.cat([coarse_patches(levels, side) for levels in batches])
+    whole = _whole(patches)
     scores = torch.full((len(patches),), torch.nan)
     scores[whole] = _scores(patches[whole], scorer or MemoryScorer())
     return scores.nan_to_num(nan=float(scores[whole].max()))
+
+
+def streamed_prior(
+    parts: Callable[[], Iterator[Tensor]],
+    scratch: Path,
+    scorer: MemoryScorer | None = None,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """:func:`memory_prior` of more patches than should be in memory at a time.
+
+    Args:
+        parts: Yields the pictures' patches in order, (b, C, h, w); it is called three times.
+        scratch: A folder with room for all patches; what is written there goes again.
+        scorer: With settings of one's own.
+        device: Where the pictures are compared. On the CPU, memory holds no more than a part.
+
+    Returns:
+        Scores, shape (N,), NaN for a picture whose patches are not all finite.
+
+    Raises:
+        ValueError: If fewer than two pictures have finite patches.
+    """
+    whole = torch.cat([_whole(part) for part in parts()])
+    scaler = FeatureScaler([next(parts()).shape[1]])
+    scaler.fit([part[_whole(part)]] for part in parts())
+    with TemporaryFile(dir=scratch) as file:
+        for part in parts():
+            (scaled,) = scaler([part[_whole(part)]])
+            rows = scaled.flatten(2).transpose(1, 2).contiguous()
+            file.write(rows.numpy().tobytes())
+        file.flush()  # written, not mapped for writing: a full disk is an error and no crash
+        shape = (int(whole.sum()), *rows.shape[1:])
+        if shape[0] < 2:
+            raise ValueError(
+                f"{shape[0]} of {len(whole)} pictures have finite features; it takes 2"
+            )
+        features = torch.from_numpy(np.memmap(file, np.float32, "c", shape=shape))
+        scores = torch.full((len(whole),), torch.nan)
+        scores[whole] = (scorer or MemoryScorer())(features.to(device)).cpu()
+    return scores
+
+
+def grid_side(count: int) -> int:
+    """How fine the prior looks at each of so many pictures: patches along either side.
+
+    Args:
+        count: Of the pictures, >= 1.
+
+    Returns:
+        At least 6.
+
+    Example:
+        >>> grid_side(50), grid_side(50_000)
+        (20, 6)
+    """
+    return max(_SIDE, math.isqrt(_PATCHES // count))
+
+
+def coarse_patches(levels: Sequence[Tensor], side: int) -> Tensor:
+    """Patch features averaged down to a coarse grid.
+
+    Args:
+        levels: Patch features as the only level (B, C, h, w), or the levels of a backbone.
+        side: Patches along either side; fewer where the level is smaller.
+
+    Returns:
+        Shape (B, C, side, side).
+    """
+    level = levels[0] if len(levels) == 1 else patch_features(levels)
+    height, width = (min(side, length) for length in level.shape[-2:])
+    return F.adaptive_avg_pool2d(level, (height, width))
+
+
+def _whole(patches: Tensor) -> Tensor:
+    """Which pictures have finite patches only, (B, C, h, w) -> (B,)."""
+    return patches.isfinite().flatten(1).all(dim=1)
 
 
 def _scores(patches: Tensor, scorer: MemoryScorer) -> Tensor:
@@ -49,10 +128,3 @@ def _scores(patches: Tensor, scorer: MemoryScorer) -> Tensor:
     scaler.fit([[patches]])
     (scaled,) = scaler([patches])
     return scorer(scaled.flatten(2).transpose(1, 2))
-
-
-def _patches(levels: Sequence[Tensor], side: int) -> Tensor:
-    """Patch features on a coarse grid, (B, C, side, side), or less where the level is smaller."""
-    level = levels[0] if len(levels) == 1 else patch_features(levels)
-    height, width = (min(side, length) for length in level.shape[-2:])
-    return F.adaptive_avg_pool2d(level, (height, width))
