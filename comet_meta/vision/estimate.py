@@ -51,7 +51,7 @@ def in_words(weighter: SoftConfidentWeighter, what: str = "pictures") -> str:
     Example:
         >>> import torch
         >>> weighter = SoftConfidentWeighter(num_samples=20)
-        >>> weighter.fit(torch.linspace(0, 1, 20))
+        >>> weighter.fit(torch.erfinv(torch.linspace(-0.9, 0.9, 20)))
         >>> in_words(weighter)
         'No evidence of bad pictures: nothing was down-weighted.'
     """

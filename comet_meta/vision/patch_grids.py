@@ -39,7 +39,7 @@ class PatchGrids:
         batch_size: Pictures at a time.
 
     Raises:
-        ValueError: If the backbone can't take pictures of that size.
+        DatasetError: If the backbone can't take pictures of that size.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class PatchGrids:
             blank = torch.zeros(1, 3, *_height_and_width(transform))
             self._shape = tuple(self._features(blank).shape[1:])
         except RuntimeError as error:
-            raise ValueError(
+            raise DatasetError(
                 f"{extractor.backbone.name} has no features of pictures of this size "
                 f"({transform.resize}): {error}; take larger pictures"
             ) from error
@@ -79,22 +79,25 @@ class PatchGrids:
         Raises:
             OSError: If a picture has vanished, or a file can't be written.
         """
-        files = []
+        groups = [paths[i : i + _PICTURES] for i in range(0, len(paths), _PICTURES)]
+        setting = f"{self.transform} {self.side}"
+        keys = [features_key(self.extractor, group, setting) for group in groups]
+        files = [self.folder / f"{key}.npy" for key in keys]
+        missing = [
+            (group, file)
+            for group, file in zip(groups, files, strict=True)
+            if not _is_sound(file, (len(group), *self._shape))
+        ]
+        done = len(paths) - sum(len(group) for group, _ in missing)
         workers = ThreadPoolExecutor(min(4, os.cpu_count() or 1))
         try:
-            with tqdm(total=len(paths), desc="features", unit="picture", disable=None) as progress:
-                for start in range(0, len(paths), _PICTURES):
-                    some = paths[start : start + _PICTURES]
-                    key = f"{self.transform} {self.side}"
-                    file = self.folder / f"{features_key(self.extractor, some, key)}.npy"
-                    if _is_sound(file, (len(some), *self._shape)):
-                        progress.initial += len(some)  # no part of the speed
-                        progress.update(len(some))
-                    else:
-                        patches = self._patches(some, workers, progress)
-                        with replacing(file) as aside, aside.open("wb") as stream:
-                            np.save(stream, patches)
-                    files.append(file)
+            with tqdm(
+                total=len(paths), initial=done, desc="features", unit="picture", disable=None
+            ) as progress:
+                for group, file in missing:
+                    patches = self._patches(group, workers, progress)
+                    with replacing(file) as aside, aside.open("wb") as stream:
+                        np.save(stream, patches)
         finally:
             workers.shutdown(cancel_futures=True)
         return files

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from comet_meta import MemoryScorer
 from comet_meta.vision.features import patch_features
+from comet_meta.vision.samples import DatasetError
 from comet_meta.vision.statistics import FeatureScaler
 
 _SIDE = 6
@@ -64,7 +65,7 @@ def streamed_prior(
         Scores, shape (N,), NaN for a picture whose patches are not all finite.
 
     Raises:
-        ValueError: If fewer than two pictures have finite patches.
+        DatasetError: If fewer than two pictures have finite patches.
     """
     whole = torch.cat([_whole(part) for part in parts()])
     scaler = FeatureScaler([next(parts()).shape[1]])
@@ -77,7 +78,7 @@ def streamed_prior(
         file.flush()  # written, not mapped for writing: a full disk is an error and no crash
         shape = (int(whole.sum()), *rows.shape[1:])
         if shape[0] < 2:
-            raise ValueError(
+            raise DatasetError(
                 f"{shape[0]} of {len(whole)} pictures have finite features; it takes 2"
             )
         features = torch.from_numpy(np.memmap(file, np.float32, "c", shape=shape))
