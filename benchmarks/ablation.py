@@ -8,7 +8,6 @@ from typing import Any, cast, get_args
 
 import torch
 import torch.nn.functional as F
-from comet_examples.curation import memory_prior
 from comet_examples.detectors import Detector, FastFlow, SimpleNet
 from comet_examples.training import FeatureRows, TrainingSettings, train, wrap
 from grid import Trial, Variant, trained, weighting_figures
@@ -25,6 +24,7 @@ from comet_meta import (
     SoftConfidentWeighter,
 )
 from comet_meta.meta.step import MetaMode
+from comet_meta.vision.picture_prior import memory_prior
 from comet_meta.weights.rules import standardized
 
 _PENALTY = 0.01

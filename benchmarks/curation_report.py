@@ -16,13 +16,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from comet_examples.datasets import Sample, Transform
-from comet_examples.html_report import Run, write_report
 from PIL import Image
 from runs import machine
 from selenium import webdriver
 
 from comet_meta import SoftConfidentWeighter
+from comet_meta.vision.html_report import Run, write_report
+from comet_meta.vision.images import Transform
+from comet_meta.vision.samples import Sample
 
 _SIDE = 320
 

@@ -8,11 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from comet_examples.backbones import load_backbone
 from comet_examples.datasets import DATASETS, load_image
 from comet_examples.detectors import DETECTORS
 from comet_examples.experiment import Experiment
-from comet_examples.features import FeatureExtractor, FeatureStore, PatchFeatures
 from comet_examples.metrics import image_metrics
 from comet_examples.presets import preset_for
 from comet_examples.report import table
@@ -20,6 +18,9 @@ from comet_examples.training import TrainingSettings
 from overhead import interleaved, quartiles
 from runs import machine
 from torch import Tensor
+
+from comet_meta.vision.backbones import load_backbone
+from comet_meta.vision.features import FeatureExtractor, FeatureStore, PatchFeatures
 
 
 def main() -> None:

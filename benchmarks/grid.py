@@ -13,11 +13,9 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 import torch
-from comet_examples.backbones import DEFAULT_BACKBONE, load_backbone
 from comet_examples.datasets import DATASETS, DatasetError, Split, bad_samples
 from comet_examples.detectors import DETECTORS
 from comet_examples.experiment import Experiment
-from comet_examples.features import FeatureStore
 from comet_examples.metrics import curation_metrics
 from comet_examples.presets import preset_for
 from comet_examples.report import table
@@ -26,6 +24,8 @@ from runs import Figures, Runs, spread
 
 from comet_meta import SoftConfidentWeighter
 from comet_meta.meta.step import MetaMode
+from comet_meta.vision.backbones import DEFAULT_BACKBONE, load_backbone
+from comet_meta.vision.features import FeatureStore
 
 _LOGGER = logging.getLogger(__name__)
 

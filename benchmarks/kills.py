@@ -27,11 +27,12 @@ from typing import cast, get_args
 
 import torch
 from comet_examples.detectors import SimpleNet
-from comet_examples.files import sole_writer
 from comet_examples.training import FeatureRows, Method, Training, TrainingSettings, train
 from runs import machine
 from torch import Tensor, nn
 from tqdm import tqdm
+
+from comet_meta.vision.files import sole_writer
 
 _EPOCHS = 6
 _TOO_LATE = "nothing: it had ended"

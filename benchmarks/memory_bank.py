@@ -15,12 +15,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from comet_examples.detectors.maps import image_scores, smooth_maps
-from comet_examples.detectors.statistics import FeatureScaler
 from comet_examples.training import FeatureRows
 from grid import Trial, Variant, curation_figures
 from runs import Figures
 from sklearn.neighbors import LocalOutlierFactor
 from torch import Tensor
+
+from comet_meta.vision.statistics import FeatureScaler
 
 _SHARE = 0.1
 _PROJECTED = 128

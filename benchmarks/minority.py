@@ -16,8 +16,6 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from comet_examples.backbones import DEFAULT_BACKBONE, load_backbone
-from comet_examples.curation import memory_prior
 from comet_examples.datasets import Sample, Split, bad_samples
 from comet_examples.detectors import DETECTORS
 from comet_examples.experiment import Experiment
@@ -29,6 +27,8 @@ from runs import spread
 from torch import Tensor
 
 from comet_meta import MemoryScorer, SoftConfidentWeighter
+from comet_meta.vision.backbones import DEFAULT_BACKBONE, load_backbone
+from comet_meta.vision.picture_prior import memory_prior
 
 _TASKS = ("elpv/mono", "elpv/poly")  # the many, and the variant
 _SCORERS = {

@@ -11,8 +11,6 @@ its doubt more are spared, their mean P(bad) in training, and how well the prior
 import argparse
 
 import torch
-from comet_examples.backbones import DEFAULT_BACKBONE
-from comet_examples.curation import memory_prior
 from comet_examples.datasets import bad_samples
 from comet_examples.metrics import curation_metrics
 from comet_examples.report import table
@@ -21,6 +19,8 @@ from runs import spread
 from torch import Tensor
 
 from comet_meta import SoftConfidentWeighter
+from comet_meta.vision.backbones import DEFAULT_BACKBONE
+from comet_meta.vision.picture_prior import memory_prior
 from comet_meta.weights.mixture import Mixture, summary
 from comet_meta.weights.rules import standardized
 

@@ -27,16 +27,17 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from comet_examples.backbones import load_backbone
 from comet_examples.datasets import DATASETS, load_image
 from comet_examples.detectors.simplenet import SimpleNet
-from comet_examples.features import FeatureStore, PatchFeatures
 from comet_examples.presets import preset_for
 from comet_examples.report import table
 from comet_examples.training import FeatureRows, Method, TrainingSettings, train
 from runs import machine
 from torch import Tensor, nn
 from torch.optim import Adam
+
+from comet_meta.vision.backbones import load_backbone
+from comet_meta.vision.features import FeatureStore, PatchFeatures
 
 _BATCH, _TASKS, _INNER_STEPS = 8, 4, 5
 

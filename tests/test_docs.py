@@ -5,6 +5,7 @@ import re
 import shlex
 from collections.abc import Callable
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -77,6 +78,46 @@ def check_curation(names: dict) -> None:
     assert Path("report.html").read_text(encoding="utf-8").count('"heat":') == 9
 
 
+def ranked() -> dict:
+    from comet_meta.vision.keep_list import Row, write
+
+    names = pictures()
+    rows = [Row(Path(f"{i}.png"), 2.0 - i / 8, 0.5, 0.9 - i / 10, i + 1, i > 3) for i in range(8)]
+    write(Path("pictures_ranked/keep.csv"), [*rows, Row(Path("8.png"), *[None] * 4, False)])
+    return names
+
+
+def check_rank(names: dict) -> None:
+    import json
+
+    assert Path("report.html").read_text(encoding="utf-8").count('"heat":') == 9
+    content = json.loads(Path("labels.json").read_text())
+    assert set(content) == {"classes", "labels"}
+    assert set(content["labels"]) == {str(i) for i in range(8)}
+    assert content["labels"]["0"] == {
+        "label": "drop", "confidence": 0.9, "attributes": {"score": 2.0, "rank": 1}
+    }  # fmt: skip
+    assert all(label["label"] in content["classes"] for label in content["labels"].values())
+    tasks = json.loads(Path("tasks.json").read_text())
+    assert [task["data"] for task in tasks] == [
+        {"image": f"/data/local-files/?d=pictures/{i}.png"} for i in range(8)
+    ]
+    interface = re.search(
+        r"```xml\n(.*?)```", (ROOT / "docs" / "rank.md").read_text(encoding="utf-8"), re.S
+    )
+    view = ElementTree.fromstring(interface[1])
+    choices = {choice.get("value") for choice in view.iter("Choice")}
+    for task in tasks:
+        (prediction,) = task["predictions"]
+        (result,) = prediction["result"]
+        assert 0 <= prediction["score"] <= 1
+        control = view.find(f".//Choices[@name='{result['from_name']}']")
+        assert control.get("toName") == result["to_name"] == view.find("Image").get("name")
+        assert result["type"] == "choices"
+        assert set(result["value"]["choices"]) <= choices
+    assert view.find("Image").get("value") == "$image"
+
+
 def wrapped() -> dict:
     names = rows()
     model = names["model"]
@@ -97,6 +138,7 @@ RUN: dict[str, tuple[Callable[[], dict], Callable[[dict], None]]] = {
     "adopt.md": (rows, check_adopt),
     "curation.md": (pictures, check_curation),
     "performance.md": (wrapped, check_performance),
+    "rank.md": (ranked, check_rank),
 }
 # Those that are run elsewhere.
 RUN_BY = {
@@ -213,3 +255,16 @@ def test_every_page_is_in_the_navigation():
     text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     named = set(re.findall(r"^ +- .*: ([\w/.-]+\.md)$", text, re.M))
     assert named == {relative(page) for page in PAGES}
+
+
+def test_the_commands_and_options_of_the_ranking_page_exist():
+    from comet_meta import cli
+
+    text = (ROOT / "docs" / "rank.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^comet-meta ([^\n]+)$", text, re.M)
+    assert len(commands) == 2
+    for command in commands:
+        cli._parser().parse_args(shlex.split(command))
+    rank = cli._parser().parse_args(["rank", "pictures"])
+    for option in re.findall(r"`--([\w-]+)", text):
+        assert option == "copy" or hasattr(rank, option.replace("-", "_")), option

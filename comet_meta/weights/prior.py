@@ -110,10 +110,7 @@ class MemoryScorer:
         while draws < self.draws or not bool((seen > 0).all()):
             order = torch.randperm(count, generator=generator).to(features.device)
             inside, outside = order[:size], order[size:]
-            memory = features[inside].flatten(0, 1).float()
-            if len(memory) > self.max_patches:
-                kept = torch.randperm(len(memory), generator=generator)[: self.max_patches]
-                memory = memory[kept.to(memory.device)]
+            memory = self._memory(features, inside, generator)
             totals[outside] += self._scores(features, outside, memory)
             seen[outside] += 1
             draws += 1
@@ -125,6 +122,15 @@ class MemoryScorer:
                 f"{bad[:8].tolist()}); expected finite features"
             )
         return scores
+
+    def _memory(self, features: Tensor, inside: Tensor, generator: torch.Generator) -> Tensor:
+        """The patches of some samples, (M, C), or a choice of them: no more are ever read."""
+        patches = features.shape[1]
+        if len(inside) * patches <= self.max_patches:
+            return features[inside].flatten(0, 1).float()
+        kept = torch.randperm(len(inside) * patches, generator=generator)[: self.max_patches]
+        kept = kept.to(features.device)
+        return features[inside[kept // patches], kept % patches].float()
 
     def _scores(self, features: Tensor, rows: Tensor, memory: Tensor) -> Tensor:
         """Scores of some samples against a memory (M, C), in chunks of bounded size."""

@@ -12,16 +12,16 @@ from typing import get_args
 
 import torch
 
-from comet_examples.backbones import PAPER_BACKBONE, BackboneError, load_backbone
 from comet_examples.datasets import DATASETS, DatasetError, Transform, oracle
-from comet_examples.download import DownloadError
-from comet_examples.features import FeatureStore
-from comet_examples.files import BusyError
 from comet_examples.presets import PRESETS, Preset, preset_for
 from comet_examples.report import table
 from comet_examples.session import Session
 from comet_examples.training import Method, ResumeError, TrainingSettings
 from comet_meta.meta.step import MetaMode
+from comet_meta.vision.backbones import PAPER_BACKBONE, BackboneError, load_backbone
+from comet_meta.vision.download import DownloadError
+from comet_meta.vision.features import FeatureStore
+from comet_meta.vision.files import BusyError
 
 _DEMO = (
     "DEMO: no --data-root, so this trains on solar cells from the elpv-dataset package "

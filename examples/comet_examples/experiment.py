@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from comet_examples.backbones import Backbone
 from comet_examples.datasets import (
     Sample,
     Split,
@@ -22,7 +21,6 @@ from comet_examples.datasets import (
     oracle,
 )
 from comet_examples.detectors import DETECTORS, Detector
-from comet_examples.features import FeatureStore
 from comet_examples.metrics import image_metrics, pixel_metrics
 from comet_examples.presets import Preset
 from comet_examples.training import (
@@ -34,6 +32,8 @@ from comet_examples.training import (
     train,
     wrap,
 )
+from comet_meta.vision.backbones import Backbone
+from comet_meta.vision.features import FeatureStore
 
 _LOGGER = logging.getLogger(__name__)
 

@@ -3,9 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from comet_examples.backbones import DEFAULT_BACKBONE, PAPER_BACKBONE
 from comet_examples.datasets import Transform
 from comet_examples.training import Method
+from comet_meta.vision.backbones import DEFAULT_BACKBONE, PAPER_BACKBONE
 
 
 @dataclass(frozen=True)

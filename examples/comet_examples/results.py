@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from comet_examples.datasets import Sample
-from comet_examples.files import replacing
 from comet_examples.training import ResumeError
+from comet_meta.vision.files import replacing
 
 
 class Results:

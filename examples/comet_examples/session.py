@@ -12,17 +12,18 @@ import timm
 import torch
 
 import comet_meta
-from comet_examples import html_report, report
-from comet_examples.backbones import Backbone
+from comet_examples import report
 from comet_examples.datasets import DatasetError, Split, bad_samples, contaminate
 from comet_examples.experiment import Experiment, Outcome, can_be_judged
-from comet_examples.features import FeatureStore
-from comet_examples.files import sole_writer
 from comet_examples.metrics import curation_metrics
 from comet_examples.presets import Preset
 from comet_examples.results import Results, fingerprint
 from comet_examples.training import Method, ResumeError, TrainingSettings
 from comet_meta import SoftConfidentWeighter
+from comet_meta.vision import html_report
+from comet_meta.vision.backbones import Backbone
+from comet_meta.vision.features import FeatureStore
+from comet_meta.vision.files import sole_writer
 
 if TYPE_CHECKING:
     from comet_examples.tensorboard import TensorBoardLog

@@ -13,9 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from typing_extensions import override
 
-from comet_examples.curation import memory_prior
 from comet_examples.detectors import Detector, Exposable
-from comet_examples.files import replacing
 from comet_meta import (
     CoMetOptimizerWrapper,
     CovarianceMetaRegularizer,
@@ -25,6 +23,8 @@ from comet_meta import (
     collect_scores,
 )
 from comet_meta.meta.step import MetaMode
+from comet_meta.vision.files import replacing
+from comet_meta.vision.picture_prior import memory_prior
 
 Method = Literal["plain", "oracle", "paper", "comet"]
 _SCORING_BATCH = 16  # larger ones fall out of a CPU's cache

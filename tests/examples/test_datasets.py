@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 from comet_examples.datasets import DATASETS, DatasetError, Sample, Transform, load_image, load_mask
-from comet_examples.datasets.images import has_defect
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
+
+from comet_meta.vision.images import has_defect
 
 MVTEC = DATASETS["mvtec"]
 

@@ -6,9 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from comet_examples.backbones import load_backbone
-from comet_examples.datasets import Transform, load_image
-from comet_examples.features import FeatureStore, PatchFeatures
 from PIL import Image
 from test_scripts import run, tree
 from torch import nn
@@ -21,6 +18,9 @@ from comet_meta import (
     SoftConfidentWeighter,
     collect_scores,
 )
+from comet_meta.vision.backbones import load_backbone
+from comet_meta.vision.features import FeatureStore, PatchFeatures
+from comet_meta.vision.images import Transform, load_image
 
 
 def states(out: Path) -> dict[str, dict[str, torch.Tensor]]:

@@ -14,15 +14,15 @@ import numpy as np
 import pytest
 import torch
 from comet_examples import cli, experiment, report, session
-from comet_examples.backbones import PAPER_BACKBONE
 from comet_examples.datasets import DATASETS, Sample, Transform
 from comet_examples.detectors import DETECTORS
-from comet_examples.files import replacing
 from comet_examples.presets import Preset, preset_for
 from matplotlib.axes import Axes
 from PIL import Image
 
 from comet_meta import SoftConfidentWeighter
+from comet_meta.vision.backbones import PAPER_BACKBONE
+from comet_meta.vision.files import replacing
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SCRIPTS = [

@@ -3,12 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from comet_examples.backbones import PAPER_BACKBONE
 from comet_examples.detectors import SimpleNet
 from comet_examples.presets import preset_for
 from scipy.ndimage import gaussian_filter
 from sklearn.metrics import roc_auc_score
 from torch import nn
+
+from comet_meta.vision.backbones import PAPER_BACKBONE
 
 
 def by_hand() -> SimpleNet:

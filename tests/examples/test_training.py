@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 from comet_examples import cli, training
-from comet_examples.curation import memory_prior
 from comet_examples.detectors import SimpleNet
-from comet_examples.features import PatchFeatures
 from comet_examples.training import FeatureRows, ResumeError, TrainingSettings, predict, train
 from PIL import Image
+
+from comet_meta.vision.features import PatchFeatures
+from comet_meta.vision.picture_prior import memory_prior
 
 METHODS = ("plain", "oracle", "paper", "comet")
 

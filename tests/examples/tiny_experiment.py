@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 from comet_examples.datasets import Sample, Split, Transform
 from comet_examples.experiment import Experiment
-from comet_examples.features import FeatureStore
 from comet_examples.presets import Preset
 from PIL import Image
 from torch import nn
+
+from comet_meta.vision.features import FeatureStore
 
 OPTIONS = {
     "simplenet": {"hidden": 16, "top": 2},

@@ -3,10 +3,11 @@
 from pathlib import Path
 from typing import Protocol
 
-from comet_examples.datasets import elpv, folder, ksdd2, mvtec, viaduct
-from comet_examples.datasets.base import DatasetError, Sample, Split
+from comet_examples.datasets import elpv, ksdd2, mvtec, viaduct
 from comet_examples.datasets.contamination import bad_samples, contaminate, oracle
-from comet_examples.datasets.images import Transform, load_image, load_mask
+from comet_meta.vision import folder
+from comet_meta.vision.images import Transform, load_image, load_mask
+from comet_meta.vision.samples import DatasetError, Sample, Split
 
 
 class Source(Protocol):

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from comet_examples.datasets.base import DatasetError, Sample, Split, image_files, subfolders
+from comet_meta.vision.samples import DatasetError, Sample, Split, image_files, subfolders
 
 _LOGGER = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ import zlib
 from pathlib import Path, PurePosixPath
 from uuid import uuid4
 
-from comet_examples.datasets.base import DatasetError
+from comet_meta.vision.samples import DatasetError
 
 _MOST_FILES = 1_000_000
 # Pictures are compressed already; a bomb is made of what compresses a thousandfold.

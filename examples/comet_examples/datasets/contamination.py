@@ -7,7 +7,7 @@ from itertools import chain
 import numpy as np
 import numpy.typing as npt
 
-from comet_examples.datasets.base import DatasetError, Sample, Split
+from comet_meta.vision.samples import DatasetError, Sample, Split
 
 
 def contaminate(split: Split, noise: float, *, seed: int, overlap: bool = False) -> Split:

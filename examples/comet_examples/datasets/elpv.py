@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from comet_examples.datasets.base import DatasetError, Sample, Split
+from comet_meta.vision.samples import DatasetError, Sample, Split
 
 # So many that 40 % contamination still leaves defective cells of either kind for the test.
 _TRAIN_COUNT = 400

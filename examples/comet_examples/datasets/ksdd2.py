@@ -14,8 +14,8 @@ learning, Computers in Industry 2021.
 
 from pathlib import Path
 
-from comet_examples.datasets.base import DatasetError, Sample, Split, image_files
-from comet_examples.datasets.images import has_defect
+from comet_meta.vision.images import has_defect
+from comet_meta.vision.samples import DatasetError, Sample, Split, image_files
 
 _CATEGORY = "ksdd2"
 _MASK = "_GT"

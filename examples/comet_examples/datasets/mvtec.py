@@ -7,7 +7,7 @@ CVPR 2019.
 from pathlib import Path
 
 from comet_examples.datasets._tree import load_tree, tree_categories
-from comet_examples.datasets.base import Split
+from comet_meta.vision.samples import Split
 
 _NAME = "MVTec AD"
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from comet_examples.datasets._tree import load_tree, tree_categories
 from comet_examples.datasets.archives import unpack_missing
-from comet_examples.datasets.base import Sample, Split
+from comet_meta.vision.samples import Sample, Split
 
 _NAME = "VIADUCT"
 _VIEW = re.compile(r"_\d+$")

@@ -6,10 +6,10 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor
 from torch.optim import Optimizer
 
-from comet_examples.backbones import Backbone
 from comet_examples.detectors.fastflow import FastFlow
 from comet_examples.detectors.simplenet import SimpleNet
-from comet_examples.features import FeatureExtractor
+from comet_meta.vision.backbones import Backbone
+from comet_meta.vision.features import FeatureExtractor
 
 
 class Detector(Protocol):

@@ -14,8 +14,8 @@ from torch.optim import Adam, Optimizer
 from typing_extensions import override
 
 from comet_examples.detectors.maps import image_scores, smooth_maps
-from comet_examples.detectors.statistics import FeatureScaler
-from comet_examples.features import PyramidFeatures
+from comet_meta.vision.features import PyramidFeatures
+from comet_meta.vision.statistics import FeatureScaler
 
 _EXPOSED_SCORE = 2.0  # asked of an anomalous picture's strange positions
 

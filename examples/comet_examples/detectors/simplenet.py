@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.optim import Adam, AdamW, Optimizer
 
 from comet_examples.detectors.maps import image_scores, smooth_maps
-from comet_examples.detectors.statistics import FeatureScaler
-from comet_examples.features import PatchFeatures
+from comet_meta.vision.features import PatchFeatures
+from comet_meta.vision.statistics import FeatureScaler
 
 
 class SimpleNet(nn.Module):

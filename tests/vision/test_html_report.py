@@ -12,11 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from comet_examples import html_report
-from comet_examples.datasets import Sample, Transform
 from PIL import Image
 
 from comet_meta import SoftConfidentWeighter
+from comet_meta.vision import html_report
+from comet_meta.vision.images import Transform
+from comet_meta.vision.samples import Sample
 
 HOSTILE = [
     "<img src=x onerror=window.pwned=1>.png",
@@ -398,9 +399,9 @@ def test_it_exports_what_was_decided(page, samples, folder):
     assert [int(row["rank"]) for row in rows] == list(range(1, 108))
     assert {row["path"] for row in rows} == {str(sample.path) for sample in samples}
     bad = {str(sample.path) for sample in samples if sample.label == 1}
-    dropped = {row["path"] for row in rows if row["decision"] == "drop"}
+    dropped = {row["path"] for row in rows if row["keep"] == "no"}
     assert dropped == bad - {rows[0]["path"]}
-    assert {row["decision"] for row in rows} == {"keep", "drop"}
+    assert {row["keep"] for row in rows} == {"yes", "no"}
     by_path = {row["path"]: row for row in rows}
     for sample, score, weight in zip(samples, *_state(samples), strict=True):
         row = by_path[str(sample.path)]

@@ -12,7 +12,7 @@ from urllib.parse import urldefrag, urlsplit
 
 from typing_extensions import override
 
-from comet_examples.files import sole_writer
+from comet_meta.vision.files import sole_writer
 
 _LOGGER = logging.getLogger(__name__)
 _SCHEMES = ("https",)

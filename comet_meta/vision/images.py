@@ -10,7 +10,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tvf
 
-from comet_examples.datasets.base import DatasetError, Sample
+from comet_meta.vision.samples import DatasetError, Sample
 
 
 @dataclass(frozen=True)

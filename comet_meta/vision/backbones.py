@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from typing_extensions import Self, override
 
-from comet_examples.download import download
-from comet_examples.files import cache_folder
+from comet_meta.vision.download import download
+from comet_meta.vision.files import cache_folder
 
 DEFAULT_BACKBONE = "tf_efficientnet_lite0"
 PAPER_BACKBONE = "wide_resnet50_2"

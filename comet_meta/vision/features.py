@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from typing_extensions import override
 
-from comet_examples.backbones import Backbone
+from comet_meta.vision.backbones import Backbone
 
 _LOGGER = logging.getLogger(__name__)
 _MAX_DIM = 1536
@@ -190,7 +190,9 @@ class FeatureStore:
         """
         if not paths:
             raise ValueError("there are no pictures to compute features of")
-        key = _key(extractor, paths, f"{transform_key} half" if self.half else transform_key)
+        key = features_key(
+            extractor, paths, f"{transform_key} half" if self.half else transform_key
+        )
         if key in self._in_memory:
             return self._in_memory[key]
         file = self.directory / f"{key}.npy"
@@ -309,7 +311,20 @@ def _open(file: Path) -> tuple[Tensor, ...] | None:
         return None
 
 
-def _key(extractor: FeatureExtractor, paths: Sequence[Path], transform_key: str) -> str:
+def features_key(extractor: FeatureExtractor, paths: Sequence[Path], transform_key: str) -> str:
+    """Names features by all that they were computed from.
+
+    Args:
+        extractor: Computes them.
+        paths: The pictures' files; each counts with path, size and time of change.
+        transform_key: Names what is done to a picture before.
+
+    Returns:
+        32 hexadecimal digits.
+
+    Raises:
+        OSError: If a file is missing.
+    """
     digest = hashlib.sha256(f"{extractor.fingerprint} {transform_key}".encode())
     for path in paths:
         status = path.stat()

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from comet_examples.backbones import load_backbone
-from comet_examples.curation import memory_prior
-from comet_examples.features import PatchFeatures, PyramidFeatures
 
 from comet_meta import MemoryScorer
+from comet_meta.vision.backbones import load_backbone
+from comet_meta.vision.features import PatchFeatures, PyramidFeatures
+from comet_meta.vision.picture_prior import memory_prior
 
 
 class Recorder(MemoryScorer):

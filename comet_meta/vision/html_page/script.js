@@ -35,6 +35,7 @@ function tile(value, caption, kind = "") {
 
 byId("heading").textContent = page.heading;
 byId("subtitle").textContent = page.subtitle;
+byId("verdict").textContent = page.verdict;
 const suspects = pictures.filter(isSuspect).length;
 const mean = pictures.reduce((sum, picture) => sum + picture.weight, 0) / pictures.length;
 tile(pictures.length.toLocaleString("en"), "training pictures");
@@ -163,6 +164,7 @@ function histogram(caption, what, mark, markName, bounds) {
 }
 
 page.curves.forEach(curve);
+if (!page.curves.length) byId("figures-name").textContent = "Scores and weights";
 const tau = page.threshold;
 const suspicion = page.prior ? "Suspicion, from score and prior" : "Anomaly scores";
 histogram(suspicion, "suspicion", tau, `threshold ${short(tau)}`, null);
@@ -250,6 +252,7 @@ function card(i) {
   const picture = pictures[i];
   const frame = make("div", { class: "picture" }, ...images(picture));
   frame.style.aspectRatio = String(page.aspect);
+  if (!picture.image) frame.append(make("span", { class: "unseen" }, "no thumbnail"));
   frame.append(make("span", { class: "badge" }, `#${i + 1}`));
   if (picture.kind === "bad") frame.append(make("span", { class: "label" }, picture.defect));
   const open = make("button", { type: "button", class: "open", "aria-label": `Enlarge ${picture.name}` });
@@ -333,6 +336,8 @@ byId("size").addEventListener("input", (event) => {
   gallery.style.setProperty("--size", `${event.target.value}px`);
 });
 byId("heat").addEventListener("change", (event) => heated(event.target.checked));
+const heatless = !pictures.some((picture) => picture.heat);
+for (const id of ["heat", "viewer-heat"]) byId(id).closest("label").hidden = heatless;
 byId("truth-label").hidden = !pictures.some((picture) => picture.kind === "bad");
 byId("truth").addEventListener("change", (event) => {
   document.body.classList.toggle("untold", !event.target.checked);
@@ -377,9 +382,10 @@ const quoted = (text) => (/[",\r\n]/.test(text) ? `"${text.replaceAll('"', '""')
 
 byId("export").addEventListener("click", () => {
   const lines = pictures.map((picture, i) => [
-    i + 1, dropped.has(i) ? "drop" : "keep", picture.weight, picture.score ?? "", quoted(picture.path),
+    quoted(picture.path), picture.score ?? "", picture.weight, picture.anomalous, i + 1,
+    dropped.has(i) ? "no" : "yes",
   ].join(","));
-  const csv = ["rank,decision,weight,score,path", ...lines, ""].join("\r\n");
+  const csv = ["path,score,weight,p_bad,rank,keep", ...lines, ""].join("\r\n");
   const url = URL.createObjectURL(new Blob([csv], { type: "text/csv" }));
   const name = `${page.heading.replace(/[^\w.-]+/g, "_")}_keep_drop.csv`;
   make("a", { href: url, download: name }).click();

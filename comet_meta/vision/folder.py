@@ -6,7 +6,7 @@ them is known.
 
 from pathlib import Path
 
-from comet_examples.datasets.base import DatasetError, Sample, Split, image_files, subfolders
+from comet_meta.vision.samples import DatasetError, Sample, Split, image_files, subfolders
 
 
 def categories(root: Path | None) -> list[str]:

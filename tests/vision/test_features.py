@@ -11,11 +11,12 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from comet_examples.backbones import Backbone, BackboneError, load_backbone
-from comet_examples.datasets import Transform, load_image
-from comet_examples.features import FeatureStore, PatchFeatures, PyramidFeatures
 from PIL import Image
 from safetensors.torch import save_file
+
+from comet_meta.vision.backbones import Backbone, BackboneError, load_backbone
+from comet_meta.vision.features import FeatureStore, PatchFeatures, PyramidFeatures
+from comet_meta.vision.images import Transform, load_image
 
 TINY = "resnet10t"
 
@@ -116,7 +117,7 @@ def test_without_network_both_ways_out_are_named(monkeypatch, name):
         return real(name, **options)
 
     monkeypatch.setattr(timm, "create_model", no_network)
-    monkeypatch.setattr("comet_examples.backbones.find_spec", lambda name: None)
+    monkeypatch.setattr("comet_meta.vision.backbones.find_spec", lambda name: None)
     with pytest.raises(BackboneError, match=r"efficientnet.lite0.*--weights"):
         load_backbone(name)
 
@@ -274,9 +275,9 @@ def test_features_too_large_for_half_precision_are_refused(tiny, paths, tmp_path
 WRITER = """
 import sys, time
 from pathlib import Path
-from comet_examples.backbones import load_backbone
-from comet_examples.datasets import Transform, load_image
-from comet_examples.features import FeatureStore, PatchFeatures
+from comet_meta.vision.backbones import load_backbone
+from comet_meta.vision.images import Transform, load_image
+from comet_meta.vision.features import FeatureStore, PatchFeatures
 
 folder, start = Path(sys.argv[1]), float(sys.argv[2])
 store, transform = FeatureStore(folder / "cache", 0), Transform(32)

@@ -11,7 +11,8 @@ import io
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import chain, repeat
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -23,9 +24,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from comet_examples.datasets import Sample, Transform, load_image
-from comet_examples.files import replacing
 from comet_meta import SoftConfidentWeighter
+from comet_meta.vision.estimate import in_words
+from comet_meta.vision.files import replacing
+from comet_meta.vision.images import Transform, load_image
+from comet_meta.vision.samples import Sample
 
 _PARTS = Path(__file__).with_name("html_page")
 # Of the pictures and heat maps together, before base64 makes them a third larger.
@@ -37,6 +40,7 @@ _HEAT_SIDE = 48
 _HEAT_QUALITY = 60
 _HEAT_BYTES = 1000  # about what a heat map of that size takes
 _CHUNK = 128
+_SHOWN = 5000
 _KINDS = {0: "normal", 1: "bad", None: "unknown"}
 _CURVES = {"mean_weight": "Mean weight", "strength": "Penalty λ(Σ)"}
 
@@ -56,10 +60,10 @@ class Run:
 
     heading: str
     subtitle: str
-    settings: Mapping[str, Any]
-    metrics: Sequence[Mapping[str, str | float]]
-    highlights: Sequence[tuple[str, float]]
-    history: Sequence[Mapping[str, float]]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Sequence[Mapping[str, str | float]] = ()
+    highlights: Sequence[tuple[str, float]] = ()
+    history: Sequence[Mapping[str, float]] = ()
 
 
 def write_report(
@@ -68,12 +72,12 @@ def write_report(
     weighter: SoftConfidentWeighter,
     samples: Sequence[Sample],
     transform: Transform,
-    maps: Callable[[Sequence[Sample]], Tensor],
+    maps: Callable[[Sequence[Sample]], Tensor] | None = None,
 ) -> None:
     """Write the page.
 
-    It shows every training picture, the most suspect first, and stays below 30 MB up to some
-    5,000 of them: the more there are, the smaller the thumbnails.
+    It lists every training picture, the most suspect first. The first 5,000 are shown: the more
+    there are, the smaller the thumbnails, so that the page stays below 30 MB up to there.
 
     Args:
         file: HTML file to write.
@@ -81,14 +85,36 @@ def write_report(
         weighter: After training.
         samples: The training set, in the weighter's order.
         transform: How to read the pictures. All come out in one size.
-        maps: Anomaly maps (B, H, W) of some of the pictures; called for a chunk at a time.
+        maps: Anomaly maps (B, H, W) of some of the pictures, called for a chunk at a time; None:
+            without heat maps.
+
+    Raises:
+        DatasetError: If a picture can't be read.
+        ValueError: If there isn't one sample for each of the weighter's.
     """
-    order, suspicion = weighter.ranking().tolist(), weighter.suspicion()
+    if len(samples) != len(weighter.weights) or not samples:
+        raise ValueError(
+            f"got {len(samples)} pictures and a weighter of {len(weighter.weights)} samples; "
+            "expected one picture for each sample, in the weighter's order"
+        )
+    # Before a model has scored anything, the prior is all there is to show.
+    prior_alone = weighter.prior is not None and bool(weighter.scores.isnan().all())
+    scores = weighter.prior if weighter.prior is not None and prior_alone else weighter.scores
+    suspicion = scores if prior_alone else weighter.suspicion()
+    in_units_of_threshold = prior_alone or weighter.prior is None
+    order = weighter.ranking().tolist()
     ranked = [samples[i] for i in order]
+    shown = ranked[:_SHOWN]
     width, height = _load(ranked[0], transform).size
-    tried = ranked[:: math.ceil(len(ranked) / _TRIED)]
+    tried = shown[:: math.ceil(len(shown) / _TRIED)]
     format_ = _thumbnail_format(
-        [_load(sample, transform) for sample in tried], _BYTES // len(ranked) - _HEAT_BYTES
+        [_load(sample, transform) for sample in tried],
+        _BYTES // len(shown) - (_HEAT_BYTES if maps else 0),
+    )
+    heat_maps = _heat_maps(shown, maps) if maps else repeat(b"", len(shown))
+    images = (
+        (_encoded(_thumbnail(_load(sample, transform), *format_)), _encoded(heat))
+        for sample, heat in zip(shown, heat_maps, strict=True)
     )
     pictures = [
         {
@@ -99,25 +125,28 @@ def write_report(
             "defect": sample.defect,
             "weight": _number(weighter.weights[i]),
             "anomalous": _number(weighter.anomalous[i]),
-            "score": _number(weighter.scores[i]),
+            "score": _number(scores[i]),
             "suspicion": _number(suspicion[i]),
-            "image": _encoded(_thumbnail(_load(sample, transform), *format_)),
-            "heat": _encoded(heat),
+            "image": image,
+            "heat": heat,
         }
-        for i, sample, heat in zip(order, ranked, _heat_maps(ranked, maps), strict=True)
+        for i, sample, (image, heat) in zip(
+            order, ranked, chain(images, repeat(("", ""), len(ranked) - len(shown))), strict=True
+        )
     ]
     paths = "\n".join(str(picture["path"]) for picture in pictures)
     content = {
         "id": hashlib.sha256(paths.encode(errors="replace")).hexdigest()[:16],
         "heading": run.heading,
         "subtitle": run.subtitle,
+        "verdict": in_words(weighter),
         "settings": {name: _text(value) for name, value in run.settings.items()},
         "metrics": run.metrics,
         "highlights": run.highlights,
         "curves": _curves(run.history),
-        # With a prior it is a threshold of the prior, not of what is shown.
-        "threshold": _number(weighter.threshold) if weighter.prior is None else None,
-        "prior": weighter.prior is not None,
+        # Beside a model's scores, the prior's threshold has another unit than what is shown.
+        "threshold": _number(weighter.threshold) if in_units_of_threshold else None,
+        "prior": not in_units_of_threshold,
         "aspect": width / height,
         "pictures": pictures,
     }

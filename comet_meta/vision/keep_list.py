@@ -1,0 +1,202 @@
+"""The list of what to keep and what to drop: a CSV, and the cleaned folder that it makes."""
+
+import csv
+import filecmp
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
+from typing import Literal, NamedTuple
+
+from comet_meta.vision.files import replacing
+
+COLUMNS = ("path", "score", "weight", "p_bad", "rank", "keep")
+_KEEP = {"yes": True, "no": False}
+
+
+class KeepListError(ValueError):
+    """A list or a folder that can't be used; the message is one for the user."""
+
+
+class Row(NamedTuple):
+    """A line of the list.
+
+    Attributes:
+        path: The picture's, below the folder.
+        score: Its anomaly score, higher = more anomalous; None, like the next three, for a picture
+            that can't be read.
+        weight: Confidence in it, in [0, 1].
+        p_bad: Probability that it is bad, in [0, 1].
+        rank: 1 for the most suspect picture.
+        keep: Whether it stays.
+    """
+
+    path: Path
+    score: float | None
+    weight: float | None
+    p_bad: float | None
+    rank: int | None
+    keep: bool
+
+
+class Applied(NamedTuple):
+    """What :func:`apply` did.
+
+    Attributes:
+        made: Pictures that were linked or copied.
+        present: Pictures that were there already, from an earlier call.
+        left_out: Pictures that the list drops.
+    """
+
+    made: int
+    present: int
+    left_out: int
+
+
+def write(file: Path, rows: Iterable[Row]) -> None:
+    """Write a list.
+
+    Args:
+        file: The CSV file to write or replace.
+        rows: Its lines, with paths below the folder of pictures.
+    """
+    # Names of files needn't be valid UTF-8: what is written comes back as it was.
+    with (
+        replacing(file) as aside,
+        aside.open("w", newline="", encoding="utf-8", errors="surrogateescape") as stream,
+    ):
+        lines = csv.writer(stream)
+        lines.writerow(COLUMNS)
+        for row in rows:
+            figures = (_figure(value) for value in (row.score, row.weight, row.p_bad, row.rank))
+            lines.writerow([_spelled(row.path), *figures, "yes" if row.keep else "no"])
+
+
+def read(file: Path) -> list[tuple[str, bool]]:
+    """Read paths and decisions of a list.
+
+    Args:
+        file: A CSV file with the columns ``path`` and ``keep`` (yes or no); others are ignored.
+
+    Returns:
+        Path as it is written and whether it stays, in the file's order.
+
+    Raises:
+        KeepListError: If the file is missing or is no such list.
+    """
+    try:
+        with file.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as stream:
+            lines = csv.DictReader(stream)
+            missing = {"path", "keep"} - set(lines.fieldnames or ())
+            if missing:
+                raise KeepListError(
+                    f"{file} has no column {' nor '.join(sorted(missing))}; expected the header "
+                    f"{','.join(COLUMNS)}"
+                )
+            return [_decision(file, lines.line_num, line) for line in lines]
+    except FileNotFoundError:
+        raise KeepListError(f"there's no list {file}") from None
+    except csv.Error as error:
+        raise KeepListError(f"{file} is no CSV file: {error}") from error
+
+
+def apply(
+    list_file: Path, source: Path, destination: Path, *, how: Literal["link", "copy"] = "link"
+) -> Applied:
+    """Make a folder of the pictures that a list keeps.
+
+    Folders below the source stay as they are. Nothing is deleted or overwritten; what an earlier,
+    interrupted call has made stays and counts.
+
+    Args:
+        list_file: The CSV file.
+        source: The folder that was ranked.
+        destination: The folder to make, or one that holds nothing else under the same names.
+        how: ``"link"``: symbolic links to the pictures; ``"copy"``: copies with their times.
+
+    Returns:
+        How many pictures were made, were there already, and were left out.
+
+    Raises:
+        KeepListError: If list, source or a picture is missing, a path lies outside of the source,
+            the destination is part of the source, or another file is in the way. Nothing has been
+            made then.
+        OSError: If a link or a copy can't be made.
+    """
+    decisions = read(list_file)
+    if not source.is_dir():
+        raise KeepListError(f"there's no folder {source}")
+    if destination.resolve().is_relative_to(source.resolve()):
+        raise KeepListError(
+            f"{destination} lies in {source}: what is made there would be ranked with it the next "
+            "time; give a folder outside"
+        )
+    kept = {_below(source, path, list_file) for path, keep in decisions if keep}
+    dropped = {_below(source, path, list_file) for path, keep in decisions if not keep}
+    if both := sorted(kept & dropped):
+        raise KeepListError(f"{list_file} keeps and drops {_some(both)}")
+    if not kept:
+        raise KeepListError(f"{list_file} keeps no picture")
+    if missing := [path for path in sorted(kept) if not (source / path).is_file()]:
+        raise KeepListError(f"{source} lacks {_some(missing)}, which {list_file} keeps")
+    taken = [path for path in sorted(kept) if os.path.lexists(destination / path)]
+    if different := [p for p in taken if not _same(source / p, destination / p)]:
+        raise KeepListError(
+            f"{destination} holds other files called {_some(different)}; nothing is overwritten: "
+            "give an empty folder"
+        )
+    for path in sorted(kept.difference(taken)):
+        target = destination / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if how == "link":
+            target.symlink_to((source / path).absolute())
+        else:
+            with replacing(target) as aside:
+                shutil.copy2(source / path, aside)
+    return Applied(len(kept) - len(taken), len(taken), len(dropped))
+
+
+def _decision(file: Path, line: int, row: dict[str, str | None]) -> tuple[str, bool]:
+    path, keep = row["path"], (row["keep"] or "").strip().lower()
+    if not path or keep not in _KEEP:
+        raise KeepListError(
+            f"line {line} of {file} has path {path!r} and keep {row['keep']!r}; expected a path, "
+            "and yes or no"
+        )
+    return path, _KEEP[keep]
+
+
+def _below(source: Path, path: str, list_file: Path) -> Path:
+    """A picture's path below the source, also where the list has it in full."""
+    found = Path(path)
+    if found.is_absolute():
+        root = next(
+            (r for r in (source.absolute(), source.resolve()) if found.is_relative_to(r)), None
+        )
+        found = found.relative_to(root) if root else found
+    if found.is_absolute() or ".." in found.parts or not found.parts:
+        raise KeepListError(f"{path} in {list_file} is no picture below {source}")
+    return found
+
+
+def _same(source: Path, target: Path) -> bool:
+    if not target.is_file():
+        return False
+    return target.samefile(source) or filecmp.cmp(source, target, shallow=False)
+
+
+def _spelled(path: Path) -> str:
+    """With slashes on every system, and so that no spreadsheet takes it for a formula."""
+    text = PurePosixPath(path.as_posix()).as_posix()
+    return f"./{text}" if text.startswith(("=", "+", "-", "@")) else text
+
+
+def _figure(value: float | None) -> str:
+    if value is None:
+        return ""
+    return str(value) if isinstance(value, int) else f"{value:.6g}"
+
+
+def _some(paths: list[Path]) -> str:
+    more = f" and {len(paths) - 5} more" if len(paths) > 5 else ""
+    return ", ".join(map(str, paths[:5])) + more

@@ -1,0 +1,131 @@
+"""Who is bad? A first guess from frozen features, before any training."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from tempfile import TemporaryFile
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from comet_meta import MemoryScorer
+from comet_meta.vision.features import patch_features
+from comet_meta.vision.samples import DatasetError
+from comet_meta.vision.statistics import FeatureScaler
+
+_SIDE = 6
+_PATCHES = 20_000
+
+
+def memory_prior(
+    batches: Iterable[Sequence[Tensor]], count: int, scorer: MemoryScorer | None = None
+) -> Tensor:
+    """Anomaly scores of a training set by :class:`~comet_meta.MemoryScorer`.
+
+    Whatever levels a detector looks at, the prior sees the same: several are first made into patch
+    features. Every channel is standardised over the training set. Time grows with the square of the
+    number of patches, so features are averaged down to at most 20,000 of them over the set, but no
+    coarser than 6 x 6 in a picture: small sets, where each picture counts, get finer ones.
+
+    Args:
+        batches: The training set's features in order, patch features as their only level
+            (B, C, h, w), or the levels of a backbone.
+        count: Of the pictures, >= 2.
+        scorer: With settings of one's own.
+
+    Returns:
+        Scores, higher = more anomalous, shape (N,). A picture whose features are not all finite
+        gets the highest score.
+    """
+    side = grid_side(count)
+    patches = torch.cat([coarse_patches(levels, side) for levels in batches])
+    whole = _whole(patches)
+    scores = torch.full((len(patches),), torch.nan)
+    scores[whole] = _scores(patches[whole], scorer or MemoryScorer())
+    return scores.nan_to_num(nan=float(scores[whole].max()))
+
+
+def streamed_prior(
+    parts: Callable[[], Iterator[Tensor]],
+    scratch: Path,
+    scorer: MemoryScorer | None = None,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """:func:`memory_prior` of more patches than should be in memory at a time.
+
+    Args:
+        parts: Yields the pictures' patches in order, (b, C, h, w); it is called three times.
+        scratch: A folder with room for all patches; what is written there goes again.
+        scorer: With settings of one's own.
+        device: Where the pictures are compared. On the CPU, memory holds no more than a part.
+
+    Returns:
+        Scores, shape (N,), NaN for a picture whose patches are not all finite.
+
+    Raises:
+        DatasetError: If fewer than two pictures have finite patches.
+    """
+    whole = torch.cat([_whole(part) for part in parts()])
+    scaler = FeatureScaler([next(parts()).shape[1]])
+    scaler.fit([part[_whole(part)]] for part in parts())
+    with TemporaryFile(dir=scratch) as file:
+        for part in parts():
+            (scaled,) = scaler([part[_whole(part)]])
+            rows = scaled.flatten(2).transpose(1, 2).contiguous()
+            file.write(rows.numpy().tobytes())
+        file.flush()  # written, not mapped for writing: a full disk is an error and no crash
+        shape = (int(whole.sum()), *rows.shape[1:])
+        if shape[0] < 2:
+            raise DatasetError(
+                f"{shape[0]} of {len(whole)} pictures have finite features; it takes 2"
+            )
+        features = torch.from_numpy(np.memmap(file, np.float32, "c", shape=shape))
+        scores = torch.full((len(whole),), torch.nan)
+        scores[whole] = (scorer or MemoryScorer())(features.to(device)).cpu()
+    return scores
+
+
+def grid_side(count: int) -> int:
+    """How fine the prior looks at each of so many pictures: patches along either side.
+
+    Args:
+        count: Of the pictures, >= 1.
+
+    Returns:
+        At least 6.
+
+    Example:
+        >>> grid_side(50), grid_side(50_000)
+        (20, 6)
+    """
+    return max(_SIDE, math.isqrt(_PATCHES // count))
+
+
+def coarse_patches(levels: Sequence[Tensor], side: int) -> Tensor:
+    """Patch features averaged down to a coarse grid.
+
+    Args:
+        levels: Patch features as the only level (B, C, h, w), or the levels of a backbone.
+        side: Patches along either side; fewer where the level is smaller.
+
+    Returns:
+        Shape (B, C, side, side).
+    """
+    level = levels[0] if len(levels) == 1 else patch_features(levels)
+    height, width = (min(side, length) for length in level.shape[-2:])
+    return F.adaptive_avg_pool2d(level, (height, width))
+
+
+def _whole(patches: Tensor) -> Tensor:
+    """Which pictures have finite patches only, (B, C, h, w) -> (B,)."""
+    return patches.isfinite().flatten(1).all(dim=1)
+
+
+def _scores(patches: Tensor, scorer: MemoryScorer) -> Tensor:
+    """Memory scores (N,) of patches (N, C, h, w)."""
+    scaler = FeatureScaler([patches.shape[1]])
+    scaler.fit([[patches]])
+    (scaled,) = scaler([patches])
+    return scorer(scaled.flatten(2).transpose(1, 2))

@@ -1,0 +1,252 @@
+"""Rank a folder of pictures: who is bad, from frozen features alone."""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from comet_meta.weights.prior import MemoryScorer
+from comet_meta.vision import folder as plain_folder
+from comet_meta.vision.backbones import DEFAULT_BACKBONE, load_backbone
+from comet_meta.vision.estimate import in_words
+from comet_meta.vision.features import PatchFeatures
+from comet_meta.vision.files import cache_folder, sole_writer
+from comet_meta.vision.html_report import Run, write_report
+from comet_meta.vision.images import Transform
+from comet_meta.vision.keep_list import Row, write
+from comet_meta.vision.patch_grids import PatchGrids
+from comet_meta.vision.picture_prior import grid_side, streamed_prior
+from comet_meta.vision.samples import Sample
+from comet_meta.weights.weighter import SoftConfidentWeighter
+
+
+class RankError(ValueError):
+    """Pictures that can't be ranked; the message is one for the user."""
+
+
+@dataclass(frozen=True)
+class RankSettings:
+    """How to rank.
+
+    Attributes:
+        backbone: Name of a timm model.
+        weights: Its weights, as :func:`~comet_meta.vision.backbones.load_backbone` takes them.
+        device: Where to compute.
+        size: Height and width in pixels that the pictures are brought to; padded, not stretched.
+        batch_size: Pictures at a time.
+        seed: Of the random memories.
+        contamination: Share of bad pictures where it is known, in (0, 1); else ``"auto"``.
+        keep_going: Whether pictures that can't be read are left out instead of refused.
+    """
+
+    backbone: str = DEFAULT_BACKBONE
+    weights: str | None = None
+    device: str = "cpu"
+    size: tuple[int, int] = (256, 256)
+    batch_size: int = 32
+    seed: int = 0
+    contamination: float | Literal["auto"] = "auto"
+    keep_going: bool = False
+
+
+class Unreadable(NamedTuple):
+    """A picture that can't be read.
+
+    Attributes:
+        path: Its file.
+        reason: A sentence.
+    """
+
+    path: Path
+    reason: str
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """A ranked folder.
+
+    Attributes:
+        folder: The folder.
+        paths: Its readable pictures, sorted.
+        unreadable: The others.
+        weighter: Scores (as its prior), weights and P(bad) of ``paths``.
+        settings: How they were ranked.
+    """
+
+    folder: Path
+    paths: tuple[Path, ...]
+    unreadable: tuple[Unreadable, ...]
+    weighter: SoftConfidentWeighter
+    settings: RankSettings
+
+    def rows(self) -> list[Row]:
+        """The lines of the keep list: most suspect first, unreadable pictures last."""
+        weighter = self.weighter
+        return [
+            Row(
+                self.paths[i].relative_to(self.folder),
+                float(_prior(weighter)[i]),
+                float(weighter.weights[i]),
+                float(weighter.anomalous[i]),
+                rank,
+                keep=float(weighter.anomalous[i]) <= 0.5,
+            )
+            for rank, i in enumerate(weighter.ranking().tolist(), start=1)
+        ] + [
+            Row(path.relative_to(self.folder), None, None, None, None, keep=False)
+            for path, _ in self.unreadable
+        ]
+
+    def write(self, out: Path) -> tuple[Path, Path]:
+        """Write the keep list and the report.
+
+        Args:
+            out: Folder to write to.
+
+        Returns:
+            Their files.
+        """
+        keep_list, report = out / "keep.csv", out / "report.html"
+        write(keep_list, self.rows())
+        settings = self.settings
+        left_out = f", {len(self.unreadable):,} left out as unreadable" if self.unreadable else ""
+        write_report(
+            report,
+            Run(
+                heading=self.folder.resolve().name or str(self.folder),
+                subtitle=f"Ranked by frozen features of {settings.backbone}{left_out}",
+                settings={
+                    "backbone": settings.backbone,
+                    "weights": settings.weights,
+                    "pixels": settings.size,
+                    "contamination": settings.contamination,
+                    "seed": settings.seed,
+                },
+            ),
+            self.weighter,
+            [Sample(path, None) for path in self.paths],
+            Transform(settings.size, keep_aspect=True),
+        )
+        return keep_list, report
+
+
+def rank_folder(folder: Path, settings: RankSettings) -> Ranking:
+    """Rank the pictures of a folder and of those below it.
+
+    Features are kept in the user's cache folder: a run that was stopped goes on, and one with other
+    settings of the ranking is quick.
+
+    Args:
+        folder: The folder. Hidden files and folders are left out.
+        settings: How to rank.
+
+    Returns:
+        The ranking.
+
+    Raises:
+        RankError: If folder or pictures are missing, some can't be read (unless ``keep_going``), or
+            fewer than two are left.
+        ValueError: If backbone, weights, size or a link in the folder are of no use.
+        OSError: If the cache can't be written.
+    """
+    paths = _pictures(folder)
+    extractor = PatchFeatures(load_backbone(settings.backbone, settings.weights))
+    cache = _cache(folder)
+    with sole_writer(cache):
+        grids = PatchGrids(
+            extractor,
+            Transform(settings.size, keep_aspect=True),
+            grid_side(len(paths)),
+            cache,
+            device=settings.device,
+            batch_size=settings.batch_size,
+        )
+        files = grids.compute(paths)
+        known = torch.cat([~part.isnan().flatten(1).all(dim=1) for part in grids.read(files)])
+        complaints = {i: grids.complaint(paths[i]) for i in _where(~known)}
+        unreadable = {i: Unreadable(paths[i], c) for i, c in complaints.items() if c is not None}
+        _check(folder, len(paths), list(unreadable.values()), settings.keep_going)
+        prior = streamed_prior(
+            lambda: grids.read(files), cache, MemoryScorer(seed=settings.seed), settings.device
+        )
+    readable = [i for i in range(len(paths)) if i not in unreadable]
+    prior = prior[readable]
+    # Features that are not finite are as strange as can be.
+    prior = prior.nan_to_num(nan=float(prior[prior.isfinite()].max()))
+    return Ranking(
+        folder,
+        tuple(paths[i] for i in readable),
+        tuple(unreadable.values()),
+        _weighter(prior, settings.contamination),
+        settings,
+    )
+
+
+def describe(ranking: Ranking) -> str:
+    """What came out, in words."""
+    return in_words(ranking.weighter)
+
+
+def _pictures(folder: Path) -> list[Path]:
+    if not folder.exists():
+        raise RankError(f"there's no folder {folder}; give the folder of pictures")
+    if not folder.is_dir():
+        raise RankError(f"{folder} is a file; give the folder of pictures that it lies in")
+    (category,) = plain_folder.categories(folder)
+    samples = plain_folder.load(folder, category).train
+    paths = sorted((sample.path for sample in samples), key=lambda path: path.parts)
+    if len(paths) == 1:
+        raise RankError(
+            f"{folder} holds one picture, {paths[0].name}; pictures are ranked by comparing them "
+            "with each other, which takes at least two, better some hundred"
+        )
+    return paths
+
+
+def _check(folder: Path, count: int, unreadable: Sequence[Unreadable], keep_going: bool) -> None:
+    if not unreadable:
+        return
+    reasons = "".join(f"\n  {one.reason}" for one in unreadable)
+    if count - len(unreadable) < 2:
+        raise RankError(
+            f"{len(unreadable)} of the {count} pictures in {folder} can't be read, which leaves "
+            f"too few to compare:{reasons}"
+        )
+    if not keep_going:
+        raise RankError(
+            f"{len(unreadable)} of the {count} pictures in {folder} can't be read:{reasons}\n"
+            "Repair or remove them, or leave them out with --keep-going; the features of the "
+            "others are kept, so the next run is quick."
+        )
+
+
+def _cache(folder: Path) -> Path:
+    name = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16]
+    return cache_folder() / "rank" / name
+
+
+def _weighter(prior: Tensor, contamination: float | Literal["auto"]) -> SoftConfidentWeighter:
+    if contamination == "auto":
+        return SoftConfidentWeighter(prior=prior)
+    return SoftConfidentWeighter(prior=prior, rule=partial(_without_top, share=contamination))
+
+
+def _without_top(scores: Tensor, share: float) -> Tensor:
+    """Weight 0 for a share of the samples, those of the highest scores, and 1 for the others."""
+    weights = torch.ones_like(scores)
+    weights[scores.topk(round(share * len(scores))).indices] = 0
+    return weights
+
+
+def _prior(weighter: SoftConfidentWeighter) -> Tensor:
+    return weighter.scores if weighter.prior is None else weighter.prior
+
+
+def _where(mask: Tensor) -> list[int]:
+    return [int(i) for i in mask.nonzero().flatten()]

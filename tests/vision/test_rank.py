@@ -1,0 +1,372 @@
+"""``comet-meta rank``: what it finds, what it says, and that it goes on where it was stopped."""
+
+import csv
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from comet_meta import MemoryScorer, SoftConfidentWeighter, cli
+from comet_meta.vision import keep_list, patch_grids, rank
+from comet_meta.vision.backbones import load_backbone
+from comet_meta.vision.estimate import estimated_contamination, in_words
+from comet_meta.vision.features import PatchFeatures
+from comet_meta.vision.images import Transform, load_image
+from comet_meta.vision.patch_grids import PatchGrids
+from comet_meta.vision.picture_prior import grid_side, memory_prior, streamed_prior
+
+FAST = ["--backbone", "resnet10t", "--weights", "random", "--resize", "64", "--device", "cpu"]
+
+
+@pytest.fixture(autouse=True)
+def small_files(tmp_path_factory, monkeypatch):
+    """Eight pictures in a file of features, in a cache of the test's own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+    monkeypatch.setattr(patch_grids, "_PICTURES", 8)
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """30 grey pictures in two folders; 003 and 017 have a bright block."""
+    generator = np.random.default_rng(0)
+    for i in range(30):
+        pixels = generator.integers(90, 120, (64, 48), dtype=np.uint8)
+        if i in (3, 17):
+            pixels[16:40, 8:32] = 250
+        path = tmp_path / "pictures" / "ab"[i % 2] / f"{i:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path)
+    return tmp_path / "pictures"
+
+
+def run(folder: Path, *options: str) -> int:
+    return cli.main(["rank", str(folder), "--out", str(folder.parent / "out"), *FAST, *options])
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    with (folder.parent / "out" / "keep.csv").open(newline="") as lines:
+        return list(csv.DictReader(lines))
+
+
+@pytest.fixture
+def loads(monkeypatch) -> list[Path]:
+    """The pictures that were read for their features, in order."""
+    read: list[Path] = []
+
+    def load(path, transform):
+        read.append(path)
+        return load_image(path, transform)
+
+    monkeypatch.setattr(patch_grids, "load_image", load)
+    return read
+
+
+# --- what it finds ----------------------------------------------------------------------------
+
+
+def test_the_strange_pictures_come_first(folder, capsys):
+    assert run(folder) == 0
+    found = rows(folder)
+    assert tuple(found[0]) == keep_list.COLUMNS
+    assert {row["path"] for row in found[:2]} == {"b/003.png", "b/017.png"}
+    dropped = [row for row in found if row["keep"] == "no"]
+    assert dropped == [row for row in found if float(row["p_bad"]) > 0.5]
+    assert {"b/003.png", "b/017.png"} <= {row["path"] for row in dropped}
+    assert [int(row["rank"]) for row in found] == list(range(1, 31))
+    scores = [float(row["score"]) for row in found]
+    assert scores == sorted(scores, reverse=True)
+    assert all(0 <= float(row[name]) <= 1 for row in found for name in ("weight", "p_bad"))
+    page = (folder.parent / "out" / "report.html").read_text(encoding="utf-8")
+    data = re.search(r'id="data">(.*?)</script>', page, re.DOTALL)
+    content = json.loads(data[1])
+    assert [Path(p["path"]).name for p in content["pictures"]] == [
+        Path(row["path"]).name for row in found
+    ]
+    assert content["pictures"][0]["score"] == float(found[0]["score"])
+    assert content["threshold"] is not None
+    assert content["verdict"] in capsys.readouterr().out
+    assert not any(picture["heat"] for picture in content["pictures"])
+
+
+def test_the_scores_are_those_of_the_prior(folder):
+    extractor = PatchFeatures(load_backbone("resnet10t", "random"))
+    transform = Transform((64, 64), keep_aspect=True)
+    ranking = rank.rank_folder(
+        folder, rank.RankSettings("resnet10t", "random", size=(64, 64), batch_size=7)
+    )
+    images = torch.stack([load_image(path, transform) for path in ranking.paths])
+    expected = memory_prior([extractor.eval()(images)], len(images))
+    torch.testing.assert_close(ranking.weighter.prior, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_same_command_gives_the_same_list(folder):
+    out = folder.parent / "out"
+    assert run(folder) == 0
+    first = (out / "keep.csv").read_bytes()
+    shutil.rmtree(Path(os.environ["XDG_CACHE_HOME"]))
+    assert run(folder) == 0
+    assert (out / "keep.csv").read_bytes() == first
+    assert run(folder, "--seed", "1") == 0
+    assert (out / "keep.csv").read_bytes() != first
+
+
+def test_a_known_share_is_dropped(folder):
+    assert run(folder, "--contamination", "0.2") == 0
+    found = rows(folder)
+    assert [row["keep"] for row in found] == ["no"] * 6 + ["yes"] * 24
+
+
+# --- stopped and started again ----------------------------------------------------------------
+
+
+def test_an_interrupted_run_goes_on(folder, loads, monkeypatch, capsys):
+    assert run(folder) == 0
+    whole = (folder.parent / "out" / "keep.csv").read_bytes()
+    shutil.rmtree(Path(os.environ["XDG_CACHE_HOME"]))
+    compute, calls = PatchGrids._patches, []
+
+    def stopped(self, paths, workers, progress):
+        calls.append(len(paths))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return compute(self, paths, workers, progress)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PatchGrids, "_patches", stopped)
+        assert run(folder) == 130
+    assert "goes on from there" in capsys.readouterr().err
+    loads.clear()
+    assert run(folder) == 0
+    assert len(loads) == 30 - 16
+    assert (folder.parent / "out" / "keep.csv").read_bytes() == whole
+    loads.clear()
+    assert run(folder) == 0
+    assert loads == []
+
+
+def test_only_what_changed_is_computed_again(folder, loads):
+    assert run(folder) == 0
+    changed = folder / "b" / "017.png"
+    Image.new("L", (48, 64), 10).save(changed)
+    loads.clear()
+    assert run(folder) == 0
+    assert len(loads) == 8
+    assert changed in loads
+
+
+def test_a_damaged_file_of_features_is_computed_again(folder, loads):
+    assert run(folder) == 0
+    first = rows(folder)
+    file = next(Path(os.environ["XDG_CACHE_HOME"]).rglob("*.npy"))
+    file.write_bytes(file.read_bytes()[:-10])
+    loads.clear()
+    assert run(folder) == 0
+    assert 6 <= len(loads) <= 8
+    assert rows(folder) == first
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on(folder, loads):
+    for i in range(400):  # enough to be killed on the way
+        shutil.copy(folder / "a" / "000.png", folder / f"copy{i:03d}.png")
+    command = (
+        "import comet_meta.vision.patch_grids as p; p._PICTURES = 8; from comet_meta import cli"
+    )
+    arguments = ["rank", str(folder), "--out", str(folder.parent / "out"), *FAST]
+    process = subprocess.Popen([sys.executable, "-c", f"{command}; cli.main({arguments!r})"])
+    cache = Path(os.environ["XDG_CACHE_HOME"])
+    end = time.monotonic() + 120
+    while len(list(cache.rglob("*.npy"))) < 4:
+        assert process.poll() is None, "it ended before it was killed"
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = len(list(cache.rglob("*.npy")))
+    assert 4 <= done < 54
+    assert run(folder) == 0
+    assert len(loads) == 430 - 8 * done
+    assert not list(cache.rglob("*.partial"))
+
+
+# --- what it says -----------------------------------------------------------------------------
+
+
+def test_all_broken_pictures_are_named(folder, capsys):
+    (folder / "a" / "000.png").write_bytes(b"no picture")
+    cut = folder / "b" / "029.png"
+    cut.write_bytes(cut.read_bytes()[:200])
+    assert run(folder) == 2
+    message = capsys.readouterr().err
+    assert all(name in message for name in ("000.png", "029.png", "2 of the 30", "--keep-going"))
+    assert not (folder.parent / "out").exists()
+    assert run(folder, "--keep-going") == 1
+    assert all(name in capsys.readouterr().err for name in ("000.png", "029.png"))
+    found = rows(folder)
+    assert len(found) == 30
+    assert {row["path"] for row in found[28:]} == {"a/000.png", "b/029.png"}
+    assert all((row["keep"], row["score"], row["rank"]) == ("no", "", "") for row in found[28:])
+    assert {row["path"] for row in found[:2]} == {"b/003.png", "b/017.png"}
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "words"),
+    [
+        (lambda f: shutil.rmtree(f), (), "there's no folder"),
+        (lambda f: (shutil.rmtree(f), f.write_text("")), (), "is a file; give the folder"),
+        (lambda f: [p.unlink() for p in f.rglob("*.png")], (), "holds no picture"),
+        (lambda f: [p.unlink() for p in sorted(f.rglob("*.png"))[1:]], (), "holds one picture"),
+        (
+            lambda f: [p.write_text("x") for p in f.rglob("*.png")],
+            ("--keep-going",),
+            "30 of the 30",
+        ),
+        (lambda f: None, ("--weights", "missing.pth"), "there's no weights file missing.pth"),
+        (lambda f: None, ("--weights", "https://x.org/a.pth"), "#sha256="),
+        (lambda f: None, ("--backbone", "resnet10x"), "timm has no model 'resnet10x'"),
+        (lambda f: None, ("--resize", "1", "2", "3"), "--resize takes one number or two"),
+        (lambda f: None, ("--out", "{folder}/a/000.png"), "is a file; give a folder"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_a_sentence_for_what_cannot_work(folder, make, options, words, capsys):
+    make(folder)
+    assert run(folder, *(option.format(folder=folder) for option in options)) == 2
+    message = capsys.readouterr().err
+    assert words in message
+    assert message.count("error: ") == 1
+    assert "Traceback" not in message
+    assert "fault" not in message
+
+
+def test_no_weights_to_be_had(folder, monkeypatch, capsys):
+    def offline(name, pretrained=False, **options):
+        if pretrained:
+            raise OSError("no network")
+        return create(name, **options)
+
+    from comet_meta.vision import backbones
+
+    create = backbones.timm.create_model
+    monkeypatch.setattr(backbones.timm, "create_model", offline)
+    options = ["--backbone", "resnet18", "--device", "cpu"]
+    assert cli.main(["rank", str(folder), *options]) == 2
+    message = capsys.readouterr().err
+    assert "can't download the pretrained weights of resnet18 (no network)" in message
+    assert "--weights" in message
+
+
+@pytest.mark.parametrize(
+    "options",
+    [("--device", "cuda:99"), ("--contamination", "1"), ("--batch-size", "0"), ("--resize", "0")],
+)
+def test_wrong_arguments(folder, options, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run(folder, *options)
+    assert stopped.value.code == 2
+    assert options[0] in capsys.readouterr().err
+
+
+def test_a_fault_is_written_down(folder, monkeypatch, capsys):
+    def broken(*_):
+        raise AttributeError("something nobody thought of")
+
+    monkeypatch.setattr(rank, "streamed_prior", broken)
+    assert run(folder) == 2
+    message = capsys.readouterr().err
+    assert "something nobody thought of" in message
+    assert "Traceback" not in message
+    file = Path(re.search(r"with the file (\S+),", message)[1])
+    assert "in broken" in file.read_text()
+    file.unlink()
+
+
+def test_a_decoder_that_fails_in_an_unknown_way_names_the_picture(folder, monkeypatch, capsys):
+    def load(path, transform):
+        if path.name == "005.png":
+            raise KeyError("marker")
+        return load_image(path, transform)
+
+    monkeypatch.setattr(patch_grids, "load_image", load)
+    assert run(folder) == 2
+    assert "005.png: KeyError: 'marker'" in capsys.readouterr().err
+
+
+def test_features_that_are_not_finite_are_most_suspect(folder, monkeypatch):
+    features = PatchGrids._features
+
+    def overflowing(self, images):
+        found = features(self, images)
+        found[images.flatten(1).float().max(dim=1).values > 200, 0, 0, 0] = torch.inf
+        return found
+
+    monkeypatch.setattr(PatchGrids, "_features", overflowing)
+    assert run(folder) == 0
+    found = {row["path"]: row["score"] for row in rows(folder)}
+    assert found["b/003.png"] == found["b/017.png"] == max(found.values(), key=float)
+
+
+# --- parts ------------------------------------------------------------------------------------
+
+
+def test_the_streamed_prior_is_the_prior(tmp_path):
+    patches = torch.randn(40, 5, 4, 3, generator=torch.Generator().manual_seed(0)) * 7 + 3
+    patches[9, 2, 1, 1] = torch.nan
+    whole = torch.arange(40) != 9
+    found = streamed_prior(lambda: iter(patches.split(7)), tmp_path)
+    expected = memory_prior([[patches[whole]]], 40)
+    assert found[9].isnan()
+    torch.testing.assert_close(found[whole], expected, rtol=1e-5, atol=1e-5)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_memory_reads_no_more_patches_than_it_keeps():
+    class Counting(torch.Tensor):
+        largest = 0
+
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            result = super().__torch_function__(function, types, args, kwargs or {})
+            if function is torch.Tensor.__getitem__:
+                cls.largest = max(cls.largest, result.numel())
+            return result
+
+    features = torch.randn(400, 10, 3).as_subclass(Counting)
+    scorer = MemoryScorer(max_patches=50)
+    memory = scorer._memory(features, torch.arange(300), torch.Generator().manual_seed(0))
+    assert memory.shape == (50, 3)
+    assert Counting.largest == 150
+
+
+def test_a_grid_for_many_pictures_is_coarse():
+    assert grid_side(50_000) == 6
+
+
+@pytest.mark.parametrize("size", [5, 40])
+def test_words_without_evidence(size):
+    weighter = SoftConfidentWeighter(size)
+    weighter.fit(torch.erfinv(torch.linspace(-0.95, 0.95, size)))  # normally distributed
+    words = in_words(weighter)
+    assert words.endswith("nothing was down-weighted.")
+    assert words.startswith("No evidence" if size == 40 else "5 pictures are too few")
+
+
+def test_words_with_evidence():
+    weighter = SoftConfidentWeighter(100)
+    weighter.fit(torch.cat([torch.linspace(0, 1, 92), torch.linspace(8, 12, 8)]))
+    assert in_words(weighter) == (
+        "About 8 % of the pictures look bad; 8 of 100 are more likely bad than good."
+    )
+    weighter.contamination_ = (0.08, 0.04, 0.12)
+    assert estimated_contamination(weighter) == (0.08, 0.04, 0.12)
+    assert in_words(weighter, "parts").startswith("About 8 % (4 to 12 %) of the parts look bad")
