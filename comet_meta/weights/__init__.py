@@ -1,1 +1,1 @@
-"""Weights of the training samples: rules, the mixture fit, the weighter and its prior."""
+"""Weights of the samples: rules, evidence of contamination, the weighter and its prior."""

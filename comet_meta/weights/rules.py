@@ -1,14 +1,21 @@
 """Rules: pure functions from anomaly scores to weights."""
 
+import math
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from comet_meta.weights.mixture import EXACT_SAMPLES, Mixture, summary
+from comet_meta.weights.contamination import EXACT_SAMPLES, Contamination, summary
+from comet_meta.weights.contamination import contamination as proven_contamination
 
-RuleName = Literal["posterior", "hard", "ratio"]
+TRIMMED = 0.05
+"""The share of the samples that is left out without evidence that they are bad."""
+MOST = 0.5
+"""The largest share of the samples that is ever left out."""
+
+RuleName = Literal["trimmed", "hard", "ratio"]
 Rule = Callable[[Tensor], Tensor]
 """A custom rule: finite scores (N,) -> weights (N,) in [0, 1]."""
 
@@ -90,61 +97,76 @@ def hard_weights(scores: Tensor, kappa: float = 1.5) -> Weighting:
     return Weighting(weights, tau, 1 - weights)
 
 
-def posterior_weights(scores: Tensor, spare: float = 0.5) -> Weighting:
-    """Posterior of being normal, w = P(normal | s), in a mixture of a normal and a uniform density.
+def trimmed_weights(scores: Tensor, contamination: float | Literal["auto"] = "auto") -> Weighting:
+    """Leave out the samples of the highest scores: as many as are known to be bad, and a twentieth.
 
-    Normal samples' scores are taken as normally distributed, bad samples' as uniform between median
-    and maximum: nothing is assumed of them but that they score high. The mixture is fitted by
-    expectation-maximisation from a fixed start to scores measured from their median in units of
-    their mean absolute deviation, so equal scores give equal weights in any order and on any scale.
-    Up to the centre of the normal density all samples have the posterior of the centre; above it
-    the posterior falls with the score.
-
-    Scores of normal samples alone are never quite normally distributed either, least of all where
-    there are several kinds of them, and a mixture always fits better. So the posterior is averaged
-    over both answers to whether there are bad samples at all: the mixture counts by the odds that
-    its likelihood gives it over a single normal density, after a handicap of 5 nats. Where it gains
-    less than that, all weights are nearly 1.
-
-    Where bad samples score much like normal ones, no fit can tell how many there are, and it finds
-    too few. Training loses little by some normal samples less, but much by bad ones. So by the
-    fit's own doubt, the share of normal samples that it expects among those it takes for bad, the
-    highest scores get weight 0, and the upper half of them is taken for bad, if there are bad
-    samples at all. Where bad samples stand apart there is little doubt, and few are spared.
-
-    More than 16,384 scores are fitted by their histogram of 8,192 bins, which changes no weight by
-    more than 0.001 (0.005 where the odds are even), but of a sample or two at the bounds of the
-    spared ones; time and memory stay linear in N.
+    1. How many are bad: the share that the caller gives, or with ``"auto"`` the lower bound that
+       the scores prove (:mod:`comet_meta.weights.contamination`), often 0.
+    2. A twentieth of all samples is left out on top. No ranking is perfect, and the scores seldom
+       prove how many samples are bad; leaving out so few costs next to nothing on clean data.
+       A contamination of 0 leaves nobody out: training is then plain training, bit for bit.
+    3. By rank from the top, weights rise from 0 to 1 between 3/4 and 5/4 of that share. Samples of
+       equal scores share the mean of the weights that their ranks have.
+    4. P(bad) falls likewise about the share of step 1 alone.
 
     Args:
         scores: Anomaly scores, shape (N,), not all equal.
-        spare: Share of the samples that training can do without where the fit is in full doubt, in
-            [0, 1); in proportion where it is in less.
+        contamination: The share of bad samples, in [0, 0.5), or ``"auto"``.
 
     Returns:
-        Weights (N,), the largest score whose weight is at least 1/2, and P(anomalous | s).
+        Weights (N,), the largest score whose weight is at least 1/2, and P(bad).
 
     Example:
         >>> scores = torch.cat([torch.linspace(0, 1, 90), torch.linspace(4, 6, 10)])
-        >>> weights = posterior_weights(scores).weights
-        >>> bool(weights[:90].min() > 0.9), bool(weights[90:].max() < 0.01)
-        (True, True)
+        >>> weights = trimmed_weights(scores, contamination=0.1).weights
+        >>> int((weights == 0).sum()), int((weights == 1).sum())
+        (11, 81)
+        >>> bool(trimmed_weights(scores, contamination=0.0).weights.min() == 1)
+        True
     """
-    x = standardized(scores)
-    top = x.max()
-    if top == 0:  # nothing lies above the median
-        return Weighting(torch.ones_like(scores), scores.max(), torch.zeros_like(scores))
-    values, counts = summary(x)
-    mixture = Mixture.fitted(values, counts, top.double())
-    there_are_bad = mixture.evidence(values, counts).to(x)
-    share = spare * float(mixture.doubt(values, counts))
-    spared, taken_for_bad = _exceeded_by(share, scores), _exceeded_by(share / 2, scores)
-    anomalous = mixture.posterior(x.clamp_min_(mixture.mean)).neg_().add_(1)
-    anomalous.mul_(there_are_bad)
-    weights = torch.sub(1, anomalous, out=x)  # in memory that has served its turn
-    weights.masked_fill_(scores > spared, 1 - there_are_bad)
-    anomalous.masked_fill_(scores > taken_for_bad, there_are_bad)
+    found = estimate(scores) if contamination == "auto" else None
+    bad = found.low if found is not None else float(contamination)
+    share = min(bad + TRIMMED, MOST) if found is not None or bad > 0 else 0.0
+    weights, anomalous = torch.ones_like(scores), torch.zeros_like(scores)
+    if share > 0:
+        weights -= _removed(scores, share)
+    if bad > 0:
+        anomalous = _removed(scores, bad)
     return Weighting(weights, half_point(scores, weights), anomalous)
+
+
+def estimate(scores: Tensor) -> Contamination:
+    """The share of bad samples that the scores prove.
+
+    Args:
+        scores: Anomaly scores, shape (N,), not all equal.
+
+    Returns:
+        Estimate and interval; 0 without evidence.
+    """
+    return proven_contamination(*summary(standardized(scores)))
+
+
+def _removed(scores: Tensor, share: float) -> Tensor:
+    """By how much a share in (0, 1/2] of the weight falls, the highest scores first, shape (N,)."""
+    count = len(scores)
+    first = max(1, count - math.ceil(1.25 * share * count))
+    lowest = scores.kthvalue(first).values
+    high = scores >= lowest
+    _values, group, sizes = scores[high].unique(return_inverse=True, return_counts=True)
+    # Ranks from the top as shares: a group of equal scores reaches from `above` to `below`.
+    below = sizes.double().flip(0).cumsum(0).flip(0) / count
+    above = below - sizes.double() / count
+    mean = (_area(below, share) - _area(above, share)) / (below - above)
+    removed = torch.zeros_like(scores)
+    removed[high] = mean.clamp(0, 1).to(scores)[group]
+    return removed
+
+
+def _area(rank: Tensor, share: float) -> Tensor:
+    """Integral from 0 to a rank of the ramp from 1 at 3/4 share down to 0 at 5/4 share."""
+    on_ramp = (rank - 0.75 * share).clamp(0, 0.5 * share)
+    return rank.clamp_max(0.75 * share) + on_ramp - on_ramp.square() / share
 
 
 def standardized(scores: Tensor) -> Tensor:
@@ -166,11 +188,6 @@ def standardized(scores: Tensor) -> Tensor:
     precise = torch.float64 if len(scores) <= EXACT_SAMPLES else None
     deviation = centred.abs().mean(dtype=precise)
     return centred.div_(deviation.where(deviation > 0, 1))
-
-
-def _exceeded_by(share: float, scores: Tensor) -> Tensor:
-    """The smallest score that no more than a share of all exceed: a quantile's lower rank, ()."""
-    return scores.kthvalue(1 + int((1 - share) * (len(scores) - 1))).values
 
 
 def half_point(scores: Tensor, weights: Tensor) -> Tensor:
@@ -202,9 +219,9 @@ def quantile(values: Tensor, q: float) -> Tensor:
     return torch.lerp(low, high, position - lower)
 
 
-RULES: dict[RuleName, Callable[[Tensor, float, float], Weighting]] = {
-    "posterior": lambda scores, _kappa, spare: posterior_weights(scores, spare),
-    "hard": lambda scores, kappa, _spare: hard_weights(scores, kappa),
-    "ratio": lambda scores, kappa, _spare: ratio_weights(scores, kappa),
+RULES: dict[RuleName, Callable[[Tensor, float, float | Literal["auto"]], Weighting]] = {
+    "trimmed": lambda scores, _kappa, contamination: trimmed_weights(scores, contamination),
+    "hard": lambda scores, kappa, _contamination: hard_weights(scores, kappa),
+    "ratio": lambda scores, kappa, _contamination: ratio_weights(scores, kappa),
 }
-"""The rules by name: (scores (N,), kappa, spare) -> weighting."""
+"""The rules by name: (scores (N,), kappa, contamination) -> weighting."""

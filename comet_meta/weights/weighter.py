@@ -1,14 +1,24 @@
 """The weights of the training samples, refreshed from their anomaly scores."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from comet_meta import distributed
 from comet_meta.data import as_index
-from comet_meta.weights.rules import RULES, Rule, RuleName, Weighting, half_point, standardized
+from comet_meta.weights.contamination import NO_EVIDENCE, Contamination
+from comet_meta.weights.rules import (
+    MOST,
+    RULES,
+    Rule,
+    RuleName,
+    Weighting,
+    estimate,
+    half_point,
+    standardized,
+)
 
 _MIN_SAMPLES = 8
 
@@ -22,12 +32,13 @@ class SoftConfidentWeighter(nn.Module):
     Args:
         num_samples: Size N of the training set. None: as many as the first ``fit`` brings or the
             largest index that ``update`` sees.
-        rule: ``"posterior"`` (default), ``"hard"``, ``"ratio"`` (the paper's), see
+        rule: ``"trimmed"`` (default), ``"hard"``, ``"ratio"`` (the paper's), see
             :mod:`comet_meta.weights.rules`, or a function from finite scores (N,) to weights (N,)
             in [0, 1].
+        contamination: The share of bad samples in the training set, for ``"trimmed"``: in [0, 0.5),
+            or ``"auto"``: as many as the scores prove. Give the share if you know it: scores alone
+            seldom prove much. 0 makes all weights 1.
         kappa: Width of the fence of ``"hard"`` and ``"ratio"``, >= 0 (paper: 1.5).
-        spare: Share of the samples, those of the highest scores, that training can do without
-            where ``"posterior"`` is in full doubt about which are bad, in [0, 1).
         momentum: Share of a sample's earlier score that stays when a new one comes, in [0, 1).
         prior: Anomaly scores of the training set from elsewhere, shape (N,), for instance of a
             :class:`~comet_meta.MemoryScorer`. Weights then come from them alone and stay as they
@@ -41,8 +52,8 @@ class SoftConfidentWeighter(nn.Module):
     Attributes:
         scores: The model's anomaly scores, shape (N,); NaN for a sample without one.
         weights: Confidence in each sample, shape (N,).
-        anomalous: Probability that a sample is bad, shape (N,); 0 for one never seen. With
-            ``"posterior"`` a spared sample has weight 0 and yet may not be likely bad.
+        anomalous: P(bad) of each sample, shape (N,); 0 for one never seen. With ``"trimmed"`` a
+            sample may have weight 0 without being taken for bad.
         threshold: The score (with a prior: of the prior) above which a sample is suspect, shape ().
         prior: As given, or None.
 
@@ -77,9 +88,9 @@ class SoftConfidentWeighter(nn.Module):
         self,
         num_samples: int | None = None,
         *,
-        rule: RuleName | Rule = "posterior",
+        rule: RuleName | Rule = "trimmed",
         kappa: float = 1.5,
-        spare: float = 0.5,
+        contamination: float | Literal["auto"] = "auto",
         momentum: float = 0.0,
         prior: Tensor | None = None,
     ) -> None:
@@ -96,14 +107,18 @@ class SoftConfidentWeighter(nn.Module):
             raise ValueError(f"rule is {rule!r}; expected one of {names}, or a function")
         if not kappa >= 0:
             raise ValueError(f"kappa is {kappa}; expected >= 0")
-        if not 0 <= spare < 1:
-            raise ValueError(f"spare is {spare}; expected a share in [0, 1)")
+        if contamination != "auto" and (
+            isinstance(contamination, str) or not 0 <= contamination < MOST
+        ):
+            raise ValueError(
+                f"contamination is {contamination!r}; expected a share in [0, 0.5), or 'auto'"
+            )
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum is {momentum}; expected a share in [0, 1)")
         self.num_samples = num_samples
         self.rule = rule
         self.kappa = kappa
-        self.spare = spare
+        self.contamination: float | Literal["auto"] = contamination
         self.momentum = momentum
         self._updates = 0
         size = num_samples or 0
@@ -192,6 +207,17 @@ class SoftConfidentWeighter(nn.Module):
         if self._updates >= len(self.scores):
             self.fit()
 
+    @property
+    def contamination_(self) -> Contamination:
+        """The share of bad samples that the scores prove, with an interval.
+
+        It is read from the scores that the weights follow (the prior, where there is one), whatever
+        rule and contamination are set. ``str()`` of it is a sentence.
+        """
+        basis = self.scores if self.prior is None else self.prior
+        known = basis[~basis.isnan()]
+        return NO_EVIDENCE if _tells_nothing(known) else estimate(known)
+
     def forward(self, index: Tensor | Sequence[int] | None = None) -> Tensor:
         """Weights of some samples, or of all.
 
@@ -237,15 +263,14 @@ class SoftConfidentWeighter(nn.Module):
 
     def _fitted(self, known: Tensor) -> Weighting:
         """The weighting of the samples (M,) of which something is known."""
-        low, high = known.aminmax() if len(known) else (torch.zeros(()), torch.zeros(()))
-        if len(known) < _MIN_SAMPLES or low == high:
+        if _tells_nothing(known):
             no_bound = torch.tensor(torch.inf)
             return Weighting(torch.ones_like(known), no_bound, torch.zeros_like(known))
         return self._apply_rule(known)
 
     def _apply_rule(self, scores: Tensor) -> Weighting:
         if isinstance(self.rule, str):
-            return RULES[self.rule](scores, self.kappa, self.spare)
+            return RULES[self.rule](scores, self.kappa, self.contamination)
         weights = self.rule(scores)
         if weights.shape != scores.shape or not bool(((weights >= 0) & (weights <= 1)).all()):
             raise ValueError(
@@ -285,6 +310,15 @@ class SoftConfidentWeighter(nn.Module):
         if self.num_samples is None and saved is not None:
             self._grow(len(saved))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def _tells_nothing(scores: Tensor) -> bool:
+    """Whether scores (N,) are too few, or equal up to rounding."""
+    if len(scores) < _MIN_SAMPLES:
+        return True
+    low, high = scores.aminmax()
+    rounding = 4 * torch.finfo(scores.dtype).eps * torch.maximum(low.abs(), high.abs())
+    return bool(high - low <= rounding)
 
 
 def _check_scores(scores: Tensor, name: str = "scores") -> None:
