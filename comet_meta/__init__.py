@@ -3,7 +3,7 @@
 from comet_meta.data import IndexedDataset, collect_scores
 from comet_meta.optimizer import CoMetOptimizerWrapper, StepReport
 from comet_meta.penalty import CovarianceMetaRegularizer
-from comet_meta.weights.prior import MemoryScorer
+from comet_meta.weights.prior import MemoryScorer, RowScorer
 from comet_meta.weights.weighter import SoftConfidentWeighter
 
 __version__ = "0.1.0"
@@ -13,6 +13,7 @@ __all__ = [
     "CovarianceMetaRegularizer",
     "IndexedDataset",
     "MemoryScorer",
+    "RowScorer",
     "SoftConfidentWeighter",
     "StepReport",
     "collect_scores",
