@@ -74,7 +74,7 @@ def contamination(values: Tensor, counts: Tensor) -> Contamination:
     Example:
         >>> normal, bad = torch.linspace(-2, 2, 360), torch.linspace(6, 7, 40)
         >>> str(contamination(*summary(torch.cat([normal, bad]))))
-        'about 10 % (8 to 10 %) of the samples look bad'
+        'about 9 % (8 to 9 %) of the samples look bad'
         >>> str(contamination(*summary(torch.linspace(-0.99, 0.99, 400).erfinv())))
         'no evidence of bad samples'
     """

@@ -175,14 +175,11 @@ class MemoryScorer:
     @staticmethod
     def _nearest(queries: Tensor, memory: Tensor) -> Tensor:
         """Euclidean distance of each query (Q, C) to the nearest entry of the memory, (Q,)."""
-        # |q - m|^2 = |q|^2 + |m|^2 - 2 q m, so that the work is one matrix product.
+        # |q - m|^2 = |q|^2 + |m|^2 - 2 q m, so that the search is one matrix product. The distance
+        # itself is measured anew: between equal vectors the product would leave its rounding.
         cross = torch.addmm(memory.square().sum(dim=1), queries, memory.T, alpha=-2)
-        nearest, entry = cross.min(dim=1)
-        lengths = queries.square().sum(dim=1)
-        squared = nearest + lengths
-        # What rounding leaves between equal vectors is no distance.
-        rounding = 8 * torch.finfo(queries.dtype).eps * (lengths + memory.square().sum(1)[entry])
-        return torch.where(squared <= rounding, 0, squared).sqrt()  # NaN stays
+        distance: Tensor = (queries - memory[cross.argmin(dim=1)]).norm(dim=1)
+        return distance
 
 
 class RowScorer:
