@@ -24,7 +24,7 @@ from comet_meta import (
     MemoryScorer,
     SoftConfidentWeighter,
 )
-from comet_meta.meta.step import MetaMode
+from comet_meta.batch import MetaMode
 from comet_meta.weights.rules import standardized
 
 _PENALTY = 0.01
