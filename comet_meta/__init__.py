@@ -1,10 +1,15 @@
 """Confident meta-learning: train anomaly detectors on data that nobody has cleaned."""
 
+from typing import TYPE_CHECKING, Any
+
 from comet_meta.data import IndexedDataset, collect_scores
 from comet_meta.optimizer import CoMetOptimizerWrapper, StepReport
 from comet_meta.penalty import CovarianceMetaRegularizer
 from comet_meta.weights.prior import MemoryScorer, RowScorer
 from comet_meta.weights.weighter import SoftConfidentWeighter
+
+if TYPE_CHECKING:
+    from comet_meta.meta.step import MetaStep
 
 __version__ = "0.1.0"
 
@@ -13,8 +18,18 @@ __all__ = [
     "CovarianceMetaRegularizer",
     "IndexedDataset",
     "MemoryScorer",
+    "MetaStep",
     "RowScorer",
     "SoftConfidentWeighter",
     "StepReport",
     "collect_scores",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import meta-steps only where somebody asks for one: a plain step does without."""
+    if name == "MetaStep":
+        from comet_meta.meta.step import MetaStep
+
+        return MetaStep
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -12,6 +12,7 @@ from comet_meta import (
     CoMetOptimizerWrapper,
     CovarianceMetaRegularizer,
     IndexedDataset,
+    MetaStep,
     SoftConfidentWeighter,
     collect_scores,
 )
@@ -149,12 +150,12 @@ def test_drop_in_equals_a_plain_loop():
 
 def test_the_full_method_equals_a_plain_loop():
     module = Module()
-    fit(module, callback(meta="mldg", inner_lr=0.1))
+    fit(module, callback(meta=MetaStep("mldg", inner_lr=0.1)))
 
     def step(comet, net, index, batch):
         comet.step(lambda rows: net.losses(batch[rows]), index)
 
-    assert_same(module, by_hand(step, meta="mldg", inner_lr=0.1), rtol=1e-5, atol=1e-6)
+    assert_same(module, by_hand(step, meta=MetaStep("mldg", inner_lr=0.1)), rtol=1e-5, atol=1e-6)
 
 
 class Paired(Module):
@@ -246,9 +247,9 @@ def test_the_full_method_accumulates_too():
             step.batches.clear()
 
     step.batches = []
-    net = by_hand(step, meta="mldg", inner_lr=0.1)
+    net = by_hand(step, meta=MetaStep("mldg", inner_lr=0.1))
     module = Module()
-    fit(module, callback(meta="mldg", inner_lr=0.1), accumulate_grad_batches=2)
+    fit(module, callback(meta=MetaStep("mldg", inner_lr=0.1)), accumulate_grad_batches=2)
     assert_same(module, net, rtol=1e-4, atol=1e-5)
 
 
