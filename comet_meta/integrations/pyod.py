@@ -145,12 +145,15 @@ def _fit_weighted(
 
         def criterion(*tensors: Tensor, **settings: Any) -> Tensor:
             if bool((weighter(comet.index) == 1).all()):
-                return plain(*tensors, **settings)  # type: ignore[no-any-return]
+                whole: Tensor = plain(*tensors, **settings)
+                return whole
 
             def loss_of(*parts: Tensor) -> Tensor:
-                return plain(*(part[None] for part in parts), **settings)  # type: ignore[no-any-return]
+                loss: Tensor = plain(*(part[None] for part in parts), **settings)
+                return loss
 
-            return comet.loss(torch.vmap(loss_of)(*tensors))
+            losses: Tensor = torch.vmap(loss_of)(*tensors)
+            return comet.loss(losses)
 
         detector.criterion = criterion
         type(detector).train(detector, comet)
