@@ -24,8 +24,8 @@ from comet_meta import (
     MemoryScorer,
     SoftConfidentWeighter,
 )
-from comet_meta.meta_step import MetaMode
-from comet_meta.weighting import standardized
+from comet_meta.meta.step import MetaMode
+from comet_meta.weights.rules import standardized
 
 _PENALTY = 0.01
 

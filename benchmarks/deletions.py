@@ -1,6 +1,6 @@
 """Delete every statement of a module in turn: does a test fail?
 
-    python benchmarks/deletions.py comet_meta/weighting.py tests/test_weighting.py
+    python benchmarks/deletions.py comet_meta/weights/rules.py tests/test_weighting.py
 
 Deleted are, one at a time, all statements (whole blocks with their condition, and each statement in
 them), decorators and keyword arguments; not docstrings, imports, definitions and bare annotations.

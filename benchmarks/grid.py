@@ -25,7 +25,7 @@ from comet_examples.training import Method, TrainingSettings, Wrap, wrap
 from runs import Figures, Runs, spread
 
 from comet_meta import SoftConfidentWeighter
-from comet_meta.meta_step import MetaMode
+from comet_meta.meta.step import MetaMode
 
 _LOGGER = logging.getLogger(__name__)
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from comet_meta import CoMetOptimizerWrapper, CovarianceMetaRegularizer, SoftConfidentWeighter
-from comet_meta.meta_step import MetaMode
+from comet_meta.meta.step import MetaMode
 from comet_meta.tasks import split_tasks
 
 Step = Callable[[], object]

@@ -21,8 +21,8 @@ from runs import spread
 from torch import Tensor
 
 from comet_meta import SoftConfidentWeighter
-from comet_meta.mixture import Mixture, summary
-from comet_meta.weighting import standardized
+from comet_meta.weights.mixture import Mixture, summary
+from comet_meta.weights.rules import standardized
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from comet_meta import CoMetOptimizerWrapper, SoftConfidentWeighter
-from comet_meta.weighting import RuleName
+from comet_meta.weights.rules import RuleName
 
 Pair = tuple[Tensor, Tensor]
 """Losses (B,) of pictures taken as normal, and taken as anomalous."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from comet_meta import CoMetOptimizerWrapper
-from comet_meta.inner_loop import first_order
+from comet_meta.meta.first_order import first_order
 from comet_meta.tasks import Task
 
 _TASKS = 4

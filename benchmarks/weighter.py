@@ -12,7 +12,7 @@ from overhead import peak_bytes
 from runs import machine
 
 from comet_meta import SoftConfidentWeighter
-from comet_meta.weighting import RuleName
+from comet_meta.weights.rules import RuleName
 
 _BATCH = 256
 

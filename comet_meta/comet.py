@@ -11,13 +11,12 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from comet_meta import distributed
-from comet_meta.checks import as_index
-from comet_meta.data import collect_scores
+from comet_meta.data import as_index, collect_scores
 from comet_meta.loaders import RecordingLoader, eval_mode, same_random_numbers, scoring_loader
 from comet_meta.optimizer import CoMetOptimizerWrapper
+from comet_meta.penalty import CovarianceMetaRegularizer
 from comet_meta.reduction import per_sample
-from comet_meta.regularization import CovarianceMetaRegularizer
-from comet_meta.weighting import SoftConfidentWeighter
+from comet_meta.weights.weighter import SoftConfidentWeighter
 
 Losses = Tensor | Mapping[str, Tensor]
 

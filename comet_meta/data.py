@@ -1,7 +1,7 @@
 """Loader helpers: batches that know which samples they hold, and the scores of a whole set."""
 
 import logging
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Callable, Iterable, Sequence, Sized
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -9,10 +9,48 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
 from comet_meta import distributed
-from comet_meta.checks import as_index
 
 T = TypeVar("T")
 _LOGGER = logging.getLogger(__name__)
+
+
+def as_index(index: Tensor | Sequence[int], num_samples: int | None = None) -> Tensor:
+    """Check sample indices and return them as a tensor.
+
+    Args:
+        index: Positions of the samples in the data set, shape (B,), integers in [0, num_samples).
+        num_samples: Size of the data set, or None where it isn't known. The range is checked only
+            for an index on the CPU, where looking at it costs no device synchronisation.
+
+    Returns:
+        The indices (B,) as int64, on the device they came on.
+
+    Raises:
+        TypeError: If the index isn't made of integers.
+        ValueError: If it isn't one-dimensional or is empty.
+        IndexError: If a position lies outside the data set.
+    """
+    index = torch.as_tensor(index)
+    if index.dim() != 1:
+        raise ValueError(
+            f"index has shape {tuple(index.shape)}; expected (B,), one data-set position per sample"
+        )
+    if index.numel() == 0:
+        raise ValueError("the batch is empty: index has no entries; skip empty batches")
+    if index.dtype == torch.bool or index.is_floating_point() or index.is_complex():
+        raise TypeError(
+            f"index has dtype {index.dtype}; expected integer data-set positions, "
+            "for instance those that comet_meta.IndexedDataset yields"
+        )
+    if num_samples is not None and index.device.type == "cpu":
+        low, high = int(index.min()), int(index.max())
+        if low < 0 or high >= num_samples:
+            outside = low if low < 0 else high
+            raise IndexError(
+                f"index {outside} is out of range for {num_samples} samples; "
+                "expected positions in the data set that num_samples counts"
+            )
+    return index.to(torch.int64)
 
 
 class IndexedDataset(Dataset[tuple[int, T]], Generic[T]):

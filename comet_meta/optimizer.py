@@ -13,14 +13,15 @@ from torch.optim import Optimizer
 from typing_extensions import Self, override
 
 from comet_meta import distributed
-from comet_meta.checks import as_index, check_losses
-from comet_meta.faults import LossWatch
+from comet_meta.data import as_index
 from comet_meta.gradients import add_gradients
-from comet_meta.inner_loop import InnerOptimizer
-from comet_meta.meta_step import Closure, MetaMode, MetaStep, finite_samples, soft_confident
-from comet_meta.regularization import CovarianceMetaRegularizer
+from comet_meta.losses import Closure, check_losses, finite_samples, weighted_losses
+from comet_meta.meta.first_order import InnerOptimizer
+from comet_meta.meta.step import MetaMode, MetaStep
+from comet_meta.nonfinite import LossWatch
+from comet_meta.penalty import CovarianceMetaRegularizer
 from comet_meta.tasks import splits, support_query
-from comet_meta.weighting import SoftConfidentWeighter
+from comet_meta.weights.weighter import SoftConfidentWeighter
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -86,7 +87,7 @@ class CoMetOptimizerWrapper(Optimizer):
         meta: What ``step(closure, index)`` does with support and query rows: ``"mldg"`` (support
             and query gradients together), ``"fomaml"``, ``"maml"`` (second order, needs
             ``model``), ``"reptile"``, or ``"none"`` (a plain weighted step).
-            See :mod:`comet_meta.meta_step`.
+            See :mod:`comet_meta.meta.step`.
         inner_lr: Step size of the inner steps, > 0.
         inner_steps: Number of inner steps, >= 1.
         inner_optimizer: ``"sgd"`` or ``"adam"`` (fresh in every task, as in the paper's code).
@@ -244,7 +245,7 @@ class CoMetOptimizerWrapper(Optimizer):
         trained = self._trained()
         penalty = self._penalty(trained, self._strength(trained))
         weights = self._weights(index, size)
-        weighted = soft_confident(losses, weights)
+        weighted = weighted_losses(losses, weights)
         if not losses.requires_grad:
             return weighted.mean() + penalty  # nothing is learned from it
         finite = finite_samples(losses.detach())

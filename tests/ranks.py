@@ -22,8 +22,8 @@ from comet_meta import (
     IndexedDataset,
     SoftConfidentWeighter,
     collect_scores,
-    meta_step,
 )
+from comet_meta.meta import step as meta_step
 
 N = 21
 DATA = torch.randn(N, 3, generator=torch.Generator().manual_seed(0)).double()

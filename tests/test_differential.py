@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from comet_meta.inner_loop import first_order
-from comet_meta.second_order import second_order
+from comet_meta.meta.first_order import first_order
+from comet_meta.meta.second_order import second_order
 from comet_meta.tasks import split_tasks
 
 torchopt = pytest.importorskip("torchopt")

@@ -12,7 +12,8 @@ import ranks
 import torch
 import torch.distributed as dist
 
-from comet_meta import CovarianceMetaRegularizer, SoftConfidentWeighter, distributed, meta_step
+from comet_meta import CovarianceMetaRegularizer, SoftConfidentWeighter, distributed
+from comet_meta.meta import step as meta_step
 from comet_meta.tasks import Task
 
 try:

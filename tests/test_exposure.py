@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from comet_meta import CoMetOptimizerWrapper, CovarianceMetaRegularizer, SoftConfidentWeighter
-from comet_meta.weighting import hard_weights, posterior_weights, ratio_weights
+from comet_meta.weights.rules import hard_weights, posterior_weights, ratio_weights
 
 MODES = ("none", "mldg", "fomaml", "maml", "reptile")
 DATA = torch.randn(16, 4, generator=torch.Generator().manual_seed(0))

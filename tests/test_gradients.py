@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from comet_meta.gradients import add_gradients, filled, gradients_of, real, unscaled
-from comet_meta.snapshot import copies, copy_values, restored
+from comet_meta.restore import copies, copy_values, restored
 from comet_meta.tasks import split_tasks, splits, support_query
 
 

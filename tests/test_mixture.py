@@ -5,8 +5,8 @@ import pytest
 import torch
 from scipy import stats
 
-from comet_meta.mixture import Mixture, summary
-from comet_meta.weighting import posterior_weights, standardized
+from comet_meta.weights.mixture import Mixture, summary
+from comet_meta.weights.rules import posterior_weights, standardized
 
 
 def _fit(scores):

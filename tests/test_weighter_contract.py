@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from comet_meta import SoftConfidentWeighter
-from comet_meta.weighting import RuleName
+from comet_meta.weights.rules import RuleName
 
 RULES = get_args(RuleName)
 SHIFTING = "ratio"  # the paper's rule depends on where the scores' zero lies

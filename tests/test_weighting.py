@@ -11,8 +11,8 @@ from scipy.optimize import minimize
 from scipy.stats import norm
 
 from comet_meta import SoftConfidentWeighter
-from comet_meta.mixture import Mixture, summary
-from comet_meta.weighting import (
+from comet_meta.weights.mixture import Mixture, summary
+from comet_meta.weights.rules import (
     hard_weights,
     iqr_threshold,
     posterior_weights,
@@ -351,7 +351,7 @@ def test_a_histogram_of_many_scores_gives_the_weights_of_the_scores_themselves(m
     scores[:2000] += 5
     scores[0] = 1e6  # one stray score must not make all others share a bin
     binned = posterior_weights(scores)
-    monkeypatch.setattr("comet_meta.mixture.EXACT_SAMPLES", 10**6)
+    monkeypatch.setattr("comet_meta.weights.mixture.EXACT_SAMPLES", 10**6)
     exact = posterior_weights(scores)
     torch.testing.assert_close(binned.weights, exact.weights, atol=1e-3, rtol=0)
     torch.testing.assert_close(binned.anomalous, exact.anomalous, atol=1e-3, rtol=0)
@@ -499,7 +499,7 @@ def test_the_threshold_of_a_rule_is_the_highest_score_that_is_trusted_by_half():
 
 def test_a_streamed_batch_is_what_all_processes_bring_together(monkeypatch):
     monkeypatch.setattr(
-        "comet_meta.weighting.distributed.join_batches",
+        "comet_meta.weights.weighter.distributed.join_batches",
         lambda index, scores: (torch.cat([index, index + 4]), torch.cat([scores, -scores])),
     )
     weighter = SoftConfidentWeighter(8)

@@ -21,6 +21,7 @@ except ModuleNotFoundError as error:
 from lightning.pytorch import LightningModule, Trainer
 
 from comet_meta.integrations import lightning
+from comet_meta.integrations._batches import take_rows, training_loader
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -103,7 +104,7 @@ class CoMetCallback(lightning.CoMetCallback):
                 f"{type(pl_module).__name__} isn't a gradient-trained anomalib model: there's no "
                 "loss that weights could act on"
             )
-        dataset: Any = lightning._loader(trainer).dataset
+        dataset: Any = training_loader(trainer).dataset
         self._paths = [str(path) for path in dataset.samples["image_path"]]
         self._position = {path: position for position, path in enumerate(self._paths)}
         losses = _loss_modules(pl_module)
@@ -154,7 +155,7 @@ class CoMetCallback(lightning.CoMetCallback):
             return None
         self._kept = len(rows) / len(self._positions)
         if len(rows) < len(self._positions):
-            batch = lightning._take(batch, rows, len(self._positions))
+            batch = take_rows(batch, rows, len(self._positions))
         output = original(batch, *args, **kwargs)
         if not module.automatic_optimization:
             return output  # its losses have passed by manual_backward

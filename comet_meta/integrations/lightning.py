@@ -1,8 +1,7 @@
 """CoMet for Lightning: a callback that weighs the training samples of any LightningModule."""
 
-import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -18,7 +17,8 @@ from comet_meta import (
     SoftConfidentWeighter,
     collect_scores,
 )
-from comet_meta.meta_step import MetaMode
+from comet_meta.integrations._batches import collate_pairs, take_rows, training_loader
+from comet_meta.meta.step import MetaMode
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -113,7 +113,7 @@ class CoMetCallback(Callback):
         """Get ready to take the place of the module's loss."""
         self._check(trainer, pl_module)
         if self.weighter is None:
-            self.weighter = SoftConfidentWeighter(len(_loader(trainer).dataset))  # type: ignore[arg-type]
+            self.weighter = SoftConfidentWeighter(len(training_loader(trainer).dataset))  # type: ignore[arg-type]
         self._comet = CoMetOptimizerWrapper(
             [_Still(optimizer.param_groups) for optimizer in trainer.optimizers],
             weighter=self.weighter,
@@ -182,7 +182,7 @@ class CoMetCallback(Callback):
         self._saved = dict(state_dict)
 
     def _check(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        _loader(trainer)
+        training_loader(trainer)
         if self.meta != "none" and not pl_module.automatic_optimization:
             raise ValueError(
                 f"meta={self.meta!r} takes the module's whole step, which manual optimisation "
@@ -252,7 +252,9 @@ class CoMetCallback(Callback):
         self._weighed += 1
         parameters = [p for group in comet.param_groups for p in group["params"]]
         earlier = [parameter.grad for parameter in parameters]  # with gradient accumulation
-        report = comet.step(lambda rows: _losses_of(step(_take(batch, rows, len(index)))), index)
+        report = comet.step(
+            lambda rows: _losses_of(step(take_rows(batch, rows, len(index)))), index
+        )
         gradients = [parameter.grad for parameter in parameters]
         for parameter, gradient in zip(parameters, earlier, strict=True):
             parameter.grad = gradient
@@ -290,12 +292,12 @@ class CoMetCallback(Callback):
 
     def _scoring_loader(self, trainer: Trainer) -> DataLoader[Any]:
         """Every training sample once, each process its part, whatever the sampler leaves out."""
-        loader = _loader(trainer)
+        loader = training_loader(trainer)
         dataset: Dataset[Any] = loader.dataset
         collate = loader.collate_fn
         if self.index is not None:
             dataset = IndexedDataset(dataset)
-            collate = functools.partial(_collate_pairs, collate)
+            collate = functools.partial(collate_pairs, collate)
         return DataLoader(
             dataset,
             batch_size=loader.batch_size or getattr(loader.batch_sampler, "batch_size", 1),
@@ -333,15 +335,6 @@ class _WithGradient(torch.autograd.Function):
         return None, None, *scaled
 
 
-def _loader(trainer: Trainer) -> DataLoader[Any]:
-    loader = trainer.train_dataloader
-    if not isinstance(loader, DataLoader):
-        raise TypeError(
-            f"the training data comes from a {type(loader).__name__}; expected one DataLoader"
-        )
-    return loader
-
-
 def _losses_of(output: Any) -> Tensor:
     losses = output.get("losses", output.get("loss")) if isinstance(output, Mapping) else output
     paired = isinstance(losses, Tensor) and losses.dim() == 2 and len(losses) == 2
@@ -352,26 +345,3 @@ def _losses_of(output: Any) -> Tensor:
             '{"loss": losses.mean(), "losses": losses} with losses of shape (B,)'
         )
     return losses
-
-
-def _take(batch: Any, rows: Tensor, size: int) -> Any:
-    """Some rows of a batch: of all tensors and lists in it that have one entry for each sample."""
-    if isinstance(batch, Tensor):
-        return batch[rows.to(batch.device)] if batch.dim() and len(batch) == size else batch
-    if isinstance(batch, Mapping):
-        return {name: _take(value, rows, size) for name, value in batch.items()}
-    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
-        fields = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
-        return dataclasses.replace(batch, **_take(fields, rows, size))
-    if isinstance(batch, Sequence) and not isinstance(batch, str):
-        if len(batch) == size and not any(isinstance(part, Tensor) for part in batch):
-            return [batch[row] for row in rows.tolist()]
-        parts = [_take(part, rows, size) for part in batch]
-        return tuple(parts) if isinstance(batch, tuple) else parts
-    return batch
-
-
-def _collate_pairs(
-    collate: Callable[[list[Any]], Any], pairs: list[tuple[int, Any]]
-) -> tuple[Tensor, Any]:
-    return torch.tensor([index for index, _ in pairs]), collate([item for _, item in pairs])

@@ -20,7 +20,7 @@ from typing_extensions import Self, override
 from comet_meta.comet import CoMet
 from comet_meta.loaders import eval_mode, same_random_numbers, with_batches
 from comet_meta.sampler import ConfidenceSampler
-from comet_meta.weighting import SoftConfidentWeighter
+from comet_meta.weights.weighter import SoftConfidentWeighter
 
 Array = npt.NDArray[Any]
 

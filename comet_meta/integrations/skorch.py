@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
 from comet_meta.comet import CoMet
-from comet_meta.weighting import SoftConfidentWeighter
+from comet_meta.weights.weighter import SoftConfidentWeighter
 
 
 class CoMetCallback(Callback):  # type: ignore[misc]
@@ -33,6 +33,7 @@ class CoMetCallback(Callback):  # type: ignore[misc]
             splits a validation part off; pass ``train_split=None`` to train on all.
 
     Example:
+        >>> import torch
         >>> from torch import nn
         >>> rows = torch.randn(64, 3)
         >>> net = NeuralNet(

@@ -9,7 +9,7 @@ from torch.utils.data import Dataset
 from transformers import Trainer
 
 from comet_meta.reduction import per_sample
-from comet_meta.weighting import SoftConfidentWeighter
+from comet_meta.weights.weighter import SoftConfidentWeighter
 
 KEY = "sample_index"
 
@@ -41,7 +41,7 @@ class WithPositions(Dataset[dict[str, Any]]):
         return {**self.dataset[position], KEY: position}
 
 
-class CoMetTrainer(Trainer):  # type: ignore[misc]
+class CoMetTrainer(Trainer):
     """A Trainer that trusts each training sample as far as its losses allow.
 
     The model returns its losses by sample, ``{"losses": ...}``, of any shape that
@@ -90,7 +90,7 @@ class CoMetTrainer(Trainer):  # type: ignore[misc]
         model: nn.Module,
         inputs: dict[str, Any],
         return_outputs: bool = False,
-        **_: Any,
+        num_items_in_batch: Any = None,  # noqa: ARG002
     ) -> Any:
         """The weighted mean of a training batch's losses; the mean of another's.
 
@@ -98,6 +98,7 @@ class CoMetTrainer(Trainer):  # type: ignore[misc]
             model: Returns a mapping with ``"losses"``.
             inputs: A batch.
             return_outputs: Whether to return the model's outputs too.
+            num_items_in_batch: Ignored: the loss is a mean over samples.
 
         Returns:
             The loss, shape (), or the loss and the outputs.
@@ -117,7 +118,8 @@ class CoMetTrainer(Trainer):  # type: ignore[misc]
         return (loss, {"loss": loss, **outputs}) if return_outputs else loss
 
     def _weighted(self, losses: Tensor, index: Tensor) -> Tensor:
-        loss = (self.weighter(index).to(losses) * losses).mean()
+        weights: Tensor = self.weighter(index)
+        loss = (weights.to(losses) * losses).mean()
         if (self.state.epoch or 0) >= self.warm_up - 1:
             scores = losses.detach().float().cpu()
             finite = torch.isfinite(scores)

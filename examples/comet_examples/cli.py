@@ -21,7 +21,7 @@ from comet_examples.presets import PRESETS, Preset, preset_for
 from comet_examples.report import table
 from comet_examples.session import Session
 from comet_examples.training import Method, ResumeError, TrainingSettings
-from comet_meta.meta_step import MetaMode
+from comet_meta.meta.step import MetaMode
 
 _DEMO = (
     "DEMO: no --data-root, so this trains on solar cells from the elpv-dataset package "

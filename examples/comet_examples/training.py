@@ -24,7 +24,7 @@ from comet_meta import (
     StepReport,
     collect_scores,
 )
-from comet_meta.meta_step import MetaMode
+from comet_meta.meta.step import MetaMode
 
 Method = Literal["plain", "oracle", "paper", "comet"]
 _SCORING_BATCH = 16  # larger ones fall out of a CPU's cache

@@ -20,7 +20,8 @@ pl = pytest.importorskip("lightning.pytorch", reason='needs pip install "comet-m
 
 from lightning.pytorch.callbacks import ModelCheckpoint  # noqa: E402
 
-from comet_meta.integrations.lightning import CoMetCallback, _take  # noqa: E402
+from comet_meta.integrations._batches import take_rows  # noqa: E402
+from comet_meta.integrations.lightning import CoMetCallback  # noqa: E402
 
 N, BATCH, EPOCHS = 30, 8, 4
 GENERATOR = torch.Generator().manual_seed(0)
@@ -373,7 +374,7 @@ def test_positions_can_come_from_the_batch():
 
 def test_rows_are_taken_of_all_that_has_one_for_each_sample():
     batch = {"x": torch.arange(3), "names": ["a", "b", "c"], "pair": (torch.eye(3), 5), "t": "abc"}
-    part = _take(batch, torch.tensor([2, 0]), 3)
+    part = take_rows(batch, torch.tensor([2, 0]), 3)
     assert part["x"].tolist() == [2, 0]
     assert part["names"] == ["c", "a"]
     assert part["pair"][0].tolist() == [[0, 0, 1], [1, 0, 0]]

@@ -12,7 +12,7 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from comet_meta import CoMetOptimizerWrapper, CovarianceMetaRegularizer, SoftConfidentWeighter
-from comet_meta.faults import Look, all_finite, undone_on_error
+from comet_meta.nonfinite import Look, all_finite, undone_on_error
 
 MODES = ("none", "mldg", "fomaml", "maml", "reptile")
 INDEX = torch.arange(100, 112)

@@ -9,8 +9,8 @@ from sklearn.metrics import roc_auc_score
 from sklearn.neighbors import NearestNeighbors
 
 from comet_meta import MemoryScorer
-from comet_meta import memory as memory_module
-from comet_meta.weighting import posterior_weights
+from comet_meta.weights import prior as memory_module
+from comet_meta.weights.rules import posterior_weights
 
 
 def test_two_samples_judge_each_other_by_hand():

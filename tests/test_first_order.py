@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from comet_meta import CoMetOptimizerWrapper, CovarianceMetaRegularizer, SoftConfidentWeighter
-from comet_meta.inner_loop import first_order
-from comet_meta.second_order import AdamDirection, second_order
+from comet_meta.meta.first_order import first_order
+from comet_meta.meta.second_order import AdamDirection, second_order
 from comet_meta.tasks import Task, split_tasks
 
 FIRST_ORDER = ("fomaml", "mldg", "reptile")
@@ -516,7 +516,7 @@ def test_a_model_in_shards_has_its_query_pass_backward_too(monkeypatch):
             return found
 
     plain = meta_gradient("reptile", model, X, [task])
-    monkeypatch.setattr("comet_meta.inner_loop.is_sharded", lambda _: True)
+    monkeypatch.setattr("comet_meta.meta.first_order.is_sharded", lambda _: True)
     found = meta_gradient("reptile", Watched(0.0), X, [task])
     assert enabled == [True, True, True]
     assert backward == [3, 3, 2]
@@ -529,7 +529,7 @@ def test_adam_is_fused_where_it_can_be_and_its_steps_are_on_the_cpu_where_not(
 ):
     calls = []
     spy = lambda *arguments, **options: calls.append((arguments, options))  # noqa: E731
-    monkeypatch.setattr("comet_meta.inner_loop.adam", spy)
+    monkeypatch.setattr("comet_meta.meta.first_order.adam", spy)
     with torch.device(device):
         model, data = nn.Linear(3, 3), torch.randn(4, 3)
     task = Task(torch.arange(2), torch.arange(2, 4))
@@ -551,7 +551,7 @@ def test_without_a_fused_kernel_adam_is_the_same(monkeypatch):
     model, data = Net(), torch.randn(12, 3).double()
     tasks = split_tasks(12, 2, 0.3)
     fused = meta_gradient("mldg", model, data, tasks, inner="adam")
-    monkeypatch.setattr("comet_meta.inner_loop.all", lambda _: False, raising=False)
+    monkeypatch.setattr("comet_meta.meta.first_order.all", lambda _: False, raising=False)
     other = meta_gradient("mldg", model, data, tasks, inner="adam")
     for found, reference in zip(other.gradients, fused.gradients, strict=True):
         torch.testing.assert_close(found, reference, rtol=1e-9, atol=1e-12)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from comet_meta import CovarianceMetaRegularizer
-from comet_meta.regularization import loss_covariance, model_uncertainty
+from comet_meta.penalty import loss_covariance, model_uncertainty
 
 losses = st.floats(-100, 100, width=32)
 

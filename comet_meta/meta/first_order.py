@@ -18,7 +18,7 @@ from comet_meta.gradients import (
     real,
     unscaled,
 )
-from comet_meta.snapshot import copies, copy_values, restored
+from comet_meta.restore import copies, copy_values, restored
 from comet_meta.tasks import Task
 
 InnerOptimizer = Literal["sgd", "adam"]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from comet_meta import distributed
-from comet_meta.snapshot import copies, copy_values
+from comet_meta.restore import copies, copy_values
 
 _LOGGER = logging.getLogger(__name__)
 _NAMED = 8

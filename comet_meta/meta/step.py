@@ -2,8 +2,8 @@
 
 Modes of the meta-step:
 
-- ``"mldg"``, ``"fomaml"``, ``"reptile"``: see :func:`comet_meta.inner_loop.first_order`.
-- ``"maml"``: see :func:`comet_meta.second_order.second_order`.
+- ``"mldg"``, ``"fomaml"``, ``"reptile"``: see :func:`comet_meta.meta.first_order.first_order`.
+- ``"maml"``: see :func:`comet_meta.meta.second_order.second_order`.
 - ``"none"``: the gradient of the whole batch; support and query losses are for the report alone.
 """
 
@@ -15,8 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from comet_meta import distributed
-from comet_meta.checks import check_losses
-from comet_meta.faults import (
+from comet_meta.gradients import gradients_of
+from comet_meta.losses import Closure, check_losses, finite_samples, weighted_losses
+from comet_meta.meta.first_order import InnerOptimizer, MetaGradient, first_order
+from comet_meta.meta.second_order import second_order
+from comet_meta.nonfinite import (
     Look,
     all_finite,
     check_parameters,
@@ -26,47 +29,9 @@ from comet_meta.faults import (
     warn_of_dropped,
     warn_of_left_out,
 )
-from comet_meta.gradients import gradients_of
-from comet_meta.inner_loop import InnerOptimizer, MetaGradient, first_order
-from comet_meta.second_order import second_order
 from comet_meta.tasks import Task, split_tasks, splits, support_query
 
 MetaMode = Literal["none", "mldg", "fomaml", "maml", "reptile"]
-Closure = Callable[[Tensor], Tensor]
-"""Losses of some rows of the batch: rows (R,) -> losses (R,), or pairs of them (2, R)."""
-
-
-def finite_samples(losses: Tensor) -> Tensor:
-    """Which samples' losses (B,) or (2, B) are finite, bool of shape (B,)."""
-    finite = torch.isfinite(losses)
-    return finite if losses.dim() == 1 else finite.all(dim=0)
-
-
-def soft_confident(losses: Tensor, weights: Tensor) -> Tensor:
-    """What each sample adds to the loss.
-
-    Args:
-        losses: Of the samples, shape (R,); or (2, R), of the samples taken as normal and taken as
-            anomalous.
-        weights: Of either loss, shape (2, R).
-
-    Returns:
-        The weighted losses, or the sums of both, shape (R,).
-
-    Example:
-        >>> weights = torch.tensor([[1.0, 0.5], [0.0, 0.1]])
-        >>> soft_confident(torch.tensor([2.0, 4.0]), weights)
-        tensor([2., 2.])
-        >>> soft_confident(torch.tensor([[2.0, 4.0], [3.0, 3.0]]), weights)
-        tensor([2.0000, 2.3000])
-
-    Source: the first row is soft confident learning; the second, outlier exposure (Hendrycks,
-    Mazeika, Dietterich, ICLR 2019) of samples that are taken as bad by their scores, as in Qiu, Li,
-    Kloft, Rudolph, Mandt: Latent outlier exposure, ICML 2022.
-    """
-    if losses.dim() == 1:
-        return weights[0].to(losses) * losses
-    return (weights.to(losses) * losses).sum(dim=0)
 
 
 @dataclass(frozen=True)
@@ -165,7 +130,7 @@ class MetaStep:
         def losses_of(rows: Tensor) -> Tensor:
             losses = closure(rows)
             check_losses(losses, len(rows))
-            return soft_confident(losses, weights[:, rows])
+            return weighted_losses(losses, weights[:, rows])
 
         def objective(losses: Tensor, at: Sequence[Tensor]) -> Tensor:
             loss = losses.mean() * part + self.penalty(at)
