@@ -60,8 +60,13 @@ def run(way: str, seed: int, epochs: int) -> tuple[float, float]:
 
     weighter = SoftConfidentWeighter(len(data), rule=lambda _: weights)
     weighter.fit(torch.arange(float(len(data))))
-    settings = {"shuffle": True} if way != "drawn" else {"sampler": ConfidenceSampler(weights)}
-    loader = DataLoader(data, batch_size=16, **settings)  # type: ignore[arg-type]
+    sampler = ConfidenceSampler(weights) if way == "drawn" else None
+    loader: DataLoader[Tensor] = DataLoader(
+        data,  # type: ignore[arg-type]
+        batch_size=16,
+        shuffle=sampler is None,
+        sampler=sampler,
+    )
     comet = CoMet(loader, optimizer, weighter=weighter, warm_up=epochs + 1)
     start = time.perf_counter()
     for _ in range(epochs):
@@ -70,10 +75,10 @@ def run(way: str, seed: int, epochs: int) -> tuple[float, float]:
             if way == "weighted":
                 loss = comet.loss(losses(batch))
             elif way == "left out":
-                loss = comet.loss(lambda rows, batch=batch: losses(batch[rows]))
+                loss = comet.loss(lambda rows: losses(batch[rows]))  # noqa: B023
             else:
                 loss = losses(batch).mean()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
     seconds = time.perf_counter() - start
     test, off = new_rows(seed)

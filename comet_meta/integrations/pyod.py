@@ -177,7 +177,8 @@ def _fit_drawn(
             models = [getattr(detector, model_name)]
             with eval_mode(models), same_random_numbers(models):
                 weighter.fit(torch.as_tensor(detector.decision_function(rows)).float())
-        return weighter()
+        trust: Tensor = weighter()
+        return trust
 
     sampler = ConfidenceSampler(weights, len(rows))
     if isinstance(detector, DeepSVDD):

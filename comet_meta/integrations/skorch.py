@@ -64,7 +64,7 @@ class CoMetCallback(Callback):  # type: ignore[misc]
             if self.scores is not None:
                 return self.scores(net, batch)
             inputs, targets = unpack_data(batch)
-            losses = get_loss(net.infer(inputs), targets, X=inputs, training=False)
+            losses: Tensor = get_loss(net.infer(inputs), targets, X=inputs, training=False)
             return losses.flatten(1).mean(dim=1) if losses.dim() > 1 else losses
 
         def iterator(dataset: Dataset[Any], training: bool = False) -> Any:

@@ -30,7 +30,7 @@ class WithPositions(Dataset[dict[str, Any]]):
             raise TypeError(
                 f"{type(dataset).__name__} has no positions; expected a data set with a length"
             )
-        self.dataset = dataset
+        self.dataset: Any = dataset
 
     def __len__(self) -> int:
         """Number of samples."""
@@ -84,6 +84,7 @@ class CoMetTrainer(Trainer):
             self.weighter = SoftConfidentWeighter(len(self.train_dataset))
         self.warm_up = warm_up
         self.model_accepts_loss_kwargs = False  # the loss is a mean over the batch
+        self.can_return_loss = True  # evaluation needs no labels for it
 
     def compute_loss(
         self,
