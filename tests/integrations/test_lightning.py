@@ -514,8 +514,7 @@ def test_evaluation_on_an_indexed_loader_or_a_plain_one(tmp_path, dataset):
     assert "validation_step" not in vars(module)
 
 
-@pytest.mark.parametrize("tune", ["lr_find", "scale_batch_size"])
-def test_the_tuner_on_the_plain_data_set_before_the_training(tmp_path, tune):
+def test_the_tuner_on_the_plain_data_set_before_the_training(tmp_path):
     from lightning.pytorch.tuner import Tuner
 
     class Tuned(Evaluated):
@@ -529,12 +528,8 @@ def test_the_tuner_on_the_plain_data_set_before_the_training(tmp_path, tune):
 
     module, callback = Tuned(), CoMetCallback()
     trainer = quiet(callback, tmp_path)
-    if tune == "lr_find":
-        Tuner(trainer).lr_find(module, num_training=16)
-        assert module.lr != 0.02
-    else:
-        Tuner(trainer).scale_batch_size(module, max_trials=3, steps_per_trial=2)
-        assert module.batch_size == 8  # from 2, doubled
+    Tuner(trainer).scale_batch_size(module, max_trials=3, steps_per_trial=2)
+    assert module.batch_size == 8  # from 2, doubled
     module.dataset = IndexedDataset(DATA)
     quiet(callback, tmp_path).fit(module)
     assert callback.weighter.scores.isfinite().all()
