@@ -14,6 +14,7 @@ import torch
 from comet_examples.datasets import bad_samples
 from comet_examples.metrics import curation_metrics
 from comet_examples.report import table
+from comet_meta.weights.mixture import Mixture, summary
 from grid import Benchmark
 from runs import spread
 from torch import Tensor
@@ -21,7 +22,6 @@ from torch import Tensor
 from comet_meta import SoftConfidentWeighter
 from comet_meta.vision.backbones import DEFAULT_BACKBONE
 from comet_meta.vision.picture_prior import memory_prior
-from comet_meta.weights.mixture import Mixture, summary
 from comet_meta.weights.rules import standardized
 
 

@@ -2,9 +2,12 @@
 
 from typing import TYPE_CHECKING, Any
 
+from comet_meta.comet import CoMet
 from comet_meta.data import IndexedDataset, collect_scores
 from comet_meta.optimizer import CoMetOptimizerWrapper, StepReport
 from comet_meta.penalty import CovarianceMetaRegularizer
+from comet_meta.reduction import per_sample
+from comet_meta.sampler import ConfidenceSampler
 from comet_meta.weights.prior import MemoryScorer, RowScorer
 from comet_meta.weights.weighter import SoftConfidentWeighter
 
@@ -14,7 +17,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "CoMet",
     "CoMetOptimizerWrapper",
+    "ConfidenceSampler",
     "CovarianceMetaRegularizer",
     "IndexedDataset",
     "MemoryScorer",
@@ -23,6 +28,7 @@ __all__ = [
     "SoftConfidentWeighter",
     "StepReport",
     "collect_scores",
+    "per_sample",
 ]
 
 

@@ -39,6 +39,9 @@ class StepReport(NamedTuple):
             proportion to their rows, the latter at the adapted parameters.
         support_loss: The part on the support rows, at the parameters before the step.
         query_loss: The part on the query rows, which the inner steps have not seen.
+        loss: The objective without its penalty, divided by the mean weight: the mean loss of the
+            samples that count. Monitor this one; the objective falls when weights fall. NaN where
+            all weights are 0.
         strength: lambda(Sigma) that the step used; 0 without a regularizer.
         mean_weight: Mean confidence of the batch, in [0, 1].
         min_weight: Least confidence in the batch, in [0, 1].
@@ -49,6 +52,7 @@ class StepReport(NamedTuple):
     objective: Tensor
     support_loss: Tensor
     query_loss: Tensor
+    loss: Tensor
     strength: Tensor
     mean_weight: Tensor
     min_weight: Tensor
@@ -146,6 +150,7 @@ class CoMetOptimizerWrapper(Optimizer):
             generator.manual_seed(distributed.agreed_seed(torch.initial_seed()))
         self.generator = generator
         self._watch = LossWatch()
+        self._last: tuple[Tensor, Tensor] | None = None
         self.defaults = self.optimizers[0].defaults
         super().__setstate__({})  # the hooks and profiling that every torch optimizer has
         if self.meta is not None and model is None:
@@ -226,11 +231,13 @@ class CoMetOptimizerWrapper(Optimizer):
         self._settle()
         trained = self._trained()
         penalty = self._penalty(trained, self._strength(trained))
-        weighted = weighted_losses(losses, self._weights(index, size))
+        weights = self._weights(index, size)
+        weighted = weighted_losses(losses, weights)
         if not losses.requires_grad:
             return weighted.mean() + penalty  # nothing is learned from it
         finite = finite_samples(losses.detach())
         kept = torch.where(finite, weighted, 0)
+        self._last = kept.detach(), weights[0].to(finite.device) * finite
         # The factor is exactly 1 where all losses are finite.
         rows = finite.sum()
         part = distributed.share(rows, losses.device)
@@ -296,6 +303,19 @@ class CoMetOptimizerWrapper(Optimizer):
         report = self.backward(cast("Closure", closure), index)
         self._plain_step(None)
         return report
+
+    @property
+    def loss(self) -> Tensor:
+        """Weighted loss of the last :meth:`objective` of a training step, divided by its weights.
+
+        Monitor this one: the objective falls when weights fall, which misleads a scheduler that
+        waits for a plateau, or the choice of a best epoch. Shape (); reading it waits for its
+        device. NaN before the first objective, and where all weights are 0.
+        """
+        if self._last is None:
+            return torch.tensor(torch.nan)
+        losses, weights = self._last
+        return losses.sum() / weights.to(losses).sum()
 
     def _plain_step(self, closure: Callable[[], float] | None) -> float | None:
         loss: float | None = None
@@ -398,12 +418,17 @@ class CoMetOptimizerWrapper(Optimizer):
             support_loss = query_loss = strength.new_full((), torch.nan)
             if scaler is not None:  # which asks for gradients, and skips the step for these
                 add_gradients(parameters, [torch.full_like(p, torch.nan) for p in parameters])
+        objective = torch.lerp(support_loss, query_loss, self.query_fraction)
+        mean_weight = weights[0].mean() if weights.numel() else query_loss
+        with torch.no_grad():
+            penalty = self._penalty(parameters, strength)
         return StepReport(
-            objective=torch.lerp(support_loss, query_loss, self.query_fraction),
+            objective=objective,
             support_loss=support_loss,
             query_loss=query_loss,
+            loss=(objective - penalty) / mean_weight.to(objective),
             strength=strength,
-            mean_weight=weights[0].mean() if weights.numel() else query_loss,
+            mean_weight=mean_weight,
             min_weight=weights[0].min() if weights.numel() else query_loss,
             dropped=torch.tensor(dropped),
         )
@@ -420,7 +445,11 @@ class CoMetOptimizerWrapper(Optimizer):
             return None
         index = as_index(index, self._num_samples)
         if len(index) != batch_size:
-            raise ValueError(f"got {batch_size} losses and {len(index)} indices; expected one each")
+            raise ValueError(
+                f"got {batch_size} losses and {len(index)} indices; expected one each. Losses of "
+                "shape (2, B) are a pair, as normal and as anomalous; of patches or pixels, take "
+                "comet_meta.per_sample(losses, batch_size)"
+            )
         return index
 
     @property
@@ -585,7 +614,11 @@ def _checked_optimizers(optimizer: Optimizer | Sequence[Optimizer]) -> tuple[Opt
             )
         own = {id(p) for group in wrapped.param_groups for p in group["params"]}
         if own & seen:
-            raise ValueError("two of the wrapped optimizers own the same parameter")
+            raise ValueError(
+                "two of the wrapped optimizers own the same parameter, and would both step it. If "
+                "they take turns, wrap each by itself, with one weighter for all, or let "
+                "comet_meta.CoMet(loader, optimizers) guard them"
+            )
         seen |= own
     return optimizers
 

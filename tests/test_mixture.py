@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from comet_meta.weights.mixture import Mixture, summary
 from scipy import stats
 
-from comet_meta.weights.mixture import Mixture, summary
 from comet_meta.weights.rules import posterior_weights, standardized
 
 

@@ -5,13 +5,13 @@ import math
 import numpy as np
 import pytest
 import torch
+from comet_meta.weights.mixture import Mixture, summary
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
 from scipy.stats import norm
 
 from comet_meta import SoftConfidentWeighter
-from comet_meta.weights.mixture import Mixture, summary
 from comet_meta.weights.rules import (
     hard_weights,
     iqr_threshold,

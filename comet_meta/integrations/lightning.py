@@ -165,6 +165,42 @@ class CoMetCallback(Callback):
             weighter.fit(self._collect(self.scores, trainer, pl_module))
 
     @override
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any
+    ) -> None:
+        """Take the positions off batches of an indexed loader, as in training."""
+        self._unpack(pl_module, "validation_step", trainer.val_dataloaders)
+
+    @override
+    def on_test_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any
+    ) -> None:
+        """Take the positions off batches of an indexed loader, as in training."""
+        self._unpack(pl_module, "test_step", trainer.test_dataloaders)
+
+    @override
+    def on_predict_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any
+    ) -> None:
+        """Take the positions off batches of an indexed loader, as in training."""
+        self._unpack(pl_module, "predict_step", trainer.predict_dataloaders)
+
+    @override
+    def on_validation_batch_end(self, *_: Any, **__: Any) -> None:
+        """Give the module its methods back."""
+        self._withdraw()
+
+    @override
+    def on_test_batch_end(self, *_: Any, **__: Any) -> None:
+        """Give the module its methods back."""
+        self._withdraw()
+
+    @override
+    def on_predict_batch_end(self, *_: Any, **__: Any) -> None:
+        """Give the module its methods back."""
+        self._withdraw()
+
+    @override
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
@@ -216,6 +252,19 @@ class CoMetCallback(Callback):
 
         setattr(module, name, method)
         self._replaced.append((module, name))
+
+    def _unpack(self, module: LightningModule, name: str, loaders: Any) -> None:
+        """Have a step called without positions, where all its loaders are indexed."""
+        self._withdraw()
+        loaders = loaders if isinstance(loaders, (list, tuple)) else [loaders]
+        if all(isinstance(getattr(each, "dataset", None), IndexedDataset) for each in loaders):
+            self._replace(module, name, self._without_positions)
+
+    @staticmethod
+    def _without_positions(
+        _: Any, original: Callable[..., Any], batch: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        return original(batch[1], *args, **kwargs)
 
     def _withdraw(self) -> None:
         for module, name in self._replaced:
