@@ -6,7 +6,8 @@ from typing import Protocol
 from comet_examples.datasets import elpv, folder, ksdd2, mvtec, viaduct
 from comet_examples.datasets.base import DatasetError, Sample, Split
 from comet_examples.datasets.contamination import bad_samples, contaminate, oracle
-from comet_examples.datasets.images import Transform, load_image, load_mask
+from comet_examples.datasets.images import Transform, load_image, load_mask, load_values
+from comet_examples.datasets.survey import Survey, survey
 
 
 class Source(Protocol):
@@ -35,10 +36,13 @@ __all__ = [
     "Sample",
     "Source",
     "Split",
+    "Survey",
     "Transform",
     "bad_samples",
     "contaminate",
     "load_image",
     "load_mask",
+    "load_values",
     "oracle",
+    "survey",
 ]
