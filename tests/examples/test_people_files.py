@@ -181,6 +181,17 @@ def test_results_of_earlier_runs_are_never_pictures(tmp_path):
     assert names == ["0.png", "1.png", "2.png", "theirs.png"]
 
 
+def test_results_may_lie_in_the_folder_of_the_data(tmp_path):
+    root = tree(tmp_path / "data", "mvtec")
+    (root / "part" / OUTPUT_MARK).touch()
+    assert DATASETS["mvtec"].categories(root) == ["part"]
+    assert len(DATASETS["mvtec"].load(root, "part").train) == 12
+    good = root / "part" / "train" / "good"
+    for path in (good / OUTPUT_MARK, good / "comet_suspect_maps.png", good / "plain_maps.png"):
+        path.touch()
+    assert len(DATASETS["folder"].load(good, "good").train) == 12
+
+
 def test_all_damage_is_named_at_once_and_left_out_on_request(tmp_path, capsys, undrawn):
     root = tree(tmp_path / "data", "mvtec")
     bad = [root / "part" / p for p in ("train/good/003_0.png", "test/hole/001_1.png")]

@@ -45,7 +45,7 @@ def tree_categories(root: Path | None, dataset: str) -> list[str]:
         raise DatasetError(f"{dataset} needs --data-root: the folder that has the category folders")
     if not root.is_dir():
         raise DatasetError(f"there's no folder {root}; --data-root takes the unpacked data set")
-    found = [folder.name for folder in subfolders(root) if _is_category(folder)]
+    found = [folder.name for folder in subfolders(root, outputs=True) if _is_category(folder)]
     if not found:
         parent = root.resolve().parent
         hint = f"; it looks like a single category: pass {parent}" if _is_category(root) else ""
@@ -82,7 +82,7 @@ def load_tree(
         DatasetError: If category, split or a mask is missing, or ``good`` names no folder.
     """
     found = tree_categories(root, dataset)
-    folder = None if root is None else named(subfolders(root), category)
+    folder = None if root is None else named(subfolders(root, outputs=True), category)
     if folder is None or folder.name not in found:
         raise DatasetError(f"there's no category {category!r} in {root}; found: {', '.join(found)}")
     known = {_word(name) for name in good}

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable
@@ -13,6 +14,8 @@ from PIL import Image
 
 _LOGGER = logging.getLogger(__name__)
 OUTPUT_MARK = ".comet-meta-results"  # an empty file in every folder that a run writes to
+# The pictures that a run draws, which may lie among the data if somebody chose that folder.
+_DRAWN = re.compile(r"(plain|oracle|paper|comet)_(weights|maps|suspects|suspect_maps)\.png$")
 # Registered by Pillow, but no pictures, or read only with the help of other programs or systems.
 _NOT_READ = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "PDF", "WMF"}
 # Made by storage devices, systems and viewers beside the pictures that people put there.
@@ -94,10 +97,11 @@ def image_files(folder: Path) -> list[Path]:
             raise DatasetError(
                 f"{path} is a link to {path.readlink()}, which isn't there; restore or remove it"
             )
-    return [path for path in found if path.is_file()]
+    drawn = is_output(folder)
+    return [path for path in found if path.is_file() and not (drawn and _DRAWN.match(path.name))]
 
 
-def subfolders(folder: Path) -> list[Path]:
+def subfolders(folder: Path, *, outputs: bool = False) -> list[Path]:
     """Folders of a folder by name.
 
     Left out are hidden ones, those that storage devices, systems and viewers make (``@eaDir``,
@@ -105,6 +109,7 @@ def subfolders(folder: Path) -> list[Path]:
 
     Args:
         folder: An existing folder.
+        outputs: Whether folders with results count: the data may lie in one of them.
 
     Returns:
         The folders in it, sorted by name.
@@ -115,7 +120,7 @@ def subfolders(folder: Path) -> list[Path]:
         if path.is_dir()
         and not path.name.startswith(".")
         and path.name.casefold() not in _NOT_THEIRS
-        and not is_output(path)
+        and (outputs or not is_output(path))
     )
 
 
