@@ -169,7 +169,9 @@ def standardized(scores: Tensor) -> Tensor:
     # very many samples that isn't worth the memory.
     precise = torch.float64 if len(scores) <= EXACT_SAMPLES else None
     deviation = centred.abs().mean(dtype=precise)
-    return centred.div_(deviation.where(deviation > 0, 1))
+    # Spread of less than the smallest normal float is none: division by it would overflow.
+    spread = deviation >= torch.finfo(scores.dtype).tiny
+    return centred.div_(deviation.where(spread, torch.inf))
 
 
 def _exceeded_by(share: float, scores: Tensor) -> Tensor:

@@ -243,7 +243,7 @@ def test_a_seed_may_be_a_date(tmp_path, undrawn):
     assert run("simplenet_mvtec", root, tmp_path / "out", "--seed", "20261126183000") == 0
 
 
-@pytest.mark.parametrize("value", [0.0, 1e-30, 16777216.0, 1e20])
+@pytest.mark.parametrize("value", [0.0, 1e-30, 1.0, 16777216.0, 1e20])
 def test_equal_and_nearly_equal_scores_are_drawn(tmp_path, value):
     scores = torch.full((12,), value)
     scores[3] = torch.nextafter(scores[3], torch.tensor(torch.inf))
