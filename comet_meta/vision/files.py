@@ -1,12 +1,15 @@
 """Writing files so that a run killed on the way leaves the old one, and no two runs mix."""
 
 import os
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
 
 from filelock import FileLock, Timeout
+
+from comet_meta.vision.samples import OUTPUT_MARK
 
 _PARTIAL = ".partial"
 
@@ -56,6 +59,8 @@ def sole_writer(folder: Path) -> Iterator[None]:
         BusyError: If another run has it.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    # By this mark no run takes pictures from the folder.
+    (folder / OUTPUT_MARK).touch()
     lock = FileLock(folder / ".lock")
     try:
         lock.acquire(blocking=False)
@@ -69,6 +74,32 @@ def sole_writer(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def unforeseen(error: Exception, folder: Path) -> str:
+    """A sentence on an error that nobody foresaw, whose details go into a file.
+
+    Args:
+        error: What was raised.
+        folder: Where the file goes; made where it is missing.
+
+    Returns:
+        The sentence: what happened where, and how to report it.
+    """
+    reason = " ".join(str(error).split()) or "no reason given"
+    if isinstance(error, MemoryError) or "out of memory" in reason.lower():
+        return f"out of memory ({reason}); take smaller pictures by --resize, or --half-features"
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
+    what = f"unforeseen {type(error).__name__}{place}: {reason}"
+    file = folder / "error.txt"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lines = traceback.format_exception(type(error), error, error.__traceback__)
+        file.write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
+    except OSError:
+        return f"{what}; please report it with the command that you ran"
+    return f"{what}; the details are in {file}: please report it with them and your command"
 
 
 def _to_disk(path: Path, flags: int) -> None:

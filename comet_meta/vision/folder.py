@@ -6,7 +6,13 @@ them is known.
 
 from pathlib import Path
 
-from comet_meta.vision.samples import DatasetError, Sample, Split, image_files, subfolders
+from comet_meta.vision.samples import (
+    DatasetError,
+    Sample,
+    Split,
+    pictures_below,
+    same_name,
+)
 
 
 def categories(root: Path | None) -> list[str]:
@@ -28,7 +34,8 @@ def load(root: Path | None, category: str) -> Split:
     """The pictures of the folder.
 
     Args:
-        root: The folder. It is searched recursively; hidden files and folders are left out.
+        root: The folder. It is searched recursively; hidden files and folders are left out,
+            and those that no person made: thumbnails, results of earlier runs.
         category: The name out of :func:`categories`.
 
     Returns:
@@ -38,13 +45,13 @@ def load(root: Path | None, category: str) -> Split:
         DatasetError: If folder, category or pictures are missing.
     """
     folder = _checked(root)
-    if category != _name(folder):
+    if same_name(category) != same_name(_name(folder)):
         raise DatasetError(f"there's no category {category!r} in {root}; found: {_name(folder)}")
-    train = tuple(Sample(path, None) for path in _pictures(folder, set()))
+    train = tuple(Sample(path, None) for path in pictures_below(folder))
     if not train:
         raise DatasetError(
             f"{root} holds no picture, nor do the folders below it; pass a folder with png, jpg, "
-            "bmp, tif or webp files"
+            "bmp, tif, webp or other files that Pillow reads"
         )
     return Split(category, train, (), has_masks=False)
 
@@ -60,12 +67,3 @@ def _checked(root: Path | None) -> Path:
 def _name(folder: Path) -> str:
     # A drive's root has no name.
     return folder.resolve().name or "folder"
-
-
-def _pictures(folder: Path, seen: set[Path]) -> list[Path]:
-    """Pictures of a folder and those below it; links are followed, every folder is read once."""
-    if folder.resolve() in seen:
-        return []
-    seen.add(folder.resolve())
-    below = [path for inner in subfolders(folder) for path in _pictures(inner, seen)]
-    return [*image_files(folder), *below]

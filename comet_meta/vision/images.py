@@ -1,15 +1,15 @@
 """From picture files to tensors of one size."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tvf
 
+from comet_meta.vision.pixels import read_marks, read_picture, scaled
 from comet_meta.vision.samples import DatasetError, Sample
 
 
@@ -26,6 +26,8 @@ class Transform:
         resize: Length of the shorter side in pixels (the aspect is kept), or (height, width).
         crop: Side of the centre crop in pixels, or (height, width); None for no crop.
         keep_aspect: Whether a ``resize`` of (height, width) pads instead of stretching.
+        values: Lowest and highest value of pictures of more than 8 bits a channel, which become 0
+            and 255. One range for all pictures of a folder, see :func:`survey`.
 
     Raises:
         ValueError: If a size is not positive, or ``keep_aspect`` comes without (height, width).
@@ -39,6 +41,7 @@ class Transform:
     resize: int | tuple[int, int]
     crop: int | tuple[int, int] | None = None
     keep_aspect: bool = False
+    values: tuple[float, float] = (0.0, 65535.0)
 
     def __post_init__(self) -> None:
         if self.keep_aspect and isinstance(self.resize, int):
@@ -91,31 +94,57 @@ class Transform:
 
 
 def load_image(path: Path, transform: Transform) -> Tensor:
-    """Read a picture as RGB.
+    """Read a picture as RGB of 8 bits, to be shown.
 
-    Single-channel pictures are repeated into three channels, 16-bit ones scaled to 8 bits,
-    transparency and palettes resolved, and the camera's rotation (EXIF) applied.
+    Single-channel pictures are repeated into three channels, deeper ones scaled and rounded,
+    palettes resolved, transparent ones laid on white, and the camera's rotation (EXIF) applied.
 
     Args:
         path: The file.
-        transform: Size to bring it to.
+        transform: Size to bring it to, and range of the values of deeper pictures.
 
     Returns:
         The picture, uint8 (3, H, W).
 
     Raises:
-        DatasetError: If the file can't be read as a picture of 8 or 16 bits, or the crop is larger
-            than the resized picture.
+        DatasetError: If the file can't be read as a picture, or the crop is larger than the resized
+            picture.
     """
-    picture = transform(_read(path, _rgb))
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
+    values = load_values(path, transform)
+    return values if values.dtype == torch.uint8 else values.clamp(0, 255).round().byte()
+
+
+def load_values(path: Path, transform: Transform) -> Tensor:
+    """Read a picture as RGB in its full depth, to compute features.
+
+    Args:
+        path: The file.
+        transform: Size to bring it to, and range of the values of deeper pictures.
+
+    Returns:
+        The picture, shape (3, H, W): uint8, as :func:`load_image` gives it, or float32 where it has
+        more than 8 bits a channel. Then values outside of the transform's range come out below 0
+        and above 255.
+
+    Raises:
+        DatasetError: If the file can't be read as a picture, or the crop is larger than the resized
+            picture.
+    """
+    picture = read_picture(path)
+    if isinstance(picture, Image.Image):
+        return _tensor(transform(picture))
+    deep = scaled(picture.values, transform.values)
+    channels = [deep] if deep.ndim == 2 else [deep[..., c] for c in range(3)]
+    resized = [_tensor(transform(Image.fromarray(channel))) for channel in channels]
+    return torch.cat(resized).expand(3, -1, -1).contiguous()
 
 
 def load_mask(sample: Sample, transform: Transform) -> Tensor:
     """Read the defective pixels of a sample.
 
     Args:
-        sample: The sample; without a mask, no pixel is defective. In a mask, any value above 0 is.
+        sample: The sample; without a mask, no pixel is defective. In a mask, any value above 0 is;
+            in one of a lossy format, any in the upper half. What is transparent isn't.
         transform: The transform of its picture.
 
     Returns:
@@ -125,17 +154,13 @@ def load_mask(sample: Sample, transform: Transform) -> Tensor:
         DatasetError: If picture or mask can't be read, their sizes differ, or the crop is larger
             than the resized picture.
     """
-    picture = _read(sample.path, _rgb)
+    size = read_picture(sample.path).size
     if sample.mask is None:
-        width, height = transform(picture).size
+        width, height = transform(Image.new("1", size)).size
         return torch.zeros(height, width, dtype=torch.bool)
-    mask = _read(sample.mask, _defective)
-    if mask.size != picture.size:
-        raise DatasetError(
-            f"{sample.mask} is {mask.width} x {mask.height} pixels but its picture {sample.path} "
-            f"is {picture.width} x {picture.height}; a mask must have its picture's size"
-        )
-    return torch.from_numpy(np.array(transform(mask, mask=True))) > 0
+    return (
+        torch.from_numpy(np.array(transform(_marks(sample.mask, sample.path, size), mask=True))) > 0
+    )
 
 
 def has_defect(mask: Path) -> bool:
@@ -145,41 +170,39 @@ def has_defect(mask: Path) -> bool:
         mask: The mask's file.
 
     Returns:
-        True if any value is above 0, however faint.
+        True if any pixel is marked, however faint.
 
     Raises:
         DatasetError: If the file can't be read as a picture.
     """
-    return _read(mask, _defective).getbbox() is not None
+    return read_marks(mask).getbbox() is not None
 
 
-def _read(path: Path, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
-    try:
-        with Image.open(path) as file:
-            return convert(ImageOps.exif_transpose(file))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+def check_mask(sample: Sample, size: tuple[int, int]) -> None:
+    """Read a sample's mask as :func:`load_mask` will.
+
+    Args:
+        sample: The sample.
+        size: Width and height of its picture.
+
+    Raises:
+        DatasetError: If the mask can't be read, or its size is another.
+    """
+    if sample.mask is not None:
+        _marks(sample.mask, sample.path, size)
+
+
+def _marks(path: Path, picture: Path, size: tuple[int, int]) -> Image.Image:
+    mask = read_marks(path)
+    if mask.size != size:
         raise DatasetError(
-            f"can't read the picture {path}: {error}; replace or remove it"
-        ) from error
+            f"{path} is {mask.width} x {mask.height} pixels but its picture {picture} "
+            f"is {size[0]} x {size[1]}; a mask must have its picture's size"
+        )
+    return mask
 
 
-def _rgb(picture: Image.Image) -> Image.Image:
-    if _is_deep(picture):
-        values = np.asarray(picture, dtype=np.float32)
-        low, high = values.min(), values.max()
-        if picture.mode == "F" or low < 0 or high > 65535:
-            raise ValueError(f"values from {low:g} to {high:g}, expected 8 or 16 bits a pixel")
-        # Pillow clips 16-bit values when it converts them to 8 bits.
-        picture = Image.fromarray((values / 257).round().astype(np.uint8))
-    return picture.convert("RGB")
-
-
-def _defective(mask: Image.Image) -> Image.Image:
-    # Before any scaling of values or pixels, so that the faintest mark counts.
-    marks = np.asarray(mask if _is_deep(mask) else mask.convert("RGB")) > 0
-    return Image.fromarray((marks if marks.ndim == 2 else marks.any(axis=2)).astype(np.uint8))
-
-
-def _is_deep(picture: Image.Image) -> bool:
-    """Whether it has one channel of more than 8 bits."""
-    return picture.mode in ("I", "F") or picture.mode.startswith("I;16")
+def _tensor(picture: Image.Image) -> Tensor:
+    """Channels first, (C, H, W)."""
+    pixels = torch.from_numpy(np.array(picture))
+    return pixels.unsqueeze(0) if pixels.dim() == 2 else pixels.permute(2, 0, 1).contiguous()

@@ -1,8 +1,10 @@
 """The command line that the example scripts share."""
 
 import argparse
+import inspect
 import io
 import logging
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,6 +13,7 @@ from pathlib import Path
 from typing import get_args
 
 import torch
+from PIL import Image
 
 from comet_examples.datasets import DATASETS, DatasetError, Transform, oracle
 from comet_examples.presets import PRESETS, Preset, preset_for
@@ -21,7 +24,7 @@ from comet_meta.batch import MetaMode
 from comet_meta.vision.backbones import PAPER_BACKBONE, BackboneError, load_backbone
 from comet_meta.vision.download import DownloadError
 from comet_meta.vision.features import FeatureStore
-from comet_meta.vision.files import BusyError
+from comet_meta.vision.files import BusyError, unforeseen
 
 _DEMO = (
     "DEMO: no --data-root, so this trains on solar cells from the elpv-dataset package "
@@ -49,6 +52,10 @@ def main(detector: str, dataset: str, argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files needn't be printable
     options = _options(detector, dataset, argv)
+    most = Image.MAX_IMAGE_PIXELS
+    if options.max_megapixels is not None:
+        # Pillow warns above the number and refuses above twice of it.
+        Image.MAX_IMAGE_PIXELS = options.max_megapixels * 1_000_000 // 2
     try:
         return _run(options, detector)
     except (BackboneError, BusyError, DatasetError, DownloadError, ResumeError, OSError) as error:
@@ -61,6 +68,11 @@ def main(detector: str, dataset: str, argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 130
+    except Exception as error:  # noqa: BLE001 - no traceback is for a user to read
+        print(f"error: {unforeseen(error, options.out)}", file=sys.stderr)
+        return 2
+    finally:
+        Image.MAX_IMAGE_PIXELS = most
 
 
 def _options(detector: str, dataset: str, argv: Sequence[str] | None) -> argparse.Namespace:
@@ -68,6 +80,18 @@ def _options(detector: str, dataset: str, argv: Sequence[str] | None) -> argpars
     options = parser.parse_args(argv)
     if options.resize and len(options.resize) > 2:
         parser.error(f"--resize takes one number or two, not {len(options.resize)}")
+    if options.dataset == "folder":
+        for name in ("noise", "curated", "oracle", "overlap"):
+            if getattr(options, name):
+                parser.error(
+                    f"--{name} needs pictures known to be good or bad, and nothing is known "
+                    f"about those of a plain folder: leave out --{name}"
+                )
+    if options.good and "good" not in inspect.signature(DATASETS[options.dataset].load).parameters:
+        parser.error(
+            f"--good is for data sets with a folder for each kind of test picture, and "
+            f"{options.dataset} has none: leave out --good"
+        )
     if options.tensorboard and find_spec("tensorboard") is None:
         parser.error(
             "--tensorboard needs the package tensorboard: pip install tensorboard, or "
@@ -121,6 +145,24 @@ def _parser(detector: str, dataset: str) -> argparse.ArgumentParser:
         "--overlap", action="store_true", help="bad training pictures stay in the test set too"
     )
     data.add_argument(
+        "--good",
+        nargs="+",
+        default=[],
+        metavar="FOLDER",
+        help="folders of good test pictures, besides good, ok, normal and the like",
+    )
+    data.add_argument(
+        "--keep-going",
+        action="store_true",
+        help="train without the pictures that can't be read, and name them",
+    )
+    data.add_argument(
+        "--max-megapixels",
+        type=_count,
+        metavar="MILLIONS",
+        help="largest picture that is read (default: 178); above, a file may be a bomb",
+    )
+    data.add_argument(
         "--resize",
         type=_count,
         nargs="+",
@@ -154,12 +196,14 @@ def _parser(detector: str, dataset: str) -> argparse.ArgumentParser:
     training.add_argument(
         "--epochs", type=_count, help="passes over the training set (default: the preset's)"
     )
-    training.add_argument("--batch-size", type=_count, default=8, help="(default: %(default)s)")
-    training.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    training.add_argument(
+        "--batch-size", type=_pair, default=8, help="at least 2 (default: %(default)s)"
+    )
+    training.add_argument("--seed", type=_seed, default=0, help="(default: %(default)s)")
     training.add_argument("--meta", choices=get_args(MetaMode), help="meta-step of CoMet")
     training.add_argument(
         "--strength",
-        type=float,
+        type=_strength,
         default=0.0,
         help="lambda_0 of CoMet's uncertainty penalty (default: %(default)s)",
     )
@@ -169,6 +213,7 @@ def _parser(detector: str, dataset: str) -> argparse.ArgumentParser:
         )
     training.add_argument(
         "--device",
+        type=_device,
         default="cuda" if torch.cuda.is_available() else "cpu",
         help="(default: %(default)s)",
     )
@@ -190,7 +235,8 @@ def _run(options: argparse.Namespace, detector: str) -> int:
     preset = _preset(options, detector)
     names = options.category or ["all"]
     categories = source.categories(options.data_root) if names == ["all"] else dict.fromkeys(names)
-    splits = [source.load(options.data_root, name) for name in categories]
+    more = {"good": options.good} if options.good else {}
+    splits = [source.load(options.data_root, name, **more) for name in categories]
     session = Session(
         detector=detector,
         dataset=options.dataset,
@@ -212,6 +258,7 @@ def _run(options: argparse.Namespace, detector: str) -> int:
         resume=options.resume,
         store=FeatureStore(half=options.half_features),
         tensorboard=options.tensorboard,
+        keep_going=options.keep_going,
     )
     rows, failed = session.run([oracle(s) for s in splits] if options.curated else splits)
     if rows:
@@ -238,6 +285,45 @@ def _share(text: str) -> float:
     if not 0 <= value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a share in [0, 1)")
     return value
+
+
+def _pair(text: str) -> int:
+    value = _count(text)
+    if value < 2:
+        raise argparse.ArgumentTypeError(
+            f"{text} is too few: a batch is split in two, so it takes at least 2"
+        )
+    return value
+
+
+def _seed(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 0 to 2^63 - 1")
+    return value
+
+
+def _strength(text: str) -> float:
+    value = float(text)
+    if not (math.isfinite(value) and value >= 0):
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number >= 0")
+    return value
+
+
+def _device(text: str) -> str:
+    try:
+        known = torch.device(text).type != "meta"
+        if known:
+            torch.zeros(1, device=text).add(1).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError):
+        known = False
+    if not known:
+        there = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+        there += ["mps"] if torch.backends.mps.is_available() else []
+        raise argparse.ArgumentTypeError(
+            f"{text} is no device of this machine; there are: {', '.join(['cpu', *there])}"
+        )
+    return text
 
 
 def _count(text: str) -> int:

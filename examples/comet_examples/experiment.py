@@ -3,7 +3,7 @@
 import hashlib
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,13 @@ from torch import Tensor
 from comet_examples.datasets import (
     Sample,
     Split,
+    Survey,
     bad_samples,
     contaminate,
-    load_image,
     load_mask,
+    load_values,
     oracle,
+    survey,
 )
 from comet_examples.detectors import DETECTORS, Detector
 from comet_examples.metrics import image_metrics, pixel_metrics
@@ -66,6 +68,10 @@ class Experiment:
         backbone: Of the frozen features.
         store: Keeps them.
         device: Where to train.
+        surveyed: What is known of the pictures; by default they are all looked at first.
+
+    Raises:
+        DatasetError: If some of them can't be used; all of them are named.
     """
 
     def __init__(
@@ -76,9 +82,12 @@ class Experiment:
         backbone: Backbone,
         store: FeatureStore,
         device: str,
+        surveyed: Survey | None = None,
     ) -> None:
+        surveyed = surveyed or survey(clean)
+        surveyed.raise_faults()
         self.clean = clean
-        self.preset = preset
+        self.preset = replace(preset, transform=surveyed.scaled(preset.transform))
         self.device = device
         self._detector = detector
         self._extractor = DETECTORS[detector].extractor(backbone)
@@ -87,11 +96,11 @@ class Experiment:
         self._features = store.get(
             self._extractor,
             paths,
-            partial(load_image, transform=preset.transform),
-            transform_key=str(preset.transform),
+            partial(load_values, transform=self.preset.transform),
+            transform_key=str(self.preset.transform),
             device=device,
         )
-        height, width = load_image(paths[0], preset.transform).shape[-2:]
+        height, width = load_values(paths[0], self.preset.transform).shape[-2:]
         self.map_size = (height, width)
 
     def split(self, noise: float, seed: int, *, overlap: bool = False) -> Split:

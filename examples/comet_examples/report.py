@@ -5,6 +5,7 @@ from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
+import numpy.typing as npt
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -46,17 +47,26 @@ def draw_weights(
     scores = weighter.scores if weighter.prior is None else weighter.prior
     basis = "anomaly score" if weighter.prior is None else "anomaly score before training (prior)"
     for axes, values, name in (
-        (left, scores.cpu().numpy(), basis),
-        (right, weighter.weights.cpu().numpy(), "weight in training"),
+        (left, scores.double().cpu().numpy(), basis),
+        (right, weighter.weights.double().cpu().numpy(), "weight in training"),
     ):
         groups = [values[kind] for kind in kinds.values()]
-        axes.hist(groups, bins=30, stacked=True, label=names, color=colors)
+        axes.hist(groups, bins=_bins(values), stacked=True, label=names, color=colors)
         axes.set_xlabel(name)
         axes.set_ylabel("pictures")
     left.axvline(float(weighter.threshold), color="black", linestyle=":", label="threshold")
     left.legend(frameon=False)
     figure.suptitle(title)
     figure.savefig(file, dpi=150)
+
+
+def _bins(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Edges of 30 bins, also where all values are equal or nearly so."""
+    low, high = float(values.min()), float(values.max())
+    least = max(1e-6 * max(abs(low), abs(high)), 1e-12)
+    if high - low < least:
+        low, high = low - least, high + least
+    return np.linspace(low, high, 31)
 
 
 def draw_suspects(

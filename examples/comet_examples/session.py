@@ -13,7 +13,7 @@ import torch
 
 import comet_meta
 from comet_examples import report
-from comet_examples.datasets import DatasetError, Split, bad_samples, contaminate
+from comet_examples.datasets import DatasetError, Split, Survey, bad_samples, contaminate, survey
 from comet_examples.experiment import Experiment, Outcome, can_be_judged
 from comet_examples.metrics import curation_metrics
 from comet_examples.presets import Preset
@@ -23,7 +23,7 @@ from comet_meta import SoftConfidentWeighter
 from comet_meta.vision import html_report
 from comet_meta.vision.backbones import Backbone
 from comet_meta.vision.features import FeatureStore
-from comet_meta.vision.files import sole_writer
+from comet_meta.vision.files import sole_writer, unforeseen
 
 if TYPE_CHECKING:
     from comet_examples.tensorboard import TensorBoardLog
@@ -48,6 +48,7 @@ class Session:
         overlap: Whether they stay in the test set too.
         resume: Continue a method that was stopped from its last epoch.
         store: Keeps the features.
+        keep_going: Whether to train without the pictures that can't be used.
         tensorboard: Whether to write logs for TensorBoard; takes the package ``tensorboard``.
     """
 
@@ -64,6 +65,7 @@ class Session:
     resume: bool = False
     store: FeatureStore = field(default_factory=FeatureStore)
     tensorboard: bool = False
+    keep_going: bool = False
 
     def run(self, categories: Sequence[Split]) -> tuple[list[dict[str, str | float]], list[str]]:
         """Train and judge what isn't finished yet.
@@ -88,10 +90,10 @@ class Session:
             # All of them before the first training: a refusal must not come after hours.
             for clean in categories:
                 locks.enter_context(sole_writer(self.out / clean.category))
-                with _reported(clean.category, failed):
+                with _reported(clean.category, failed, self.out / clean.category):
                     prepared.append((clean, *self._prepared(clean)))
             for clean, split, results in prepared:
-                with _reported(clean.category, failed):
+                with _reported(clean.category, failed, self.out / clean.category):
                     self._finish(clean, split, results)
                 rows += results.rows(self.methods)
         return rows, failed
@@ -128,8 +130,15 @@ class Session:
         missing = [method for method in self.methods if method not in kept]
         if not missing:
             return
+        surveyed = survey(clean)
+        if self.keep_going and surveyed.faults:
+            print(f"{clean.category}: {len(surveyed.faults)} pictures left out:", file=sys.stderr)
+            for fault in surveyed.faults.values():
+                print(f"  {fault}", file=sys.stderr)
+            clean, split = surveyed.without_faults(clean), surveyed.without_faults(split)
+            surveyed = Survey({}, surveyed.values)
         experiment = Experiment(
-            clean, self.detector, self.preset, self.backbone, self.store, self.device
+            clean, self.detector, self.preset, self.backbone, self.store, self.device, surveyed
         )
         results.save()
         folder = results.file.parent
@@ -151,7 +160,7 @@ class Session:
 
 
 @contextmanager
-def _reported(category: str, failed: list[str]) -> Iterator[None]:
+def _reported(category: str, failed: list[str], folder: Path) -> Iterator[None]:
     """Say why a category failed, note it, and go on."""
     try:
         yield
@@ -159,6 +168,9 @@ def _reported(category: str, failed: list[str]) -> Iterator[None]:
         raise
     except (ValueError, OSError) as error:  # a full disk, a file that vanished
         print(f"error: {category}: {error}", file=sys.stderr)
+        failed.append(category)
+    except Exception as error:  # noqa: BLE001 - the other categories go on
+        print(f"error: {category}: {unforeseen(error, folder)}", file=sys.stderr)
         failed.append(category)
 
 

@@ -192,7 +192,7 @@ def train(
     for epoch in tqdm(
         epochs, desc=settings.method, initial=len(history), total=settings.epochs, unit="epoch"
     ):
-        torch.manual_seed(settings.seed * 1_000_003 + epoch)
+        torch.manual_seed((settings.seed * 1_000_003 + epoch) % 2**63)
         module.train()
         reports = []
         for index, features in loader:

@@ -6,8 +6,9 @@ from typing import Protocol
 from comet_examples.datasets import elpv, ksdd2, mvtec, viaduct
 from comet_examples.datasets.contamination import bad_samples, contaminate, oracle
 from comet_meta.vision import folder
-from comet_meta.vision.images import Transform, load_image, load_mask
+from comet_meta.vision.images import Transform, load_image, load_mask, load_values
 from comet_meta.vision.samples import DatasetError, Sample, Split
+from comet_meta.vision.survey import Survey, survey
 
 
 class Source(Protocol):
@@ -36,10 +37,13 @@ __all__ = [
     "Sample",
     "Source",
     "Split",
+    "Survey",
     "Transform",
     "bad_samples",
     "contaminate",
     "load_image",
     "load_mask",
+    "load_values",
     "oracle",
+    "survey",
 ]

@@ -15,7 +15,7 @@ learning, Computers in Industry 2021.
 from pathlib import Path
 
 from comet_meta.vision.images import has_defect
-from comet_meta.vision.samples import DatasetError, Sample, Split, image_files
+from comet_meta.vision.samples import DatasetError, Sample, Split, image_files, same_name
 
 _CATEGORY = "ksdd2"
 _MASK = "_GT"
@@ -75,21 +75,25 @@ def _samples(folder: Path) -> tuple[Sample, ...]:
     if not folder.is_dir():
         raise DatasetError(f"there's no folder {folder}; KSDD2's layout has train and test in it")
     files = [path for path in image_files(folder) if not path.stem.endswith(_STRAY)]
-    masks = {path.stem.removesuffix(_MASK): path for path in files if path.stem.endswith(_MASK)}
+    masks = {
+        same_name(path.stem.removesuffix(_MASK)): path
+        for path in files
+        if path.stem.endswith(_MASK)
+    }
     pictures = [path for path in files if not path.stem.endswith(_MASK)]
     if not pictures:
         raise DatasetError(f"{folder} holds no picture")
     for path in pictures:
-        if path.stem not in masks:
+        if same_name(path.stem) not in masks:
             raise DatasetError(
                 f"{path} has no mask: expected {path.stem}{_MASK}.png beside it, black if the "
                 "picture is normal"
             )
-    known = {path.stem for path in pictures}
+    known = {same_name(path.stem) for path in pictures}
     for stem, mask in masks.items():
         if stem not in known:
             raise DatasetError(f"the mask {mask} has no picture: expected {stem}.png beside it")
-    return tuple(_sample(path, masks[path.stem]) for path in pictures)
+    return tuple(_sample(path, masks[same_name(path.stem)]) for path in pictures)
 
 
 def _sample(path: Path, mask: Path) -> Sample:

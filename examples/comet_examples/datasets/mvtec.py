@@ -4,6 +4,7 @@ Bergmann et al.: MVTec AD - a comprehensive real-world dataset for unsupervised 
 CVPR 2019.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from comet_examples.datasets._tree import load_tree, tree_categories
@@ -27,12 +28,13 @@ def categories(root: Path | None) -> list[str]:
     return tree_categories(root, _NAME)
 
 
-def load(root: Path | None, category: str) -> Split:
+def load(root: Path | None, category: str, good: Sequence[str] = ()) -> Split:
     """One category.
 
     Args:
         root: The folder that has a folder for each category.
         category: A name out of :func:`categories`.
+        good: What folders of good pictures are called besides ``good`` and words like it.
 
     Returns:
         Its split. A defective test picture ``test/<defect>/<stem>.<ext>`` has the mask
@@ -41,4 +43,4 @@ def load(root: Path | None, category: str) -> Split:
     Raises:
         DatasetError: If category, split or a mask is missing.
     """
-    return load_tree(root, category, _NAME, mask_suffixes=("_mask",))
+    return load_tree(root, category, _NAME, mask_suffixes=("_mask",), good=good)

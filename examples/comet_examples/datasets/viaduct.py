@@ -16,6 +16,7 @@ picture of its own. The published sets are kept as they are;
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -45,12 +46,13 @@ def categories(root: Path | None) -> list[str]:
     return tree_categories(root, _NAME)
 
 
-def load(root: Path | None, category: str) -> Split:
+def load(root: Path | None, category: str, good: Sequence[str] = ()) -> Split:
     """One class.
 
     Args:
         root: The folder that has a folder for each class.
         category: A name out of :func:`categories`.
+        good: What folders of good pictures are called besides ``good`` and words like it.
 
     Returns:
         Its split. A defective test picture ``test/<defect>/<stem>.<ext>`` has the mask
@@ -61,7 +63,7 @@ def load(root: Path | None, category: str) -> Split:
         DatasetError: If class, split or a mask is missing, or an archive can't be unpacked.
     """
     categories(root)
-    split = load_tree(root, category, _NAME, mask_suffixes=("_mask", ""))
+    split = load_tree(root, category, _NAME, mask_suffixes=("_mask", ""), good=good)
     return replace(
         split,
         train=tuple(_grouped(sample) for sample in split.train),

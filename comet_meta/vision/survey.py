@@ -1,0 +1,130 @@
+"""A look at all pictures before the first of them is used: damage, depth, pages."""
+
+import logging
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image
+
+from comet_meta.vision.images import Transform, check_mask
+from comet_meta.vision.pixels import (
+    Deep,
+    Extremes,
+    extremes,
+    joint_range,
+    keeps_upper_bits_only,
+    pages,
+    read_picture,
+)
+from comet_meta.vision.samples import DatasetError, Sample, Split
+
+_LOGGER = logging.getLogger(__name__)
+_NAMED = 20
+
+
+class _Found(NamedTuple):
+    fault: str | None
+    depth: Extremes | None = None
+    pages: int = 1
+    halved: bool = False
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What is known of a split's pictures.
+
+    Attributes:
+        faults: Sentences by the path of the picture that can't be used.
+        values: Range of values of the training pictures of more than 8 bits; None without any.
+    """
+
+    faults: dict[Path, str]
+    values: tuple[float, float] | None
+
+    def scaled(self, transform: Transform) -> Transform:
+        """The transform with the range of the pictures."""
+        return transform if self.values is None else replace(transform, values=self.values)
+
+    def without_faults(self, split: Split) -> Split:
+        """The split without the pictures that can't be used."""
+        return replace(
+            split,
+            train=tuple(s for s in split.train if s.path not in self.faults),
+            test=tuple(s for s in split.test if s.path not in self.faults),
+        )
+
+    def raise_faults(self) -> None:
+        """Name all pictures that can't be used.
+
+        Raises:
+            DatasetError: If there are any.
+        """
+        sentences = list(self.faults.values())
+        if len(sentences) == 1:
+            raise DatasetError(f"{sentences[0]}, or go on without it by --keep-going")
+        if sentences:
+            lines = [f"  {sentence}" for sentence in sentences[:_NAMED]]
+            if len(sentences) > _NAMED:
+                lines.append(f"  and {len(sentences) - _NAMED} more")
+            raise DatasetError(
+                "\n".join([f"{len(sentences)} pictures can't be used:", *lines])
+                + "\n--keep-going goes on without them"
+            )
+
+
+def survey(split: Split) -> Survey:
+    """Read every picture and mask once.
+
+    What is found is said in the log: the range of values that pictures of more than 8 bits
+    get, files of several pages, of which the first is read, and colours of 16 bits of which 8 are
+    read.
+
+    Args:
+        split: The pictures.
+
+    Returns:
+        What was found. Only training pictures decide on the range.
+    """
+    samples = (*split.train, *split.test)
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+        found = dict(zip(samples, threads.map(_look, samples), strict=True))
+    depths = [each.depth for s in split.train if (each := found[s]).depth is not None]
+    deep = sum(each.depth is not None for each in found.values())
+    values = joint_range([depth for depth in depths if depth is not None])
+    if values is None:
+        values = joint_range([each.depth for each in found.values() if each.depth is not None])
+    if values is not None:
+        _LOGGER.info(
+            "%s: %d of %d pictures have more than 8 bits; %g to %g becomes black to white in all",
+            *(split.category, deep, len(samples), *values),
+        )
+    many = [(s.path, each.pages) for s, each in found.items() if each.pages > 1]
+    if many:
+        _LOGGER.warning(
+            "%s: %d files hold several pictures, of which only the first is read (%s: %d)",
+            *(split.category, len(many), *many[0]),
+        )
+    halved = [s.path for s, each in found.items() if each.halved]
+    if halved:
+        _LOGGER.warning(
+            "%s: %d pictures have colours of 16 bits, of which the upper 8 are read (%s); PNG is "
+            "read in full depth",
+            *(split.category, len(halved), halved[0]),
+        )
+    faults = {s.path: each.fault for s, each in found.items() if each.fault is not None}
+    return Survey(faults, values)
+
+
+def _look(sample: Sample) -> _Found:
+    try:
+        picture = read_picture(sample.path)
+        check_mask(sample, picture.size)
+        with Image.open(sample.path) as file:
+            count = pages(file)
+        halved = keeps_upper_bits_only(sample.path)
+    except (DatasetError, OSError, MemoryError) as error:
+        return _Found(str(error) or f"{sample.path}: {type(error).__name__}")
+    return _Found(None, extremes(picture) if isinstance(picture, Deep) else None, count, halved)
