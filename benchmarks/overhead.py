@@ -25,8 +25,13 @@ from runs import machine
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from comet_meta import CoMetOptimizerWrapper, CovarianceMetaRegularizer, SoftConfidentWeighter
-from comet_meta.meta.step import MetaMode
+from comet_meta import (
+    CoMetOptimizerWrapper,
+    CovarianceMetaRegularizer,
+    MetaStep,
+    SoftConfidentWeighter,
+)
+from comet_meta.batch import MetaMode
 from comet_meta.tasks import split_tasks
 
 Step = Callable[[], object]
@@ -156,8 +161,7 @@ def full_step(case: Case, mode: MetaMode, inner_steps: int) -> Step:
     optimizer = CoMetOptimizerWrapper(
         case.optimizers,
         weighter=fitted_weighter(case.index.device),
-        meta=mode,
-        inner_steps=inner_steps,
+        meta=MetaStep(mode, inner_steps=inner_steps),
         model=case.model,
     )
 

@@ -1,19 +1,41 @@
 """Confident meta-learning: train anomaly detectors on data that nobody has cleaned."""
 
+from typing import TYPE_CHECKING, Any
+
+from comet_meta.comet import CoMet
 from comet_meta.data import IndexedDataset, collect_scores
 from comet_meta.optimizer import CoMetOptimizerWrapper, StepReport
 from comet_meta.penalty import CovarianceMetaRegularizer
-from comet_meta.weights.prior import MemoryScorer
+from comet_meta.reduction import per_sample
+from comet_meta.sampler import ConfidenceSampler
+from comet_meta.weights.prior import MemoryScorer, RowScorer
 from comet_meta.weights.weighter import SoftConfidentWeighter
+
+if TYPE_CHECKING:
+    from comet_meta.meta.step import MetaStep
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CoMet",
     "CoMetOptimizerWrapper",
+    "ConfidenceSampler",
     "CovarianceMetaRegularizer",
     "IndexedDataset",
     "MemoryScorer",
+    "MetaStep",
+    "RowScorer",
     "SoftConfidentWeighter",
     "StepReport",
     "collect_scores",
+    "per_sample",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import meta-steps only where somebody asks for one: a plain step does without."""
+    if name == "MetaStep":
+        from comet_meta.meta.step import MetaStep
+
+        return MetaStep
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

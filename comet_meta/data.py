@@ -57,7 +57,7 @@ class IndexedDataset(Dataset[tuple[int, T]], Generic[T]):
     """A data set whose items carry their own position.
 
     Weights belong to samples, not to places in a batch: with this, every batch of a DataLoader,
-    shuffled or not, is ``(index, item)``.
+    shuffled or not, is ``(index, item)``. Other attributes are the data set's own.
 
     Args:
         dataset: A map-style data set (with ``__len__`` and ``__getitem__``).
@@ -81,6 +81,12 @@ class IndexedDataset(Dataset[tuple[int, T]], Generic[T]):
                 "set with __len__ and __getitem__"
             )
         self.dataset = dataset
+
+    def __getattr__(self, name: str) -> Any:
+        """The data set's attributes; not those that loaders look for to bypass ``__getitem__``."""
+        if name.startswith("__") or name == "dataset":
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        return getattr(self.dataset, name)
 
     def __len__(self) -> int:
         """Number of samples."""

@@ -18,6 +18,11 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def rank() -> int:
+    """Number of this process in the default group; 0 where there is none."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
 def is_sharded(tensor: Tensor) -> bool:
     """Whether the processes hold a part of the tensor each (a DTensor, as FSDP2 makes them)."""
     return hasattr(tensor, "full_tensor")
@@ -87,7 +92,7 @@ def own_generator(shared: torch.Generator) -> torch.Generator:
     if world_size() == 1:
         return shared
     seed = int(torch.randint(2**62, (), generator=shared))
-    return torch.Generator().manual_seed(seed + dist.get_rank())
+    return torch.Generator().manual_seed(seed + rank())
 
 
 def share(rows: Tensor | int, device: torch.device) -> Tensor | float:

@@ -6,6 +6,7 @@ in time. What ``.grad`` held before is set aside meanwhile.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +14,20 @@ from torch import Tensor
 from comet_meta.distributed import is_sharded
 
 Gradients = list[Tensor]
+
+
+class MetaGradient(NamedTuple):
+    """The gradient of a batch and the losses on the way; of a meta-step, averaged over tasks.
+
+    Attributes:
+        gradients: One for each parameter, in its shape; None for a parameter that no loss used.
+        support_loss: Objective of the support rows before the inner steps, shape ().
+        query_loss: Objective of the query rows after them, shape ().
+    """
+
+    gradients: list[Tensor | None]
+    support_loss: Tensor
+    query_loss: Tensor
 
 
 def gradients_of(loss: Tensor, parameters: Sequence[Tensor]) -> list[Tensor | None]:

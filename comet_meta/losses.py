@@ -24,6 +24,12 @@ def check_losses(losses: Tensor, size: int | None = None) -> None:
     if not isinstance(losses, Tensor) or not losses.is_floating_point():
         kind = losses.dtype if isinstance(losses, Tensor) else type(losses).__name__
         raise TypeError(f"losses is {kind}; expected a floating-point tensor of shape (B,)")
+    if losses.dim() == 0:
+        raise ValueError(
+            "losses is a scalar; expected (B,), one loss per sample: a mean over the batch can't "
+            "be weighted. Take the losses with reduction='none', or leave the loop as it is and "
+            "draw its samples with comet_meta.ConfidenceSampler"
+        )
     if losses.dim() != 1 and not (losses.dim() == 2 and len(losses) == 2):
         raise ValueError(
             f"losses has shape {tuple(losses.shape)}; expected (B,), one loss per sample: use "

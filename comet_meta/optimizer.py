@@ -2,9 +2,9 @@
 
 import logging
 from collections import ChainMap
-from collections.abc import Callable, Iterable, MutableMapping, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple, cast, get_args, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -13,16 +13,19 @@ from torch.optim import Optimizer
 from typing_extensions import Self, override
 
 from comet_meta import distributed
+from comet_meta.batch import BatchGradient, MetaMode
 from comet_meta.data import as_index
 from comet_meta.gradients import add_gradients
 from comet_meta.losses import Closure, check_losses, finite_samples, weighted_losses
-from comet_meta.meta.first_order import InnerOptimizer
-from comet_meta.meta.step import MetaMode, MetaStep
 from comet_meta.nonfinite import LossWatch
 from comet_meta.penalty import CovarianceMetaRegularizer
 from comet_meta.tasks import splits, support_query
 from comet_meta.weights.weighter import SoftConfidentWeighter
 
+if TYPE_CHECKING:
+    from comet_meta.meta.step import MetaStep
+
+_QUERY_FRACTION = 0.3
 _LOGGER = logging.getLogger(__name__)
 
 
@@ -36,6 +39,9 @@ class StepReport(NamedTuple):
             proportion to their rows, the latter at the adapted parameters.
         support_loss: The part on the support rows, at the parameters before the step.
         query_loss: The part on the query rows, which the inner steps have not seen.
+        loss: The objective without its penalty, divided by the mean weight: the mean loss of the
+            samples that count. Monitor this one; the objective falls when weights fall. NaN where
+            all weights are 0.
         strength: lambda(Sigma) that the step used; 0 without a regularizer.
         mean_weight: Mean confidence of the batch, in [0, 1].
         min_weight: Least confidence in the batch, in [0, 1].
@@ -46,6 +52,7 @@ class StepReport(NamedTuple):
     objective: Tensor
     support_loss: Tensor
     query_loss: Tensor
+    loss: Tensor
     strength: Tensor
     mean_weight: Tensor
     min_weight: Tensor
@@ -80,15 +87,8 @@ class CoMetOptimizerWrapper(Optimizer):
         exposure: What the loss of a bad sample taken as anomalous counts, >= 0, relative to that of
             a good one taken as normal, where losses come in pairs. It is multiplied by the
             probability that the sample is bad.
-        meta: What ``step(closure, index)`` does with support and query rows: ``"mldg"`` (support
-            and query gradients together), ``"fomaml"``, ``"maml"`` (second order, needs
-            ``model``), ``"reptile"``, or ``"none"`` (a plain weighted step).
-            See :mod:`comet_meta.meta.step`.
-        inner_lr: Step size of the inner steps, > 0.
-        inner_steps: Number of inner steps, >= 1.
-        inner_optimizer: ``"sgd"`` or ``"adam"`` (fresh in every task, as in the paper's code).
-        query_fraction: Share of a task's rows that judge the adapted parameters, in (0, 1).
-        tasks: Number of tasks that a batch is dealt into, >= 1.
+        meta: What ``step(closure, index)`` does: ``"none"`` (a plain weighted step), or a meta-step
+            by its settings, :class:`comet_meta.MetaStep`, or by the name of its mode.
         model: The module that the closure uses. Needed for ``meta="maml"``, and for modules with
             buffers (batch norm), which are then kept free of the inner passes.
         generator: Source of the random split of a batch (on the CPU). By default one of its own,
@@ -124,48 +124,36 @@ class CoMetOptimizerWrapper(Optimizer):
         weighter: SoftConfidentWeighter | None = None,
         regularizer: CovarianceMetaRegularizer | None = None,
         exposure: float = 0.5,
-        meta: MetaMode = "none",
-        inner_lr: float = 1e-3,
-        inner_steps: int = 1,
-        inner_optimizer: InnerOptimizer = "sgd",
-        query_fraction: float = 0.3,
-        tasks: int = 1,
+        meta: "MetaMode | MetaStep" = "none",
         model: nn.Module | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
         # Optimizer.__init__ would make groups and state of its own; these are shared instead.
         self.optimizers = _checked_optimizers(optimizer)
-        _one_of("meta", meta, get_args(MetaMode))
-        _one_of("inner_optimizer", inner_optimizer, get_args(InnerOptimizer))
         if not exposure >= 0:
             raise ValueError(f"exposure is {exposure}; expected a factor >= 0")
-        if not inner_lr > 0:
-            raise ValueError(f"inner_lr is {inner_lr}; expected a step size > 0")
-        if not 0 < query_fraction < 1:
-            raise ValueError(f"query_fraction is {query_fraction}; expected a share in (0, 1)")
-        for name, count in (("inner_steps", inner_steps), ("tasks", tasks)):
-            if count < 1:
-                raise ValueError(f"{name} is {count}; expected at least 1")
-        if meta == "maml" and model is None:
+        settings = None if meta == "none" else _meta_settings(meta)
+        self.query_fraction = _QUERY_FRACTION if settings is None else settings.query_fraction
+        if settings is not None and settings.mode == "none":
+            settings = None
+        if settings is not None and settings.mode == "maml" and model is None:
             raise ValueError("meta='maml' differentiates through the model: pass model=")
         self.weighter = weighter
         self.regularizer = regularizer
         self.exposure = exposure
-        self.meta: MetaMode = meta
-        self.inner_lr = inner_lr
-        self.inner_steps = inner_steps
-        self.inner_optimizer: InnerOptimizer = inner_optimizer
-        self.query_fraction = query_fraction
-        self.tasks = tasks
+        self.meta: MetaStep | None = (
+            None if settings is None or settings.mode == "none" else settings
+        )
         self.model = model
         if generator is None:
             generator = torch.Generator()
             generator.manual_seed(distributed.agreed_seed(torch.initial_seed()))
         self.generator = generator
         self._watch = LossWatch()
+        self._last: tuple[Tensor, Tensor] | None = None
         self.defaults = self.optimizers[0].defaults
         super().__setstate__({})  # the hooks and profiling that every torch optimizer has
-        if meta != "none" and model is None:
+        if self.meta is not None and model is None:
             _LOGGER.info(
                 "no model= given: batch-norm statistics and other buffers see the inner passes too"
             )
@@ -193,18 +181,22 @@ class CoMetOptimizerWrapper(Optimizer):
         Example:
             >>> model = nn.Linear(3, 3)
             >>> adam = torch.optim.Adam(model.parameters(), lr=2e-4)
-            >>> CoMetOptimizerWrapper.paper(adam, num_samples=100).inner_steps
+            >>> CoMetOptimizerWrapper.paper(adam, num_samples=100).meta.inner_steps
             5
         """
+        from comet_meta.meta.step import MetaStep
+
         settings: dict[str, Any] = {
             "weighter": SoftConfidentWeighter(num_samples, rule="ratio", kappa=1.5),
             "regularizer": CovarianceMetaRegularizer(strength=0.005, gamma=0.5, window=5),
-            "meta": "fomaml",
-            "inner_lr": 1e-4,
-            "inner_steps": 5,
-            "inner_optimizer": "adam",
-            "query_fraction": 0.3,
-            "tasks": 4,
+            "meta": MetaStep(
+                "fomaml",
+                inner_lr=1e-4,
+                inner_steps=5,
+                inner_optimizer="adam",
+                query_fraction=0.3,
+                tasks=4,
+            ),
         }
         return cls(optimizer, **(settings | changes))
 
@@ -239,11 +231,13 @@ class CoMetOptimizerWrapper(Optimizer):
         self._settle()
         trained = self._trained()
         penalty = self._penalty(trained, self._strength(trained))
-        weighted = weighted_losses(losses, self._weights(index, size))
+        weights = self._weights(index, size)
+        weighted = weighted_losses(losses, weights)
         if not losses.requires_grad:
             return weighted.mean() + penalty  # nothing is learned from it
         finite = finite_samples(losses.detach())
         kept = torch.where(finite, weighted, 0)
+        self._last = kept.detach(), weights[0].to(finite.device) * finite
         # The factor is exactly 1 where all losses are finite.
         rows = finite.sum()
         part = distributed.share(rows, losses.device)
@@ -310,6 +304,19 @@ class CoMetOptimizerWrapper(Optimizer):
         self._plain_step(None)
         return report
 
+    @property
+    def loss(self) -> Tensor:
+        """Weighted loss of the last :meth:`objective` of a training step, divided by its weights.
+
+        Monitor this one: the objective falls when weights fall, which misleads a scheduler that
+        waits for a plateau, or the choice of a best epoch. Shape (); reading it waits for its
+        device. NaN before the first objective, and where all weights are 0.
+        """
+        if self._last is None:
+            return torch.tensor(torch.nan)
+        losses, weights = self._last
+        return losses.sum() / weights.to(losses).sum()
+
     def _plain_step(self, closure: Callable[[], float] | None) -> float | None:
         loss: float | None = None
         if closure is not None:
@@ -371,7 +378,7 @@ class CoMetOptimizerWrapper(Optimizer):
         if not parameters:
             raise ValueError("none of the optimizer's parameters requires grad: nothing to train")
         sharded = distributed.is_sharded(parameters[0])
-        if sharded and self.meta == "maml":
+        if sharded and self.meta is not None and self.meta.mode == "maml":
             raise ValueError(
                 "meta='maml' can't differentiate through sharded parameters (FSDP2); use a "
                 "first-order mode such as 'mldg'"
@@ -383,18 +390,14 @@ class CoMetOptimizerWrapper(Optimizer):
             scale = torch.full((), share, device=parameters[0].device)
             scale = scale if scaler is None else scaler.scale(scale)
 
-        meta_step = MetaStep(
-            mode=self.meta,
-            inner_optimizer=self.inner_optimizer,
-            inner_lr=self.inner_lr,
-            inner_steps=self.inner_steps,
+        batch = BatchGradient(
+            meta=self.meta,
             query_fraction=self.query_fraction,
-            tasks=self.tasks,
             model=self.model,
             generator=self.generator,
             penalty=partial(self._penalty, strength=strength),
         )
-        result, weights = meta_step.gradient(
+        result, weights = batch.gradient(
             closure, index, weights, parameters, scale, watched=scaler is not None
         )
         self._watch.note(usable=result is not None)
@@ -415,12 +418,17 @@ class CoMetOptimizerWrapper(Optimizer):
             support_loss = query_loss = strength.new_full((), torch.nan)
             if scaler is not None:  # which asks for gradients, and skips the step for these
                 add_gradients(parameters, [torch.full_like(p, torch.nan) for p in parameters])
+        objective = torch.lerp(support_loss, query_loss, self.query_fraction)
+        mean_weight = weights[0].mean() if weights.numel() else query_loss
+        with torch.no_grad():
+            penalty = self._penalty(parameters, strength)
         return StepReport(
-            objective=torch.lerp(support_loss, query_loss, self.query_fraction),
+            objective=objective,
             support_loss=support_loss,
             query_loss=query_loss,
+            loss=(objective - penalty) / mean_weight.to(objective),
             strength=strength,
-            mean_weight=weights[0].mean() if weights.numel() else query_loss,
+            mean_weight=mean_weight,
             min_weight=weights[0].min() if weights.numel() else query_loss,
             dropped=torch.tensor(dropped),
         )
@@ -437,7 +445,11 @@ class CoMetOptimizerWrapper(Optimizer):
             return None
         index = as_index(index, self._num_samples)
         if len(index) != batch_size:
-            raise ValueError(f"got {batch_size} losses and {len(index)} indices; expected one each")
+            raise ValueError(
+                f"got {batch_size} losses and {len(index)} indices; expected one each. Losses of "
+                "shape (2, B) are a pair, as normal and as anomalous; of patches or pixels, take "
+                "comet_meta.per_sample(losses, batch_size)"
+            )
         return index
 
     @property
@@ -582,8 +594,8 @@ class CoMetOptimizerWrapper(Optimizer):
     def __repr__(self) -> str:
         wrapped = ", ".join(type(optimizer).__name__ for optimizer in self.optimizers)
         return (
-            f"{type(self).__name__}({wrapped}, meta={self.meta!r}, weighter={self.weighter}, "
-            f"regularizer={self.regularizer})"
+            f"{type(self).__name__}({wrapped}, meta={self.meta or 'none'!r}, "
+            f"weighter={self.weighter}, regularizer={self.regularizer})"
         )
 
 
@@ -602,11 +614,16 @@ def _checked_optimizers(optimizer: Optimizer | Sequence[Optimizer]) -> tuple[Opt
             )
         own = {id(p) for group in wrapped.param_groups for p in group["params"]}
         if own & seen:
-            raise ValueError("two of the wrapped optimizers own the same parameter")
+            raise ValueError(
+                "two of the wrapped optimizers own the same parameter, and would both step it. If "
+                "they take turns, wrap each by itself, with one weighter for all, or let "
+                "comet_meta.CoMet(loader, optimizers) guard them"
+            )
         seen |= own
     return optimizers
 
 
-def _one_of(name: str, value: str, choices: Iterable[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(repr, choices))}")
+def _meta_settings(meta: "MetaMode | MetaStep") -> "MetaStep":
+    from comet_meta.meta.step import MetaStep  # a plain step does without
+
+    return meta if isinstance(meta, MetaStep) else MetaStep(meta)

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
+from wrapping import wrap
 
 from comet_meta import (
     CoMetOptimizerWrapper,
@@ -64,7 +65,7 @@ def wrapped(parameters: Any, **settings: Any) -> CoMetOptimizerWrapper:
     # gamma=0: the random split of the loss history would otherwise differ from one process's.
     regularizer = CovarianceMetaRegularizer(gamma=0.0)
     settings = {"weighter": weighter, "regularizer": regularizer} | settings
-    return CoMetOptimizerWrapper(torch.optim.Adam(parameters, lr=0.05), **settings)
+    return wrap(torch.optim.Adam(parameters, lr=0.05), **settings)
 
 
 def whole(tensor: Tensor) -> Tensor:

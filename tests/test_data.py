@@ -1,8 +1,10 @@
 """Loader helpers."""
 
+import pickle
+
 import pytest
 import torch
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from comet_meta import IndexedDataset, collect_scores
 
@@ -37,3 +39,27 @@ def test_a_score_that_is_not_finite_is_the_most_suspect(caplog):
     assert "samples [1, 3, 4]" in caplog.text
     with pytest.raises(ValueError, match="no sample's score is finite"):
         collect_scores(lambda batch: batch * torch.nan, loader)
+
+
+class Pictures(Dataset):
+    """As they are in other people's loops: with attributes, and a batched fetch of its own."""
+
+    imagesize = 288
+
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, index):
+        return index * 10
+
+    def __getitems__(self, indices):
+        raise AssertionError("goes past IndexedDataset")
+
+
+def test_an_indexed_data_set_has_the_attributes_of_its_own_but_not_the_batched_fetch():
+    indexed = IndexedDataset(Pictures())
+    assert indexed.imagesize == 288
+    assert [tuple(part.tolist() for part in batch) for batch in DataLoader(indexed, batch_size=3)]
+    with pytest.raises(AttributeError, match="colour"):
+        _ = indexed.colour
+    assert pickle.loads(pickle.dumps(indexed)).imagesize == 288

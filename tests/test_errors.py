@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from wrapping import wrap
 
 from comet_meta import (
     CoMetOptimizerWrapper,
@@ -18,7 +19,7 @@ DATA = torch.randn(8, 3)
 def make(**options) -> tuple[nn.Linear, CoMetOptimizerWrapper]:
     model = nn.Linear(3, 3)
     options.setdefault("weighter", SoftConfidentWeighter(8))
-    return model, CoMetOptimizerWrapper(torch.optim.SGD(model.parameters(), lr=0.1), **options)
+    return model, wrap(torch.optim.SGD(model.parameters(), lr=0.1), **options)
 
 
 def losses(model, rows=slice(None)):
@@ -67,7 +68,7 @@ STEP = {
 def test_step(case, meta):
     index, compute, error, message = STEP[case]
     model = nn.Linear(3, 3)
-    optimizer = CoMetOptimizerWrapper(
+    optimizer = wrap(
         torch.optim.SGD(model.parameters(), lr=0.1),
         weighter=SoftConfidentWeighter(8),
         meta=meta,
@@ -124,14 +125,12 @@ WRAPPER = {
 def test_wrapper(case):
     optimizer, options, error, message = WRAPPER[case]
     with pytest.raises(error, match=message):
-        CoMetOptimizerWrapper(optimizer(), **options)
+        wrap(optimizer(), **options)
 
 
 def test_maml_with_parameters_of_another_module():
     model, other = nn.Linear(3, 3), nn.Linear(3, 3)
-    optimizer = CoMetOptimizerWrapper(
-        torch.optim.SGD(other.parameters(), lr=0.1), meta="maml", model=model
-    )
+    optimizer = wrap(torch.optim.SGD(other.parameters(), lr=0.1), meta="maml", model=model)
     with pytest.raises(ValueError, match="2 parameters that are not the model's"):
         optimizer.step(lambda rows: losses(other, rows), INDEX)
 
@@ -143,7 +142,7 @@ def test_state_of_another_make_up():
         optimizer.load_state_dict(sgd().state_dict())
     with pytest.raises(ValueError, match="the saved state has no weighter"):
         optimizer.load_state_dict(bare.state_dict())
-    double = CoMetOptimizerWrapper([sgd(), sgd()], weighter=SoftConfidentWeighter(8))
+    double = wrap([sgd(), sgd()], weighter=SoftConfidentWeighter(8))
     with pytest.raises(ValueError, match="2 optimizers"):
         optimizer.load_state_dict(double.state_dict())
     with pytest.raises(ValueError, match=r"wrapper\.optimizers\[i\]"):

@@ -5,8 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from wrapping import wrap
 
-from comet_meta import CoMetOptimizerWrapper, CovarianceMetaRegularizer, SoftConfidentWeighter
+from comet_meta import CovarianceMetaRegularizer, SoftConfidentWeighter
 from comet_meta.meta.first_order import first_order
 from comet_meta.meta.second_order import AdamDirection, second_order
 from comet_meta.tasks import Task, split_tasks
@@ -216,7 +217,7 @@ def test_parameters_are_bit_equal_after_inner_steps(meta):
     torch.manual_seed(0)
     model, data = BatchNormNet(), torch.randn(16, 3)
     before = [p.detach().clone() for p in model.parameters()]
-    optimizer = CoMetOptimizerWrapper(
+    optimizer = wrap(
         torch.optim.SGD(model.parameters(), lr=0.0),
         meta=meta,
         inner_lr=0.5,
@@ -234,7 +235,7 @@ def test_parameters_are_bit_equal_after_inner_steps(meta):
 def test_batch_norm_sees_only_the_pass_at_theta(meta):
     torch.manual_seed(0)
     model, data = BatchNormNet(), torch.randn(16, 3)
-    optimizer = CoMetOptimizerWrapper(
+    optimizer = wrap(
         torch.optim.SGD(model.parameters(), lr=0.1), meta=meta, inner_steps=3, model=model
     )
     calls = []
@@ -255,7 +256,7 @@ def test_batch_norm_sees_only_the_pass_at_theta(meta):
 def test_a_closure_that_raises_leaves_everything_as_it_was(meta):
     torch.manual_seed(0)
     model, data = BatchNormNet(), torch.randn(16, 3)
-    optimizer = CoMetOptimizerWrapper(
+    optimizer = wrap(
         torch.optim.AdamW(model.parameters()),
         meta=meta,
         inner_lr=0.5,
@@ -282,7 +283,7 @@ def test_a_closure_that_raises_leaves_everything_as_it_was(meta):
 def test_an_unused_parameter_gets_no_gradient_and_no_weight_decay(meta):
     torch.manual_seed(0)
     model, data = BatchNormNet(), torch.randn(16, 3)
-    optimizer = CoMetOptimizerWrapper(
+    optimizer = wrap(
         torch.optim.AdamW(model.parameters(), weight_decay=0.5), meta=meta, model=model
     )
     optimizer.step(lambda rows: model.losses(data[rows]), torch.arange(16))
@@ -295,9 +296,7 @@ def test_inner_steps_are_seen_inside_autocast():
     # make query and support losses of equal rows agree.
     torch.manual_seed(0)
     model, data = nn.Linear(8, 8), torch.randn(1, 8).repeat(4, 1)
-    optimizer = CoMetOptimizerWrapper(
-        torch.optim.SGD(model.parameters(), lr=0.1), meta="fomaml", inner_lr=1.0
-    )
+    optimizer = wrap(torch.optim.SGD(model.parameters(), lr=0.1), meta="fomaml", inner_lr=1.0)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         report = optimizer.step(
             lambda rows: (model(data[rows]).float() - data[rows]).square().mean(dim=1),

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
+from wrapping import wrap
 
 from comet_meta import CoMetOptimizerWrapper, CovarianceMetaRegularizer, SoftConfidentWeighter
 from comet_meta.nonfinite import Look, all_finite, undone_on_error
@@ -42,7 +43,7 @@ def losses_of(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 def wrapped(model: nn.Module, **options) -> CoMetOptimizerWrapper:
     options.setdefault("inner_lr", 0.1)
-    return CoMetOptimizerWrapper(
+    return wrap(
         torch.optim.AdamW(model.parameters(), lr=0.01),
         weighter=SoftConfidentWeighter(200),
         regularizer=CovarianceMetaRegularizer(0.01),
@@ -124,7 +125,7 @@ def test_the_search_for_bad_samples_leaves_modes_as_they_were():
 
 def test_without_the_model_batch_norm_spreads_one_nan_to_all(caplog):
     model = network(norm=True)
-    optimizer = CoMetOptimizerWrapper(torch.optim.SGD(model.parameters(), lr=0.1), meta="none")
+    optimizer = wrap(torch.optim.SGD(model.parameters(), lr=0.1), meta="none")
     assert step(optimizer, model, pictures(rows=[5])).dropped == 12
     assert "samples [100, 101, 102, 103, 104, 105, 106, 107] and others" in caplog.text
 
@@ -325,7 +326,7 @@ def test_the_objective_drops_a_bad_sample_as_if_the_batch_had_come_without_it(ca
 
 def test_the_objective_names_rows_where_samples_have_no_names(caplog):
     theta = torch.ones(2, requires_grad=True)
-    optimizer = CoMetOptimizerWrapper(torch.optim.SGD([theta], lr=0.1))
+    optimizer = wrap(torch.optim.SGD([theta], lr=0.1))
     optimizer.objective(theta * torch.tensor([1.0, torch.nan]))
     assert "1 of 2 losses are NaN or infinite and left out: rows [1] of the batch" in caplog.text
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+from wrapping import wrap
 
 from comet_meta import (
     CoMetOptimizerWrapper,
@@ -44,7 +45,7 @@ DATA = torch.randn(32, 4, generator=torch.Generator().manual_seed(7))
 def test_unit_weights_without_meta_equal_the_unwrapped_optimizer_bit_for_bit(name, level):
     plain_model, model = autoencoder(), autoencoder()
     plain = OPTIMIZERS[name](plain_model.parameters())
-    wrapped = CoMetOptimizerWrapper(
+    wrapped = wrap(
         OPTIMIZERS[name](model.parameters()), weighter=SoftConfidentWeighter(32), meta="none"
     )
     for step in range(50):
@@ -67,7 +68,7 @@ def test_the_objective_by_hand():
     weighter = SoftConfidentWeighter(10, rule=lambda s: (s < 5).float() * 0.75)
     weighter.fit(torch.arange(10.0))
     theta = torch.tensor([[3.0]], requires_grad=True)
-    optimizer = CoMetOptimizerWrapper(
+    optimizer = wrap(
         torch.optim.SGD([theta], lr=1.0),
         weighter=weighter,
         regularizer=CovarianceMetaRegularizer(strength=0.1, gamma=0.0),
@@ -86,7 +87,7 @@ def test_weights_follow_the_sample_through_a_shuffling_loader(meta):
     nn.init.zeros_(model.weight)
     weighter = SoftConfidentWeighter(n, rule=lambda s: (s + 1) / n)
     weighter.fit(torch.arange(n, dtype=torch.float32))
-    optimizer = CoMetOptimizerWrapper(
+    optimizer = wrap(
         torch.optim.SGD(model.parameters(), lr=1.0),
         weighter=weighter,
         meta=meta,
@@ -115,7 +116,7 @@ def test_weights_follow_the_sample_through_a_shuffling_loader(meta):
 
 def test_support_and_query_rows_are_disjoint_in_every_step():
     model = autoencoder()
-    optimizer = CoMetOptimizerWrapper(
+    optimizer = wrap(
         torch.optim.SGD(model.parameters(), lr=0.1), meta="fomaml", tasks=2, inner_steps=2
     )
     for _ in range(10):
@@ -138,9 +139,7 @@ def test_the_regularizer_watches_disjoint_samples():
     regularizer = CovarianceMetaRegularizer(strength=0.0)
     seen = []
     regularizer.update = lambda train, validation: seen.append((train, validation))
-    optimizer = CoMetOptimizerWrapper(
-        torch.optim.SGD([theta], lr=0.0), regularizer=regularizer, meta="none"
-    )
+    optimizer = wrap(torch.optim.SGD([theta], lr=0.0), regularizer=regularizer, meta="none")
     powers = 2.0 ** torch.arange(10)
     optimizer.objective(powers * theta, torch.arange(10))
     optimizer.step(lambda rows: powers[rows] * theta, torch.arange(10))
@@ -154,7 +153,7 @@ def test_the_regularizer_watches_disjoint_samples():
 @pytest.mark.parametrize("meta", MODES)
 def test_training_lowers_the_loss(meta):
     model = autoencoder()
-    optimizer = CoMetOptimizerWrapper(
+    optimizer = wrap(
         torch.optim.AdamW(model.parameters(), lr=1e-2),
         weighter=SoftConfidentWeighter(32),
         regularizer=CovarianceMetaRegularizer(strength=1e-4),
@@ -178,7 +177,7 @@ def run(steps, optimizer, model, start=0):
 
 
 def assembled(model, meta="mldg"):
-    return CoMetOptimizerWrapper(
+    return wrap(
         [
             torch.optim.AdamW(model[0].parameters(), lr=1e-2),
             torch.optim.Adam([*model[2].parameters(), *model[3].parameters()], lr=1e-2),
@@ -235,7 +234,7 @@ def test_copies_train_on_like_the_original(clone):
 def test_groups_and_state_are_shared_with_the_wrapped_optimizer():
     model = autoencoder()
     inner = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    optimizer = CoMetOptimizerWrapper(inner)
+    optimizer = wrap(inner)
     assert optimizer.param_groups[0] is inner.param_groups[0]
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.1)
     run_once = losses_of(model, DATA).mean()
@@ -266,7 +265,7 @@ def test_several_optimizers_step_together():
 def test_hooks_fire_once_and_clipping_sees_the_meta_gradient():
     model = autoencoder()
     inner = torch.optim.SGD(model.parameters(), lr=1.0)
-    optimizer = CoMetOptimizerWrapper(inner, meta="mldg", inner_lr=0.1)
+    optimizer = wrap(inner, meta="mldg", inner_lr=0.1)
     fired = []
     optimizer.register_step_post_hook(lambda *_: fired.append("outer"))
     inner.register_step_pre_hook(
@@ -281,8 +280,8 @@ def test_hooks_fire_once_and_clipping_sees_the_meta_gradient():
 
 def test_the_drop_in_objective_works_with_a_gradient_scaler():
     models = [autoencoder(), autoencoder()]
-    for model, wrap in zip(models, (lambda o: o, CoMetOptimizerWrapper), strict=True):
-        optimizer = wrap(torch.optim.AdamW(model.parameters(), lr=1e-2))
+    for model, wrapper in zip(models, (lambda o: o, CoMetOptimizerWrapper), strict=True):
+        optimizer = wrapper(torch.optim.AdamW(model.parameters(), lr=1e-2))
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
         for step in range(6):
             optimizer.zero_grad()
@@ -321,9 +320,7 @@ def test_gradients_of_micro_batches_add_up(meta, inner):
     gradients = []
     for share in (True, False):
         model = autoencoder()
-        optimizer = CoMetOptimizerWrapper(
-            torch.optim.SGD(model.parameters(), lr=0.1), model=model, **options
-        )
+        optimizer = wrap(torch.optim.SGD(model.parameters(), lr=0.1), model=model, **options)
         optimizer.generator.manual_seed(0)
         if share:
             gradients.append(micro_batches(optimizer, model, batches))
@@ -351,8 +348,7 @@ def test_a_plain_loop_accumulates_the_objective_as_usual():
     weighter = SoftConfidentWeighter(32, rule=lambda scores: 1 - scores / 40)
     weighter.fit(torch.arange(32.0))
     optimizers = [
-        CoMetOptimizerWrapper(torch.optim.AdamW(m.parameters(), lr=1e-2), weighter=weighter)
-        for m in (model, whole)
+        wrap(torch.optim.AdamW(m.parameters(), lr=1e-2), weighter=weighter) for m in (model, whole)
     ]
     for index in torch.arange(32).split(8):
         (optimizers[0].objective(losses_of(model, DATA[index]), index) / 4).backward()
@@ -367,7 +363,7 @@ def test_a_gradient_scaler_changes_nothing_but_the_range(meta, inner):
     results = []
     for scaler in (None, torch.amp.GradScaler("cpu", init_scale=2.0**12)):
         model = autoencoder()
-        optimizer = CoMetOptimizerWrapper(
+        optimizer = wrap(
             torch.optim.SGD(model.parameters(), lr=0.1),
             weighter=SoftConfidentWeighter(32),
             meta=meta,
@@ -397,9 +393,7 @@ def test_a_gradient_scaler_changes_nothing_but_the_range(meta, inner):
 @pytest.mark.parametrize("meta", MODES)
 def test_a_step_whose_inner_gradients_overflow_is_skipped_and_the_scale_lowered(meta):
     model = autoencoder()
-    optimizer = CoMetOptimizerWrapper(
-        torch.optim.SGD(model.parameters(), lr=0.1), meta=meta, model=model
-    )
+    optimizer = wrap(torch.optim.SGD(model.parameters(), lr=0.1), meta=meta, model=model)
     # float32 overflows at this scale, as float16 does at a usual one.
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, backoff_factor=2.0**-120)
     before = [p.detach().clone() for p in model.parameters()]
@@ -420,9 +414,7 @@ def test_a_step_whose_inner_gradients_overflow_is_skipped_and_the_scale_lowered(
 @pytest.mark.parametrize("meta", MODES)
 def test_the_full_method_trains_under_autocast_with_a_scaler(dtype, meta):
     model = autoencoder()
-    optimizer = CoMetOptimizerWrapper(
-        torch.optim.AdamW(model.parameters(), lr=1e-2), meta=meta, model=model
-    )
+    optimizer = wrap(torch.optim.AdamW(model.parameters(), lr=1e-2), meta=meta, model=model)
     scaler = torch.amp.GradScaler("cpu", enabled=dtype == torch.float16)
 
     def losses(rows):
@@ -441,7 +433,7 @@ def test_the_full_method_trains_under_autocast_with_a_scaler(dtype, meta):
 def test_gradients_that_are_one_tensor_are_accumulated_apart():
     # autograd.grad gives a and b one and the same gradient, c one with a stride of 0.
     a, b, c = (torch.zeros(4, requires_grad=True) for _ in range(3))
-    optimizer = CoMetOptimizerWrapper(torch.optim.SGD([a, b, c], lr=1.0), meta="mldg")
+    optimizer = wrap(torch.optim.SGD([a, b, c], lr=1.0), meta="mldg")
     for _ in range(2):
         optimizer.backward(lambda rows: (a + b)[rows] + c.sum(), torch.arange(4))
     assert a.grad.tolist() == b.grad.tolist() == [0.5] * 4
@@ -452,7 +444,7 @@ def test_frozen_parameters_stay():
     model = autoencoder()
     model[0].requires_grad_(False)
     before = model[0].weight.clone()
-    optimizer = CoMetOptimizerWrapper(torch.optim.AdamW(model.parameters(), lr=0.1))
+    optimizer = wrap(torch.optim.AdamW(model.parameters(), lr=0.1))
     optimizer.step(lambda rows: losses_of(model, DATA[rows]), torch.arange(32))
     assert torch.equal(model[0].weight, before)
 
@@ -472,7 +464,7 @@ def test_shared_parameters_are_adapted_together():
     gradients = {}
     for meta in ("fomaml", "maml"):
         model = Tied()
-        optimizer = CoMetOptimizerWrapper(
+        optimizer = wrap(
             torch.optim.SGD(model.parameters(), lr=0.0), meta=meta, inner_lr=1e-7, model=model
         )
         torch.manual_seed(1)
@@ -488,7 +480,7 @@ def test_wrapping_leaves_the_global_random_numbers_alone():
     expected = torch.rand(3)
     torch.manual_seed(0)
     theta = torch.ones(2, requires_grad=True)
-    optimizer = CoMetOptimizerWrapper(torch.optim.SGD([theta], lr=0.1))
+    optimizer = wrap(torch.optim.SGD([theta], lr=0.1))
     optimizer.step(lambda rows: theta.sum() * rows.float(), torch.arange(8))
     assert torch.equal(torch.rand(3), expected)
 
@@ -499,10 +491,14 @@ def test_the_paper_preset():
     assert (preset.weighter.rule, preset.weighter.kappa) == ("ratio", 1.5)
     assert preset.regularizer.base_strength == 0.005
     assert (preset.regularizer.gamma, preset.regularizer.window) == (0.5, 5)
-    assert (preset.meta, preset.inner_optimizer, preset.inner_lr) == ("fomaml", "adam", 1e-4)
-    assert (preset.inner_steps, preset.query_fraction, preset.tasks) == (5, 0.3, 4)
+    assert (preset.meta.mode, preset.meta.inner_optimizer, preset.meta.inner_lr) == (
+        "fomaml",
+        "adam",
+        1e-4,
+    )
+    assert (preset.meta.inner_steps, preset.meta.query_fraction, preset.meta.tasks) == (5, 0.3, 4)
     changed = CoMetOptimizerWrapper.paper(torch.optim.Adam([theta]), num_samples=50, meta="reptile")
-    assert changed.meta == "reptile"
+    assert changed.meta.mode == "reptile"
 
 
 def test_contaminated_training_is_rescued_end_to_end():
@@ -518,9 +514,7 @@ def test_contaminated_training_is_rescued_end_to_end():
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(4, 2, bias=False), nn.Linear(2, 4, bias=False))
         weighter = SoftConfidentWeighter(200) if robust else None
-        optimizer = CoMetOptimizerWrapper(
-            torch.optim.Adam(model.parameters(), lr=1e-2), weighter=weighter
-        )
+        optimizer = wrap(torch.optim.Adam(model.parameters(), lr=1e-2), weighter=weighter)
         loader = DataLoader(
             IndexedDataset(TensorDataset(data)),
             batch_size=20,

@@ -7,8 +7,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
+from wrapping import wrap
 
-from comet_meta import CoMetOptimizerWrapper, CovarianceMetaRegularizer, SoftConfidentWeighter
+from comet_meta import CovarianceMetaRegularizer, SoftConfidentWeighter
 
 MODES = ("none", "mldg", "fomaml", "maml", "reptile")
 QUICK = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -70,7 +71,7 @@ def optimizer_makers(draw):
 def test_unit_weights_without_meta_change_no_bit_over_fifty_steps(make, dtype, level, batch):
     plain, model = Net(dtype), Net(dtype)
     optimizer = make(plain)
-    wrapped = CoMetOptimizerWrapper(make(model), weighter=SoftConfidentWeighter(32), meta="none")
+    wrapped = wrap(make(model), weighter=SoftConfidentWeighter(32), meta="none")
     data = torch.randn(32, 4, generator=torch.Generator().manual_seed(7)).to(dtype)
     for step in range(50):
         index = torch.randperm(32, generator=torch.Generator().manual_seed(step))[:batch]
@@ -107,7 +108,7 @@ def test_with_an_outer_rate_of_zero_no_bit_of_the_model_changes(
 ):
     model = Net(dtype)
     before = copy.deepcopy(model.state_dict())
-    optimizer = CoMetOptimizerWrapper(
+    optimizer = wrap(
         torch.optim.SGD(model.parameters(), lr=0.0),
         meta=meta,
         inner_optimizer=inner,
@@ -135,7 +136,7 @@ def test_the_report_says_what_the_weights_were(meta, weights, seed):
     model = Net(torch.float32)
     weighter = SoftConfidentWeighter(len(weights))
     weighter.weights.copy_(torch.tensor(weights))
-    optimizer = CoMetOptimizerWrapper(
+    optimizer = wrap(
         torch.optim.SGD(model.parameters(), lr=0.1), weighter=weighter, meta=meta, model=model
     )
     data = torch.randn(len(weights), 4, generator=torch.Generator().manual_seed(seed))
@@ -175,7 +176,7 @@ def test_complex_parameters_train_like_pairs_of_real_ones(meta, inner, penalty):
         (Map(torch.view_as_complex(start.clone())), complex_losses),
         (Map(start.clone()), real_losses),
     ):
-        optimizer = CoMetOptimizerWrapper(
+        optimizer = wrap(
             torch.optim.Adam(model.parameters(), lr=0.05),
             meta=meta,
             inner_optimizer=inner,
@@ -202,9 +203,7 @@ def test_sparse_gradients_are_right_without_a_meta_step(level):
     table = nn.Embedding(10, 3, sparse=True)
     plain = copy.deepcopy(table)
     reference = torch.optim.SparseAdam(plain.parameters(), lr=0.1)
-    optimizer = CoMetOptimizerWrapper(
-        torch.optim.SparseAdam(table.parameters(), lr=0.1), meta="none"
-    )
+    optimizer = wrap(torch.optim.SparseAdam(table.parameters(), lr=0.1), meta="none")
     for step in range(5):
         index = (torch.arange(4) + step) % 10
         reference.zero_grad()
@@ -225,7 +224,7 @@ def test_sparse_gradients_are_right_without_a_meta_step(level):
 def test_sparse_gradients_are_refused_by_a_meta_step(meta, inner):
     table = nn.Embedding(10, 3, sparse=True)
     before = table.weight.detach().clone()
-    optimizer = CoMetOptimizerWrapper(
+    optimizer = wrap(
         torch.optim.SGD(table.parameters(), lr=0.1), meta=meta, inner_optimizer=inner, model=table
     )
     with pytest.raises(TypeError, match=r"sparse gradient.*meta='none', or sparse=False"):

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,8 +17,11 @@ from comet_meta import (
     SoftConfidentWeighter,
     collect_scores,
 )
+from comet_meta.batch import MetaMode
 from comet_meta.integrations._batches import collate_pairs, take_rows, training_loader
-from comet_meta.meta.step import MetaMode
+
+if TYPE_CHECKING:
+    from comet_meta import MetaStep
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -64,10 +67,10 @@ class CoMetCallback(Callback):
         warm_up: Number of epochs before the first weights, >= 1: they mean nothing before the
             module has learned something.
         meta: ``"none"``, the drop-in step: one forward and backward pass, as without CoMet.
-            Another mode of :class:`comet_meta.CoMetOptimizerWrapper` takes its meta-step; then
+            A :class:`comet_meta.MetaStep`, or the name of its mode, takes a meta-step; then
             ``training_step`` is called on parts of the batch, several times.
         **settings: Further arguments of :class:`comet_meta.CoMetOptimizerWrapper`, such as
-            ``inner_lr``.
+            ``exposure``.
 
     Attributes:
         weighter: The weighter; ``callback.weighter.ranking(20)`` are the samples to look at.
@@ -89,7 +92,7 @@ class CoMetCallback(Callback):
         scores: Scores | None = None,
         index: Index | None = None,
         warm_up: int = 1,
-        meta: MetaMode = "none",
+        meta: "MetaMode | MetaStep" = "none",
         **settings: Any,
     ) -> None:
         if warm_up < 1:
@@ -99,7 +102,7 @@ class CoMetCallback(Callback):
         self.scores = scores
         self.index = index
         self.warm_up = warm_up
-        self.meta: MetaMode = meta
+        self.meta = meta
         self.settings = settings
         self._comet: CoMetOptimizerWrapper | None = None
         self._saved: dict[str, Any] = {}
@@ -162,6 +165,42 @@ class CoMetCallback(Callback):
             weighter.fit(self._collect(self.scores, trainer, pl_module))
 
     @override
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any
+    ) -> None:
+        """Take the positions off batches of an indexed loader, as in training."""
+        self._unpack(pl_module, "validation_step", trainer.val_dataloaders)
+
+    @override
+    def on_test_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any
+    ) -> None:
+        """Take the positions off batches of an indexed loader, as in training."""
+        self._unpack(pl_module, "test_step", trainer.test_dataloaders)
+
+    @override
+    def on_predict_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any
+    ) -> None:
+        """Take the positions off batches of an indexed loader, as in training."""
+        self._unpack(pl_module, "predict_step", trainer.predict_dataloaders)
+
+    @override
+    def on_validation_batch_end(self, *_: Any, **__: Any) -> None:
+        """Give the module its methods back."""
+        self._withdraw()
+
+    @override
+    def on_test_batch_end(self, *_: Any, **__: Any) -> None:
+        """Give the module its methods back."""
+        self._withdraw()
+
+    @override
+    def on_predict_batch_end(self, *_: Any, **__: Any) -> None:
+        """Give the module its methods back."""
+        self._withdraw()
+
+    @override
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
@@ -183,16 +222,20 @@ class CoMetCallback(Callback):
 
     def _check(self, trainer: Trainer, pl_module: LightningModule) -> None:
         training_loader(trainer)
-        if self.meta != "none" and not pl_module.automatic_optimization:
+        if self._takes_meta_step and not pl_module.automatic_optimization:
             raise ValueError(
                 f"meta={self.meta!r} takes the module's whole step, which manual optimisation "
                 "takes itself; use meta='none'"
             )
-        if self.scores is None and (self.meta != "none" or not pl_module.automatic_optimization):
+        if self.scores is None and (self._takes_meta_step or not pl_module.automatic_optimization):
             raise ValueError(
                 "with a meta-step or manual optimisation, training losses can't serve as scores; "
                 "pass scores=lambda module, batch: ... (B,) anomaly scores"
             )
+
+    @property
+    def _takes_meta_step(self) -> bool:
+        return (self.meta if isinstance(self.meta, str) else self.meta.mode) != "none"
 
     def _started(self) -> tuple[CoMetOptimizerWrapper, SoftConfidentWeighter]:
         """Wrapper and weighter."""
@@ -210,6 +253,19 @@ class CoMetCallback(Callback):
         setattr(module, name, method)
         self._replaced.append((module, name))
 
+    def _unpack(self, module: LightningModule, name: str, loaders: Any) -> None:
+        """Have a step called without positions, where all its loaders are indexed."""
+        self._withdraw()
+        loaders = loaders if isinstance(loaders, (list, tuple)) else [loaders]
+        if all(isinstance(getattr(each, "dataset", None), IndexedDataset) for each in loaders):
+            self._replace(module, name, self._without_positions)
+
+    @staticmethod
+    def _without_positions(
+        _: Any, original: Callable[..., Any], batch: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        return original(batch[1], *args, **kwargs)
+
     def _withdraw(self) -> None:
         for module, name in self._replaced:
             delattr(module, name)
@@ -223,7 +279,7 @@ class CoMetCallback(Callback):
         self._steps += 1
         if not module.automatic_optimization:
             return original(batch, *args, **kwargs)
-        if self.meta != "none":
+        if self._takes_meta_step:
             return self._meta_step(lambda part: original(part, *args, **kwargs), index, batch)
         output = original(batch, *args, **kwargs)
         losses = _losses_of(output)

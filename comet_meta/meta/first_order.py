@@ -1,7 +1,7 @@
 """The meta-step: inner steps on the support rows, the meta-gradient from the query rows."""
 
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch.optim.adam import adam
 from comet_meta.distributed import is_sharded, local, sharded_like
 from comet_meta.gradients import (
     Gradients,
+    MetaGradient,
     add_gradients,
     backward,
     empty_gradients,
@@ -25,20 +26,6 @@ InnerOptimizer = Literal["sgd", "adam"]
 FirstOrderMode = Literal["fomaml", "mldg", "reptile"]
 Objective = Callable[[Tensor], Tensor]
 """The loss of some rows of the batch: rows (R,) -> scalar, at the parameters' current values."""
-
-
-class MetaGradient(NamedTuple):
-    """Outcome of a meta-step, averaged over its tasks.
-
-    Attributes:
-        gradients: One for each parameter, in its shape; None for a parameter that no loss used.
-        support_loss: Objective of the support rows before the inner steps, shape ().
-        query_loss: Objective of the query rows after them, shape ().
-    """
-
-    gradients: list[Tensor | None]
-    support_loss: Tensor
-    query_loss: Tensor
 
 
 def first_order(

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from comet_meta.gradients import Gradients, empty_gradients, filled, real, unscaled
-from comet_meta.meta.first_order import InnerOptimizer, MetaGradient, mean_losses
+from comet_meta.gradients import Gradients, MetaGradient, empty_gradients, filled, real, unscaled
+from comet_meta.meta.first_order import InnerOptimizer, mean_losses
 from comet_meta.restore import copies, copy_values, restored
 from comet_meta.tasks import Task
 

@@ -1,170 +1,104 @@
-"""The gradient of a batch by the full method, from as many of its samples as can be learned from.
-
-Modes of the meta-step:
-
-- ``"mldg"``, ``"fomaml"``, ``"reptile"``: see :func:`comet_meta.meta.first_order.first_order`.
-- ``"maml"``: see :func:`comet_meta.meta.second_order.second_order`.
-- ``"none"``: the gradient of the whole batch; support and query losses are for the report alone.
-"""
+"""The settings of a meta-step, and the step itself."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
 from comet_meta import distributed
-from comet_meta.gradients import gradients_of
-from comet_meta.losses import Closure, check_losses, finite_samples, weighted_losses
-from comet_meta.meta.first_order import InnerOptimizer, MetaGradient, first_order
+from comet_meta.batch import MetaMode
+from comet_meta.gradients import MetaGradient
+from comet_meta.losses import Closure
+from comet_meta.meta.first_order import InnerOptimizer, first_order
 from comet_meta.meta.second_order import second_order
-from comet_meta.nonfinite import (
-    Look,
-    all_finite,
-    check_parameters,
-    evaluating,
-    everywhere,
-    undone_on_error,
-    warn_of_dropped,
-    warn_of_left_out,
-)
-from comet_meta.tasks import Task, split_tasks, splits, support_query
-
-MetaMode = Literal["none", "mldg", "fomaml", "maml", "reptile"]
+from comet_meta.tasks import Task, split_tasks
 
 
 @dataclass(frozen=True)
 class MetaStep:
-    """How the gradient of a batch is computed.
+    """What ``step(closure, index)`` does with a batch.
 
-    Attributes:
-        mode: What is done with support and query rows.
-        inner_optimizer: Rule of the inner steps.
-        inner_lr: Their step size > 0.
-        inner_steps: Their number >= 1.
-        query_fraction: Share of a task's rows that goes to the query, in (0, 1).
-        tasks: Number of tasks >= 1 that a batch is dealt into.
-        model: The module that closures use; needed for ``"maml"`` and to protect its buffers.
-        generator: Source of the random split, in the same state on every process.
-        penalty: What is added to each loss: parameters -> scalar.
+    A batch is dealt into tasks, and each task's samples into a support and a query part. Inner
+    steps on the support loss lead from the parameters theta to theta'; the query loss is taken at
+    theta'. The string that names the mode stands for ``MetaStep(mode)``.
+
+    Args:
+        mode: ``"mldg"`` (support gradient at theta and query gradient at theta' together),
+            ``"fomaml"`` (query gradient at theta'), ``"maml"`` (query gradient through the inner
+            steps; needs the wrapper's ``model``), ``"reptile"`` (mean direction of the inner
+            steps), or ``"none"`` (the gradient of the whole batch, no inner steps). See
+            :func:`comet_meta.meta.first_order.first_order`.
+        inner_lr: Step size of the inner steps, > 0.
+        inner_steps: Number of inner steps, >= 1.
+        inner_optimizer: ``"sgd"`` or ``"adam"`` (fresh in every task, as in the paper's code).
+        query_fraction: Fraction of a task's samples in its query part, in (0, 1). Without inner
+            steps: of the batch's samples whose loss counts as validation loss for the regularizer.
+        tasks: Number of tasks that a batch is dealt into, >= 1.
+
+    Raises:
+        ValueError: If a setting is out of range.
+
+    Example:
+        >>> MetaStep("fomaml", inner_lr=1e-4, inner_steps=5).tasks
+        1
+
+    Source: the paper's settings are those of :meth:`comet_meta.CoMetOptimizerWrapper.paper`.
     """
 
-    mode: MetaMode
-    inner_optimizer: InnerOptimizer
-    inner_lr: float
-    inner_steps: int
-    query_fraction: float
-    tasks: int
-    model: nn.Module | None
-    generator: torch.Generator
-    penalty: Callable[[Sequence[Tensor]], Tensor]
+    mode: MetaMode = "mldg"
+    inner_lr: float = 1e-3
+    inner_steps: int = 1
+    inner_optimizer: InnerOptimizer = "sgd"
+    query_fraction: float = 0.3
+    tasks: int = 1
+
+    def __post_init__(self) -> None:
+        """Check the settings."""
+        for name, value, choices in (
+            ("meta", self.mode, get_args(MetaMode)),
+            ("inner_optimizer", self.inner_optimizer, get_args(InnerOptimizer)),
+        ):
+            if value not in choices:
+                expected = ", ".join(map(repr, choices))
+                raise ValueError(f"{name} is {value!r}; expected one of {expected}")
+        if not self.inner_lr > 0:
+            raise ValueError(f"inner_lr is {self.inner_lr}; expected a step size > 0")
+        if not 0 < self.query_fraction < 1:
+            raise ValueError(f"query_fraction is {self.query_fraction}; expected a share in (0, 1)")
+        for name, count in (("inner_steps", self.inner_steps), ("tasks", self.tasks)):
+            if count < 1:
+                raise ValueError(f"{name} is {count}; expected at least 1")
 
     def gradient(
-        self,
-        closure: Closure,
-        index: Tensor,
-        weights: Tensor,
-        parameters: list[Tensor],
-        scale: Tensor | None,
-        *,
-        watched: bool,
-    ) -> tuple[MetaGradient | None, Tensor]:
-        """The gradient of the batch, or of the samples that are left if some losses aren't finite.
-
-        Args:
-            closure: From rows of the batch (R,) to their losses (R,) or (2, R).
-            index: Positions of the samples in the data set, shape (B,).
-            weights: Of their losses as normal and as anomalous samples, shape (2, B).
-            parameters: Leaf tensors that require grad.
-            scale: What the gradient is multiplied by, shape (), > 0.
-            watched: Whether somebody else (a scaler) skips steps whose gradients aren't finite.
-
-        Returns:
-            The gradient, None if there can't be one, and the weights (2, K) of the samples used.
-            Without a gradient, and if the closure raises, buffers are as before.
-
-        Raises:
-            ValueError: If losses are not (R,), or the parameters aren't finite.
-        """
-        with undone_on_error(self.generator, self._buffers()) as undo:
-            result = self._attempt(closure, weights, parameters, scale, watched)
-            if result is not None:
-                return result, weights
-            undo()
-            kept = self._finite_rows(closure, index)
-            undo()
-            weights = weights[:, kept]
-            reason = "too few samples of the batch have a finite loss"
-            enough = len(kept) >= (1 if self.mode == "none" else 2)
-            if everywhere(enough, parameters[0].device):
-                # A process whose own samples are all fine goes along, with all of them.
-                result = self._attempt(
-                    lambda rows: closure(kept[rows]), weights, parameters, scale, watched
-                )
-                reason = (
-                    "losses that are finite at the parameters, or their gradients, are not so in "
-                    "the course of the step; lower inner_lr or the learning rate"
-                )
-            if result is None:
-                check_parameters(parameters)
-                warn_of_left_out(reason)
-                undo()
-        return result, weights
-
-    def _attempt(
-        self,
-        closure: Closure,
-        weights: Tensor,
-        parameters: list[Tensor],
-        scale: Tensor | None,
-        watched: bool,
-    ) -> MetaGradient | None:
-        """The gradient of samples of weights (2, B); None if one of their losses isn't finite."""
-        count = weights.shape[1]
-        looks: list[Look] = []
-        # Where the framework averages each gradient by itself, the losses have to be scaled.
-        sharded = distributed.is_sharded(parameters[0])
-        part = distributed.share(count, weights.device) if sharded else 1.0
-
-        def losses_of(rows: Tensor) -> Tensor:
-            losses = closure(rows)
-            check_losses(losses, len(rows))
-            return weighted_losses(losses, weights[:, rows])
-
-        def objective(losses: Tensor, at: Sequence[Tensor]) -> Tensor:
-            loss = losses.mean() * part + self.penalty(at)
-            # A NaN or infinite loss shows in the mean, whatever its weight: 0 * inf is NaN.
-            looks.append(Look(torch.isfinite(loss.detach())))
-            return loss
-
-        lone = count == 1 and splits(1)  # other processes have more of this batch
-        if self.mode == "none" or lone:
-            losses = losses_of(torch.arange(count, device=weights.device))
-            loss = objective(losses, parameters)
-            gradients = gradients_of(loss if scale is None else loss * scale, parameters)
-            with torch.no_grad():  # told apart for the report alone
-                pair = support_query(losses * part, self.query_fraction, self.generator)
-                result = MetaGradient(gradients, *(pair + self.penalty(parameters)))
-        else:
-            result = self._of_tasks(losses_of, objective, weights, parameters, scale)
-        sound = all(looks)
-        device = parameters[0].device
-        # Elsewhere it would mean waiting for the backward pass.
-        if device.type == "cpu" and not watched:
-            sound = sound and all_finite([g for g in result.gradients if g is not None])
-        return result if everywhere(sound, device) else None
-
-    def _of_tasks(
         self,
         losses_of: Closure,
         objective: Callable[[Tensor, Sequence[Tensor]], Tensor],
         weights: Tensor,
         parameters: list[Tensor],
         scale: Tensor | None,
+        *,
+        model: nn.Module | None,
+        buffers: Sequence[Tensor],
+        generator: torch.Generator,
     ) -> MetaGradient:
-        """The gradient of the query rows after inner steps on the support rows."""
-        generator = distributed.own_generator(self.generator)
+        """The gradient of a batch: inner steps on support rows, the outer gradient from query rows.
+
+        Args:
+            losses_of: From rows of the batch (R,) to their weighted losses (R,).
+            objective: (losses (R,), parameters) -> scalar.
+            weights: Of the batch's losses, shape (2, B).
+            parameters: Leaf tensors that require grad.
+            scale: What the gradient is multiplied by, shape (), > 0.
+            model: The module that closures use; needed for ``"maml"``.
+            buffers: Its buffers, which the inner passes must not change.
+            generator: Source of the random split, in the same state on every process.
+
+        Returns:
+            The gradients and the losses, averaged over tasks.
+        """
+        generator = distributed.own_generator(generator)
         tasks = [
             # Not to wait for the device, which a copy of ordinary memory otherwise does.
             Task(*(rows.to(weights.device, non_blocking=True) for rows in task))
@@ -177,26 +111,13 @@ class MetaStep:
             "scale": scale,
         }
         if self.mode == "maml":
-            model = cast("nn.Module", self.model)
-            return second_order(losses_of, objective, model, parameters, tasks, **inner)
+            module = cast("nn.Module", model)
+            return second_order(losses_of, objective, module, parameters, tasks, **inner)
         return first_order(
             lambda rows: objective(losses_of(rows), parameters),
             parameters,
             tasks,
             mode=cast("Any", self.mode),
-            buffers=self._buffers(),
+            buffers=buffers,
             **inner,
         )
-
-    @torch.no_grad()
-    def _finite_rows(self, closure: Closure, index: Tensor) -> Tensor:
-        """Rows of the batch whose loss is finite at the parameters; the others are named."""
-        with evaluating(self.model):
-            losses = closure(torch.arange(len(index), device=index.device))
-        check_losses(losses, len(index))
-        finite = finite_samples(losses)
-        warn_of_dropped(finite, index)
-        return finite.to(index.device).nonzero().flatten()
-
-    def _buffers(self) -> list[Tensor]:
-        return [] if self.model is None else list(self.model.buffers())

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from comet_meta.weights.weighter import SoftConfidentWeighter
 
 _TOO_FEW = 8  # with fewer scores the weighter leaves all weights at 1
-_UNTOUCHED = 0.99
+_UNTOUCHED = 0.95
 
 
 class Contamination(NamedTuple):

@@ -11,7 +11,6 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from comet_meta.weights.prior import MemoryScorer
 from comet_meta.vision import folder as plain_folder
 from comet_meta.vision.backbones import DEFAULT_BACKBONE, load_backbone
 from comet_meta.vision.estimate import in_words
@@ -23,6 +22,7 @@ from comet_meta.vision.keep_list import Row, write
 from comet_meta.vision.patch_grids import PatchGrids
 from comet_meta.vision.picture_prior import grid_side, streamed_prior
 from comet_meta.vision.samples import Sample
+from comet_meta.weights.prior import MemoryScorer
 from comet_meta.weights.weighter import SoftConfidentWeighter
 
 

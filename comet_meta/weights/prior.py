@@ -1,4 +1,8 @@
-"""A first guess at the bad training samples from frozen features, before any training."""
+"""A first guess at the bad training samples from frozen features, before any training.
+
+:class:`MemoryScorer` is for pictures, with features of their patches; :class:`RowScorer` for tables
+and embeddings, with one row a sample.
+"""
 
 import math
 
@@ -6,6 +10,7 @@ import torch
 from torch import Tensor
 
 _CHUNK_VALUES = 2**25
+_MOST_WHITENED = 2048  # columns; the work grows with their cube
 
 
 class MemoryScorer:
@@ -100,7 +105,13 @@ class MemoryScorer:
                 f"features has shape {tuple(features.shape)}; expected (N, P, C) or (N, C), N >= 2"
             )
         count = len(features)
-        size = min(max(1, round(self.share * count)), count - 1)
+        # Copies of a sample would explain it away: memories are drawn among different samples.
+        group, different = copies(features.flatten(1))
+        if len(different) == 1:
+            return torch.zeros(count, device=features.device)
+        size = min(max(1, round(self.share * len(different))), len(different) - 1)
+        # A common offset of the features would cost the distances their precision.
+        centre = features.mean(dim=(0, 1), dtype=torch.float64).to(torch.float32)
         # On the CPU, so that every device makes the same choices.
         generator = torch.Generator().manual_seed(self.seed)
         totals = torch.zeros(count, device=features.device)
@@ -108,15 +119,22 @@ class MemoryScorer:
         draws = 0
         # Further draws until every sample has been outside of a memory.
         while draws < self.draws or not bool((seen > 0).all()):
-            order = torch.randperm(count, generator=generator).to(features.device)
-            inside, outside = order[:size], order[size:]
-            memory = self._memory(features, inside, generator)
-            totals[outside] += self._scores(features, outside, memory)
+            order = torch.randperm(len(different), generator=generator).to(features.device)
+            is_inside = torch.zeros(len(different), dtype=torch.bool, device=features.device)
+            is_inside[order[:size]] = True
+            outside = (~is_inside[group]).nonzero().flatten()
+            memory = self._memory(features, different[order[:size]], generator) - centre
+            totals[outside] += self._scores(features, outside, memory, centre)
             seen[outside] += 1
             draws += 1
         scores = totals / seen
         if not bool(torch.isfinite(scores).all()):
             bad = (~torch.isfinite(features)).flatten(1).any(dim=1).nonzero().flatten()
+            if not len(bad):
+                raise ValueError(
+                    f"features reach {float(features.abs().max()):.0e}: their squares overflow; "
+                    "bring every channel to a comparable scale first"
+                )
             raise ValueError(
                 f"features of {len(bad)} samples are NaN or infinite (first at positions "
                 f"{bad[:8].tolist()}); expected finite features"
@@ -132,13 +150,15 @@ class MemoryScorer:
         kept = kept.to(features.device)
         return features[inside[kept // patches], kept % patches].float()
 
-    def _scores(self, features: Tensor, rows: Tensor, memory: Tensor) -> Tensor:
-        """Scores of some samples against a memory (M, C), in chunks of bounded size."""
+    def _scores(self, features: Tensor, rows: Tensor, memory: Tensor, centre: Tensor) -> Tensor:
+        """Scores of some samples against a centred memory (M, C), in chunks of bounded size."""
         patches = features.shape[1]
         chunk = max(1, _CHUNK_VALUES // (patches * len(memory)))
         distances = torch.cat(
             [
-                self._nearest(features[part].flatten(0, 1).float(), memory).reshape(-1, patches)
+                self._nearest(features[part].flatten(0, 1).float() - centre, memory).reshape(
+                    -1, patches
+                )
                 for part in torch.split(rows, chunk)
             ]
         )
@@ -155,7 +175,151 @@ class MemoryScorer:
     @staticmethod
     def _nearest(queries: Tensor, memory: Tensor) -> Tensor:
         """Euclidean distance of each query (Q, C) to the nearest entry of the memory, (Q,)."""
-        # |q - m|^2 = |q|^2 + |m|^2 - 2 q m, so that the work is one matrix product.
+        # |q - m|^2 = |q|^2 + |m|^2 - 2 q m, so that the search is one matrix product. The distance
+        # itself is measured anew: between equal vectors the product would leave its rounding.
         cross = torch.addmm(memory.square().sum(dim=1), queries, memory.T, alpha=-2)
-        squared = cross.amin(dim=1) + queries.square().sum(dim=1)
-        return squared.clamp_min(0).sqrt()
+        distance: Tensor = (queries - memory[cross.argmin(dim=1)]).norm(dim=1)
+        return distance
+
+
+class RowScorer:
+    """Anomaly scores of the rows of a table, or of embeddings, by distance to a few others.
+
+    1. Every column is brought to mean 0 and standard deviation 1 and cut at 20 of these; constant
+       columns drop out.
+    2. A row's distance to the nearest of 16 other rows, drawn at random, is averaged over 64 draws.
+       So few rows seldom hold a bad one, even where the bad ones resemble each other.
+    3. The same on whitened rows, in which a deviation counts for more where the others vary less;
+       a ridge of the mean variance keeps directions without variance from counting.
+    4. The score is the mean of both, each over its median.
+
+    A row never meets itself or a copy of itself.
+
+    Args:
+        draws: Number of draws, >= 1. Time grows alike.
+        size: Rows in a draw, >= 1; fewer where there aren't twice as many.
+        seed: Seed of the draws.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    Example:
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> rows = torch.randn(100, 5, generator=generator)
+        >>> rows[7] += 4
+        >>> int(RowScorer()(rows).argmax())
+        7
+
+    Source: ensembles of nearest neighbours in small random sub-samples as in Bandaragoda et al.:
+    Isolation-based anomaly detection using nearest-neighbor ensembles, 2018.
+    """
+
+    def __init__(self, *, draws: int = 64, size: int = 16, seed: int = 0) -> None:
+        for name, value in (("draws", draws), ("size", size)):
+            if value < 1:
+                raise ValueError(f"{name} is {value}; expected at least 1")
+        self.draws = draws
+        self.size = size
+        self.seed = seed
+
+    @torch.no_grad()
+    def __call__(self, rows: Tensor) -> Tensor:
+        """Score the training set.
+
+        Args:
+            rows: Floating-point tensor of shape (N, C), N >= 2.
+
+        Returns:
+            Anomaly scores, higher = more anomalous, float32, shape (N,), on the rows' device.
+
+        Raises:
+            TypeError: If the rows aren't a floating-point tensor.
+            ValueError: If they have another shape or are not finite.
+        """
+        if not isinstance(rows, Tensor) or not rows.is_floating_point():
+            kind = rows.dtype if isinstance(rows, Tensor) else type(rows).__name__
+            raise TypeError(f"rows is {kind}; expected a floating-point tensor, (N, C)")
+        if rows.dim() != 2 or len(rows) < 2:
+            raise ValueError(f"rows has shape {tuple(rows.shape)}; expected (N, C), N >= 2")
+        bad = (~rows.isfinite().all(dim=1)).nonzero().flatten()
+        if len(bad):
+            raise ValueError(
+                f"{len(bad)} rows have values that are NaN or infinite (first at positions "
+                f"{bad[:8].tolist()}); fill them in or leave these rows out"
+            )
+        group, different = copies(rows)
+        # 1)
+        deviation, mean = torch.std_mean(rows.double(), dim=0, correction=0)
+        varying = deviation > 1e-9 * mean.abs()
+        if len(different) == 1 or not bool(varying.any()):
+            return torch.zeros(len(rows), device=rows.device)
+        scaled = ((rows.double() - mean) / deviation)[:, varying].clamp(-20, 20)
+        # 2) to 4)
+        views = [scaled.float()]
+        if scaled.shape[1] <= _MOST_WHITENED:
+            views.append(_whitened(scaled).float())
+        scores = torch.stack([self._scores(view, group, different) for view in views])
+        typical = scores.median(dim=1, keepdim=True).values
+        return (scores / typical.where(typical > 0, 1)).mean(dim=0)
+
+    def _scores(self, view: Tensor, group: Tensor, different: Tensor) -> Tensor:
+        """Mean distance (N,) of rows (N, C) to the nearest of a few others."""
+        size = min(self.size, max(1, len(different) // 2))
+        generator = torch.Generator().manual_seed(self.seed)
+        totals = torch.zeros(len(view), dtype=torch.float64, device=view.device)
+        seen = torch.zeros_like(totals)
+        draws = 0
+        # Further draws until every row has met another one.
+        while draws < self.draws or not bool((seen > 0).all()):
+            chosen = torch.randperm(len(different), generator=generator)[:size].to(view.device)
+            distances = torch.cdist(
+                view, view[different[chosen]], compute_mode="donot_use_mm_for_euclid_dist"
+            )
+            distances.masked_fill_(group.unsqueeze(1) == chosen, torch.inf)
+            nearest = distances.amin(dim=1)
+            met = nearest.isfinite()
+            totals += nearest.where(met, 0)
+            seen += met
+            draws += 1
+        return (totals / seen).float()
+
+
+def copies(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Which rows are equal.
+
+    Args:
+        rows: Shape (N, C).
+
+    Returns:
+        The number of each row's group, shape (N,), in the order of their first rows; and these
+        first rows' positions, shape (G,).
+
+    Example:
+        >>> copies(torch.tensor([[1.0, 2.0], [3.0, 4.0], [1.0, 2.0]]))
+        (tensor([0, 1, 0]), tensor([0, 1]))
+    """
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randn(2, rows.shape[1], dtype=torch.float64, generator=generator)
+    # Two random sums in double precision are equal for equal rows, and in practice for no others.
+    sums = torch.cat(
+        [
+            torch.stack([(part.double() * w).sum(dim=1) for w in weights.to(rows.device)], dim=1)
+            for part in rows.split(max(1, _CHUNK_VALUES // (8 * max(1, rows.shape[1]))))
+        ]
+    )
+    _, group = sums.unique(dim=0, return_inverse=True)
+    positions = torch.arange(len(rows), device=rows.device)
+    first = torch.full((int(group.max()) + 1,), len(rows), device=rows.device)
+    first = first.scatter_reduce(0, group, positions, "amin")
+    order = first.argsort()
+    number = torch.empty_like(order)
+    number[order] = torch.arange(len(order), device=rows.device)
+    return number[group], first[order]
+
+
+def _whitened(rows: Tensor) -> Tensor:
+    """Centred rows (N, C) with all variances brought close to 1, but for the small ones."""
+    variances, directions = torch.linalg.eigh(rows.T @ rows / len(rows))
+    variances = variances.clamp_min(0)
+    projected: Tensor = rows @ directions
+    return projected / (variances + variances.mean()).sqrt()

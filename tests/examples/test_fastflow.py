@@ -13,7 +13,7 @@ from scipy.stats import multivariate_normal, norm
 from sklearn.metrics import roc_auc_score
 from torch import nn
 
-from comet_meta import CoMetOptimizerWrapper
+from comet_meta import CoMetOptimizerWrapper, MetaStep
 
 CHANNELS = [6, 5]
 
@@ -375,8 +375,7 @@ def test_second_order_differentiates_through_the_inner_step():
     for meta in ("maml", "fomaml"):
         wrapper = CoMetOptimizerWrapper(
             torch.optim.SGD(parameters, lr=0.0),
-            meta=meta,
-            inner_lr=0.05,
+            meta=MetaStep(meta, inner_lr=0.05),
             model=net,
             generator=torch.Generator().manual_seed(0),
         )

@@ -12,6 +12,7 @@ from comet_meta import (
     CoMetOptimizerWrapper,
     CovarianceMetaRegularizer,
     IndexedDataset,
+    MetaStep,
     SoftConfidentWeighter,
     collect_scores,
 )
@@ -149,12 +150,12 @@ def test_drop_in_equals_a_plain_loop():
 
 def test_the_full_method_equals_a_plain_loop():
     module = Module()
-    fit(module, callback(meta="mldg", inner_lr=0.1))
+    fit(module, callback(meta=MetaStep("mldg", inner_lr=0.1)))
 
     def step(comet, net, index, batch):
         comet.step(lambda rows: net.losses(batch[rows]), index)
 
-    assert_same(module, by_hand(step, meta="mldg", inner_lr=0.1), rtol=1e-5, atol=1e-6)
+    assert_same(module, by_hand(step, meta=MetaStep("mldg", inner_lr=0.1)), rtol=1e-5, atol=1e-6)
 
 
 class Paired(Module):
@@ -246,9 +247,9 @@ def test_the_full_method_accumulates_too():
             step.batches.clear()
 
     step.batches = []
-    net = by_hand(step, meta="mldg", inner_lr=0.1)
+    net = by_hand(step, meta=MetaStep("mldg", inner_lr=0.1))
     module = Module()
-    fit(module, callback(meta="mldg", inner_lr=0.1), accumulate_grad_batches=2)
+    fit(module, callback(meta=MetaStep("mldg", inner_lr=0.1)), accumulate_grad_batches=2)
     assert_same(module, net, rtol=1e-4, atol=1e-5)
 
 
@@ -465,3 +466,82 @@ def test_two_processes(tmp_path):
     assert first["weights"].min() < 0.5
     for ours, theirs in zip(first["parameters"], second["parameters"], strict=True):
         assert torch.equal(ours, theirs)
+
+
+class Evaluated(Module):
+    """Sees rows in every step, and asks for the learning rate and the batch size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lr, self.batch_size = 0.02, 4
+        self.seen: list[str] = []
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.net.parameters(), lr=self.lr)
+
+    def train_dataloader(self):
+        return DataLoader(IndexedDataset(DATA), batch_size=self.batch_size)
+
+    def validation_step(self, batch, batch_idx):
+        assert batch.shape[1:] == (4,)
+        self.seen.append("validation")
+
+    def test_step(self, batch, batch_idx):
+        assert batch.shape[1:] == (4,)
+        self.seen.append("test")
+
+    def predict_step(self, batch, batch_idx):
+        return self.net.losses(batch)
+
+
+def quiet(callback: CoMetCallback, folder: Path, **settings) -> "pl.Trainer":
+    return pl.Trainer(
+        callbacks=[callback], max_epochs=2, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, accelerator="cpu",
+        default_root_dir=folder, **settings,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dataset", [IndexedDataset(DATA), DATA], ids=["indexed", "plain"])
+def test_evaluation_on_an_indexed_loader_or_a_plain_one(tmp_path, dataset):
+    module = Evaluated()
+    trainer = quiet(CoMetCallback(), tmp_path)
+    rows = DataLoader(dataset, batch_size=8)
+    trainer.fit(module, val_dataloaders=rows)
+    trainer.validate(module, rows, verbose=False)
+    trainer.test(module, rows, verbose=False)
+    assert {"validation", "test"} == set(module.seen)
+    assert torch.cat(trainer.predict(module, rows)).shape == (N,)
+    assert "validation_step" not in vars(module)
+
+
+def test_the_tuner_on_the_plain_data_set_before_the_training(tmp_path):
+    from lightning.pytorch.tuner import Tuner
+
+    class Tuned(Evaluated):
+        dataset = DATA  # the Tuner's trial runs leave the callbacks out
+
+        def train_dataloader(self):
+            return DataLoader(self.dataset, batch_size=self.batch_size)
+
+        def val_dataloader(self):
+            return DataLoader(DATA, batch_size=8)
+
+    module, callback = Tuned(), CoMetCallback()
+    trainer = quiet(callback, tmp_path)
+    Tuner(trainer).scale_batch_size(module, max_trials=3, steps_per_trial=2)
+    assert module.batch_size == 8  # from 2, doubled
+    module.dataset = IndexedDataset(DATA)
+    quiet(callback, tmp_path).fit(module)
+    assert callback.weighter.scores.isfinite().all()
+
+
+def test_a_batch_that_is_changed_after_its_transfer_keeps_its_positions(tmp_path):
+    class Changed(Evaluated):
+        def on_after_batch_transfer(self, batch, dataloader_idx):
+            index, rows = batch
+            return index, rows + 1
+
+    callback = CoMetCallback()
+    quiet(callback, tmp_path).fit(Changed())
+    assert callback.weighter.scores.isfinite().all()

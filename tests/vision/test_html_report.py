@@ -455,8 +455,10 @@ def test_without_known_labels_nobody_speaks_of_them(driver, tmp_path):
     samples = [Sample(s.path, None) for s in pictures(tmp_path, [f"{i}.png" for i in range(9)])]
     driver.get(write(tmp_path, samples).as_uri())
     assert not driver.find_element("id", "truth-label").is_displayed()
-    words = driver.find_element("css selector", "body").text
+    # The heading says how many look bad; nothing below it says which are.
+    words = driver.find_element("css selector", "main").text
     assert not any(word in words for word in ("normal", "bad", "hole"))
+    assert "bad" in text(driver, "verdict")
 
 
 def test_the_keyboard_is_enough(page):

@@ -154,7 +154,7 @@ def test_the_report_from_a_loop_of_ones_own(tmp_path):
         pixels = np.full((20, 30), 20 * i, dtype=np.uint8)
         Image.fromarray(pixels).save(path)
     weighter = SoftConfidentWeighter(12)
-    weighter.fit(torch.arange(12.0))
+    weighter.fit(torch.erfinv(torch.linspace(-0.9, 0.9, 12)))
     file = report.write(weighter, [str(path) for path in paths], tmp_path / "report.html")
     page = file.read_text(encoding="utf-8")
     assert re.findall(r'"name":"(\d+).png"', page) == [str(i) for i in range(11, -1, -1)]

@@ -1,0 +1,423 @@
+"""Does it hold on data that nobody tuned on? Every table of a folder, plain against CoMet.
+
+Each ``.npz`` with rows ``X`` (N, C) and labels ``y`` (1 = anomaly), as ADBench has them, is split
+70/30 by label; the detector trains without labels on the 70 % and is judged (AUROC) on the others.
+Tables of more than 10,000 rows are subsampled by label first. A condition says what the training
+part holds:
+
+- ``as-is``: its own anomalies;
+- ``clean``: none;
+- ``0.1`` (any share): as many of its anomalies as make up that share, where there are enough.
+
+The detectors train in a plain loop of 600 steps. ``comet`` is the library's default with the prior
+of ``RowScorer``; ``comet@rate`` is told the share of anomalies; ``comet-own`` has no prior and
+refits on the model's own scores. Rivals: ``trim-prior@rate`` and ``trim-own@rate`` leave out the
+highest scores of the prior or the model at the true rate, ``trim-own@0.1`` at a guessed one,
+``forest@rate`` those of an isolation forest, ``folding@rate`` those of detectors trained on fifths
+of the data and applied to the rest (after McIntosh and Albu, 2026), ``retrain`` those above the
+fence of a box plot of the scores of a first training.
+
+Every run becomes a line of ``--out``; the same command goes on where it stopped, and several
+processes may share the work (``--shard 1/4``). Then it prints a table for each condition, with
+intervals by bootstrap over *sets*, and draws a picture with a dot for each set.
+"""
+
+import argparse
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from comet_examples.report import table
+from numpy.typing import NDArray
+from runs import Figures, Runs
+from sklearn.ensemble import IsolationForest
+from sklearn.metrics import roc_auc_score
+from torch import Tensor, nn
+
+from comet_meta import CoMetOptimizerWrapper, RowScorer, SoftConfidentWeighter
+
+Array = NDArray[Any]
+MOST_ROWS = 10_000
+STEPS = 600
+BATCH = 128
+REFIT_EVERY = 100
+QUICK = 8  # sets
+
+
+class AutoEncoder(nn.Module):
+    """Reconstruction of rows (B, C); the loss is the mean squared error."""
+
+    def __init__(self, rows: Tensor) -> None:
+        super().__init__()
+        dim = rows.shape[1]
+        self.layers = nn.Sequential(
+            *(nn.Linear(dim, 64), nn.ReLU(), nn.Linear(64, 8), nn.ReLU()),
+            *(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, dim)),
+        )
+
+    def losses(self, rows: Tensor) -> Tensor:
+        """Mean squared error of each row, (B,)."""
+        error: Tensor = (self.layers(rows) - rows).square().mean(dim=1)
+        return error
+
+
+class DeepSVDD(nn.Module):
+    """Distance of rows (B, C) to a fixed centre, in a network without biases (Ruff et al. 2018)."""
+
+    centre: Tensor
+
+    def __init__(self, rows: Tensor) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(rows.shape[1], 64, bias=False),
+            nn.LeakyReLU(0.1),
+            nn.Linear(64, 32, bias=False),
+        )
+        with torch.no_grad():
+            centre = self.layers(rows).mean(dim=0)
+        self.register_buffer("centre", torch.where(centre.abs() < 0.1, 0.1, centre))
+
+    def losses(self, rows: Tensor) -> Tensor:
+        """Mean squared distance of each row, (B,)."""
+        distance: Tensor = (self.layers(rows) - self.centre).square().mean(dim=1)
+        return distance
+
+
+DETECTORS: dict[str, Callable[[Tensor], AutoEncoder | DeepSVDD]] = {
+    "autoencoder": AutoEncoder,
+    "svdd": DeepSVDD,
+}
+
+
+class Task:
+    """A table under a condition.
+
+    Attributes:
+        train: Standardised rows, (N, C).
+        bad: Which of them are anomalies, (N,).
+        test: Standardised rows, (M, C).
+        labels: Which of these are anomalies, (M,).
+        rate: Share of anomalies in training.
+    """
+
+    def __init__(self, path: Path, condition: str, seed: int) -> None:
+        with np.load(path, allow_pickle=False) as file:
+            rows, labels = file["X"].astype(np.float64), file["y"].astype(int)
+        random = np.random.default_rng([seed, zlib.crc32(path.stem.encode())])
+        share = min(1.0, MOST_ROWS / len(rows))
+        train, test = [], []
+        for label in (0, 1):
+            found = random.permutation(np.flatnonzero(labels == label))
+            found = found[: max(2, round(share * len(found)))]
+            cut = round(0.7 * len(found))
+            train.append(found[:cut])
+            test.append(found[cut:])
+        good, bad = train
+        if condition == "clean":
+            bad = bad[:0]
+        elif condition != "as-is":
+            wanted = round(float(condition) / (1 - float(condition)) * len(good))
+            if wanted > len(bad):
+                raise ValueError(f"{path.stem} has too few anomalies for a share of {condition}")
+            bad = bad[:wanted]
+        kept = random.permutation(np.concatenate([good, bad]))
+        judged = np.concatenate(test)
+        mean, deviation = rows[kept].mean(axis=0), rows[kept].std(axis=0)
+        deviation[deviation == 0] = 1
+        scaled = ((rows - mean) / deviation).clip(-20, 20)
+        self.train = torch.from_numpy(scaled[kept]).float()
+        self.bad: Array = labels[kept] == 1
+        self.test = torch.from_numpy(scaled[judged]).float()
+        self.labels: Array = labels[judged] == 1
+        self.rate = float(self.bad.mean())
+        self.seed = seed
+
+
+def trained(
+    task: Task,
+    detector: str,
+    weighter: SoftConfidentWeighter | None = None,
+    *,
+    refit: bool = False,
+    rows: Tensor | None = None,
+) -> AutoEncoder | DeepSVDD:
+    """A detector after 600 steps; with ``rows`` (K,), trained on these alone."""
+    torch.manual_seed(task.seed)
+    model = DETECTORS[detector](task.train)
+    optimizer = CoMetOptimizerWrapper(
+        torch.optim.Adam(model.parameters(), lr=1e-3), weighter=weighter
+    )
+    chosen = torch.arange(len(task.train)) if rows is None else rows
+    batches: list[Tensor] = []
+    for step in range(STEPS):
+        if not batches:
+            batches = list(chosen[torch.randperm(len(chosen))].split(BATCH))
+            if len(batches) > 1 and len(batches[-1]) < BATCH:
+                batches.pop()
+        index = batches.pop()
+        optimizer.zero_grad()
+        optimizer.objective(model.losses(task.train[index]), index).backward()
+        optimizer.step()
+        if refit and weighter is not None and (step + 1) % REFIT_EVERY == 0:
+            weighter.fit(scored(model, task.train))
+    return model
+
+
+@torch.no_grad()
+def scored(model: AutoEncoder | DeepSVDD, rows: Tensor) -> Tensor:
+    """Anomaly scores (N,): the root of the loss, whose tail is shorter."""
+    return torch.cat([model.losses(part) for part in rows.split(4096)]).sqrt().nan_to_num(nan=1e9)
+
+
+def trimming(share: float) -> SoftConfidentWeighter:
+    """Hard trimming of a share as a rule, for rivals."""
+
+    def rule(scores: Tensor) -> Tensor:
+        out = scores.topk(int(np.ceil(share * len(scores)))).indices
+        return torch.ones_like(scores).index_fill(0, out, 0)
+
+    return SoftConfidentWeighter(rule=rule)
+
+
+def kept_by(task: Task, scores: Tensor) -> Tensor:
+    """The rows that stay if those of the highest scores (N,) go, at the true rate."""
+    return scores.argsort()[: len(scores) - round(task.rate * len(scores))]
+
+
+def forest(task: Task) -> Tensor:
+    """Scores (N,) of an isolation forest."""
+    model = IsolationForest(n_estimators=100, random_state=task.seed).fit(task.train.numpy())
+    return torch.from_numpy(-model.score_samples(task.train.numpy())).float()
+
+
+def folding(task: Task, detector: str) -> Tensor:
+    """Mean ranks (N,) by detectors that were trained on other fifths."""
+    fold = torch.arange(len(task.train)) % 5
+    ranks = torch.zeros(len(task.train))
+    for number in range(5):
+        model = trained(task, detector, rows=(fold == number).nonzero().flatten())
+        own = fold == number
+        ranks += scored(model, task.train).argsort().argsort().float() * ~own
+    return ranks
+
+
+def with_prior(task: Task, **options: Any) -> SoftConfidentWeighter:
+    """A weighter with the prior of the rows."""
+    return SoftConfidentWeighter(prior=RowScorer(seed=task.seed)(task.train), **options)
+
+
+Method = Callable[[Task, str], tuple[AutoEncoder | DeepSVDD, SoftConfidentWeighter | None]]
+
+
+def _comet(task: Task, detector: str) -> tuple[Any, SoftConfidentWeighter]:
+    weighter = with_prior(task)
+    return trained(task, detector, weighter), weighter
+
+
+def _comet_rate(task: Task, detector: str) -> tuple[Any, SoftConfidentWeighter]:
+    weighter = with_prior(task, contamination=min(task.rate, 0.49))
+    return trained(task, detector, weighter), weighter
+
+
+def _comet_own(task: Task, detector: str) -> tuple[Any, SoftConfidentWeighter]:
+    weighter = SoftConfidentWeighter(len(task.train))
+    return trained(task, detector, weighter, refit=True), weighter
+
+
+def _trim_own(task: Task, detector: str, rate: float | None = None) -> tuple[Any, None]:
+    return trained(task, detector, trimming(task.rate if rate is None else rate), refit=True), None
+
+
+def _retrain(task: Task, detector: str) -> tuple[Any, None]:
+    scores = scored(trained(task, detector), task.train)
+    q1, q3 = scores.quantile(0.25), scores.quantile(0.75)
+    kept = (scores <= q3 + 1.5 * (q3 - q1)).nonzero().flatten()
+    return trained(task, detector, rows=kept), None
+
+
+METHODS: dict[str, Method] = {
+    "plain": lambda task, detector: (trained(task, detector), None),
+    "oracle": lambda task, detector: (
+        trained(task, detector, rows=torch.from_numpy(np.flatnonzero(~task.bad))),
+        None,
+    ),
+    "comet": _comet,
+    "comet@rate": _comet_rate,
+    "comet-own": _comet_own,
+    "trim-prior@rate": lambda task, detector: (
+        trained(task, detector, rows=kept_by(task, RowScorer(seed=task.seed)(task.train))),
+        None,
+    ),
+    "trim-own@rate": _trim_own,
+    "trim-own@0.1": lambda task, detector: _trim_own(task, detector, 0.1),
+    "forest@rate": lambda task, detector: (
+        trained(task, detector, rows=kept_by(task, forest(task))),
+        None,
+    ),
+    "folding@rate": lambda task, detector: (
+        trained(task, detector, rows=kept_by(task, folding(task, detector))),
+        None,
+    ),
+    "retrain": _retrain,
+}
+
+
+def judged(task: Task, detector: str, method: str) -> Figures:
+    """AUROC on the test rows; of a method with weights also what it left out."""
+    model, weighter = METHODS[method](task, detector)
+    figures = {"AUROC": float(roc_auc_score(task.labels, scored(model, task.test).numpy()))}
+    if weighter is not None:
+        weights = weighter.weights.numpy()
+        figures |= {"mean weight": float(weights.mean()), "proven": weighter.contamination_.low}
+        if task.bad.any():
+            suspicion = weighter.suspicion().nan_to_num(nan=0).numpy()
+            figures["ranking AUROC"] = float(roc_auc_score(task.bad, suspicion))
+    return figures
+
+
+def interval(values: Array, statistic: Callable[[Array], float]) -> str:
+    """A statistic over sets with its 95 % bootstrap interval."""
+    random = np.random.default_rng(0)
+    draws = [statistic(values[random.integers(len(values), size=len(values))]) for _ in range(2000)]
+    low, high = np.nanquantile(draws, [0.025, 0.975])
+    return f"{statistic(values):.3f} ({low:.3f} to {high:.3f})"
+
+
+def by_set(runs: Runs, detector: str, condition: str, method: str, name: str) -> dict[str, float]:
+    """Means over seeds, by set."""
+    found: dict[str, list[float]] = {}
+    for run in runs:
+        key = run["key"]
+        if (key["detector"], key["condition"], key["method"]) == (detector, condition, method):
+            found.setdefault(key["set"], []).append(run["figures"].get(name, np.nan))
+    return {name: float(np.mean(values)) for name, values in found.items()}
+
+
+def summary_row(runs: Runs, detector: str, condition: str, method: str) -> dict[str, str] | None:
+    """A row of the summary; None where runs are missing."""
+    plain = by_set(runs, detector, condition, "plain", "AUROC")
+    oracle = by_set(runs, detector, condition, "oracle", "AUROC")
+    ours = by_set(runs, detector, condition, method, "AUROC")
+    judged_sets = plain if condition == "clean" else oracle
+    sets = sorted(plain.keys() & ours.keys() & judged_sets.keys())
+    if not sets:
+        return None
+    gains = np.array([ours[name] - plain[name] for name in sets])
+    row = {
+        "detector": detector,
+        "training set": condition,
+        "method": method,
+        "sets": str(len(sets)),
+        "AUROC": f"{np.mean([ours[name] for name in sets]):.3f}",
+        "gain over plain": interval(gains, np.mean),
+        "losses > .005": str(int((gains < -0.005).sum())),
+        "worst": f"{gains.min():+.3f} {sets[int(gains.argmin())]}",
+    }
+    if condition != "clean":
+        room = np.array([oracle[name] - plain[name] for name in sets])
+        pairs = np.stack([gains, room], axis=1)
+        row["gap recovered"] = interval(pairs, lambda p: float(p[:, 0].mean() / p[:, 1].mean()))
+        wide = room > 0.02
+        row["median of sets"] = f"{np.median(gains[wide] / room[wide]):.2f}" if wide.any() else ""
+    weights = by_set(runs, detector, condition, method, "mean weight")
+    if weights:
+        row["mean weight, least"] = (
+            f"{np.mean([*weights.values()]):.3f}, {min(weights.values()):.3f}"
+        )
+    return row
+
+
+def draw(runs: Runs, detectors: list[str], conditions: list[str], file: Path) -> None:
+    """One dot a set: plain against CoMet."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    size = (3.4 * len(conditions), 3.4 * len(detectors))
+    figure, axes = plt.subplots(len(detectors), len(conditions), squeeze=False, figsize=size)
+    for detector, line in zip(detectors, axes, strict=True):
+        for condition, axis in zip(conditions, line, strict=True):
+            plain = by_set(runs, detector, condition, "plain", "AUROC")
+            for method, colour in (("comet", "tab:blue"), ("comet@rate", "tab:orange")):
+                ours = by_set(runs, detector, condition, method, "AUROC")
+                sets = sorted(plain.keys() & ours.keys())
+                x, y = [plain[name] for name in sets], [ours[name] for name in sets]
+                axis.scatter(x, y, s=14, color=colour, label=method)
+            axis.plot([0, 1], [0, 1], color="grey", linewidth=0.8)
+            axis.set(xlim=(0.2, 1.02), ylim=(0.2, 1.02), title=f"{detector}, {condition}")
+            axis.set(xlabel="AUROC, plain", ylabel="AUROC, CoMet")
+    axes[0][0].legend(loc="lower right", fontsize=8)
+    figure.tight_layout()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=110)
+
+
+def main() -> None:
+    """Run what is missing, then print the tables."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--folder", type=Path, required=True, help="with .npz tables, at any depth")
+    parser.add_argument("--detectors", nargs="+", choices=DETECTORS, default=list(DETECTORS))
+    parser.add_argument("--conditions", nargs="+", default=["as-is", "clean"])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--half", choices=("a", "b"), help="every other set, by name")
+    parser.add_argument("--shard", default="1/1", help="this process's part of the sets, as 1/4")
+    parser.add_argument("--quick", action="store_true", help="8 sets, seed 0, four methods")
+    parser.add_argument("--out", type=Path, default=Path("docs/results/breadth.jsonl"))
+    parser.add_argument("--picture", type=Path, help="a PNG with one dot a set")
+    options = parser.parse_args()
+    files = sorted(options.folder.rglob("*.npz"), key=lambda file: file.stem)
+    if not files:
+        parser.error(f"no .npz below {options.folder}; expected tables with X and y as in ADBench")
+    if options.quick:
+        files, options.seeds = files[:: max(1, len(files) // QUICK)][:QUICK], [0]
+        options.methods = ["plain", "oracle", "comet", "comet@rate"]
+    if options.half:
+        files = files[options.half == "b" :: 2]
+    part, parts = (int(number) for number in options.shard.split("/"))
+    torch.set_num_threads(1)
+    runs = Runs(options.out)
+    finished = {tuple(sorted(run["key"].items())) for run in runs}
+    for file in files[part - 1 :: parts]:
+        for condition in options.conditions:
+            for seed in options.seeds:
+                try:
+                    task = Task(file, condition, seed)
+                except ValueError as error:
+                    print(f"left out: {error}")
+                    break
+                for detector in options.detectors:
+                    for method in options.methods:
+                        if condition == "clean" and method == "oracle":
+                            continue  # plain training
+                        key = {
+                            "set": file.stem,
+                            "condition": condition,
+                            "detector": detector,
+                            "method": method,
+                            "seed": seed,
+                        }
+                        if tuple(sorted(key.items())) not in finished:
+                            runs.add(key, judged(task, detector, method))
+    rows = [
+        row
+        for detector in options.detectors
+        for condition in options.conditions
+        for method in options.methods
+        if (row := summary_row(runs, detector, condition, method)) is not None
+    ]
+    for condition in options.conditions:
+        print(f"\nTraining sets {condition}\n")
+        print(table([row for row in rows if row["training set"] == condition]))
+    if options.picture:
+        draw(runs, options.detectors, options.conditions, options.picture)
+
+
+if __name__ == "__main__":
+    main()

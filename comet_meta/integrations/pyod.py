@@ -1,0 +1,206 @@
+"""PyOD's deep detectors, trained on data that nobody has cleaned."""
+
+import copy
+import types
+from typing import Any
+
+import numpy.typing as npt
+import torch
+from pyod.models.ae1svm import AE1SVM
+from pyod.models.auto_encoder import AutoEncoder
+from pyod.models.base import BaseDetector
+from pyod.models.deep_svdd import DeepSVDD
+from pyod.models.vae import VAE
+from sklearn.base import clone
+from sklearn.utils.validation import check_array, check_is_fitted
+from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader
+from typing_extensions import Self, override
+
+from comet_meta.comet import CoMet
+from comet_meta.loaders import eval_mode, same_random_numbers, with_batches
+from comet_meta.sampler import ConfidenceSampler
+from comet_meta.weights.weighter import SoftConfidentWeighter
+
+Array = npt.NDArray[Any]
+
+
+class CoMetDetector(BaseDetector):  # type: ignore[misc]
+    """A PyOD deep detector that trusts each training row as far as its score allows.
+
+    The detector's own code trains it. ``AutoEncoder`` and ``VAE`` have a criterion that is called
+    with one row per sample: its losses are weighted. Loss and optimizer of ``DeepSVDD`` and
+    ``AE1SVM`` are out of reach: their rows are drawn by confidence. With weights that are all 1
+    they train to the same bits as PyOD alone.
+
+    The scores that weights are made of are the detector's own, once an epoch. The KL term of a
+    ``VAE`` is limited to ``capacity`` row by row, where PyOD limits its mean.
+
+    Args:
+        detector: An untrained PyOD detector; a clone of it is fitted.
+        contamination: Share of the rows that ``labels_`` and ``threshold_`` take for outliers, in
+            (0, 0.5]. None: the detector's own. It says nothing to the weights, which are found from
+            the scores.
+        weighter: Confidence in each row; by default one with the default rule. It is copied, so
+            that ``fit`` can be called again.
+        warm_up: Epochs before the first weights, >= 1: they mean nothing before the detector has
+            learned something.
+
+    Attributes:
+        detector_: The fitted detector.
+        weights_: Confidence in each training row, shape (N,), in [0, 1].
+        decision_scores_: Anomaly scores of the training rows, shape (N,).
+        threshold_: The score above which a row is an outlier.
+        labels_: 1 for outliers among the training rows, 0 for others, shape (N,).
+
+    Raises:
+        ValueError: If ``contamination`` or ``warm_up`` is out of range.
+        TypeError: In ``fit``, if it isn't one of these detectors.
+
+    Example:
+        >>> from pyod.models.auto_encoder import AutoEncoder
+        >>> rows = np.random.default_rng(0).normal(size=(200, 1)) * [1.0, 2.0, -1.0, 0.5]
+        >>> rows[:10] = [3.0, -3.0, 3.0, 3.0]
+        >>> detector = CoMetDetector(AutoEncoder(epoch_num=5, verbose=0), contamination=0.05)
+        >>> int(detector.fit(rows).labels_[:10].sum())
+        10
+    """
+
+    def __init__(
+        self,
+        detector: BaseDetector,
+        contamination: float | None = None,
+        weighter: SoftConfidentWeighter | None = None,
+        warm_up: int = 1,
+    ) -> None:
+        share = detector.contamination if contamination is None else contamination
+        super().__init__(contamination=share)
+        if warm_up < 1:
+            raise ValueError(f"warm_up is {warm_up}; expected at least 1 epoch before the weights")
+        self.detector = detector
+        self.weighter = weighter
+        self.warm_up = warm_up
+
+    @override
+    def fit(self, X: Array, y: Any = None) -> Self:
+        """Train on the rows.
+
+        Args:
+            X: Shape (N, F).
+            y: Ignored.
+
+        Returns:
+            The detector itself.
+        """
+        rows = check_array(X)
+        self._set_n_classes(y)
+        detector = clone(self.detector)
+        weighter = copy.deepcopy(self.weighter) or SoftConfidentWeighter(len(rows))
+        if isinstance(detector, (AutoEncoder, VAE)):
+            _fit_weighted(detector, rows, weighter, self.warm_up)
+        elif isinstance(detector, (DeepSVDD, AE1SVM)):
+            _fit_drawn(detector, rows, weighter, self.warm_up)
+        else:
+            raise TypeError(
+                f"how a {type(detector).__name__} trains isn't known here; expected an AutoEncoder,"
+                " VAE, DeepSVDD or AE1SVM. Any other loop can draw its rows with "
+                "comet_meta.ConfidenceSampler"
+            )
+        self.detector_ = detector
+        self.weights_ = weighter.weights.numpy().copy()
+        self.decision_scores_ = detector.decision_scores_
+        self._process_decision_scores()
+        return self
+
+    @override
+    def decision_function(self, X: Array) -> Array:
+        """Anomaly scores of rows.
+
+        Args:
+            X: Shape (M, F).
+
+        Returns:
+            Higher = more anomalous, shape (M,).
+        """
+        check_is_fitted(self, "detector_")
+        scores: Array = self.detector_.decision_function(X)
+        return scores
+
+
+def _fit_weighted(
+    detector: AutoEncoder | VAE, rows: Array, weighter: SoftConfidentWeighter, warm_up: int
+) -> None:
+    """Fit a detector whose ``train(loader)`` calls its ``criterion`` on each batch."""
+    plain = detector.criterion
+
+    def train(loader: DataLoader[Any]) -> None:
+        comet = CoMet(
+            loader,
+            detector.optimizer,
+            scores=detector.evaluating_forward,
+            model=detector.model,
+            weighter=weighter,
+            warm_up=warm_up,
+        )
+
+        def criterion(*tensors: Tensor, **settings: Any) -> Tensor:
+            if bool((weighter(comet.index) == 1).all()):
+                whole: Tensor = plain(*tensors, **settings)
+                return whole
+
+            def loss_of(*parts: Tensor) -> Tensor:
+                loss: Tensor = plain(*(part[None] for part in parts), **settings)
+                return loss
+
+            losses: Tensor = torch.vmap(loss_of)(*tensors)
+            return comet.loss(losses)
+
+        detector.criterion = criterion
+        type(detector).train(detector, comet)
+
+    detector.train = train
+    try:
+        detector.fit(rows)
+    finally:
+        del detector.train
+        detector.criterion = plain
+
+
+def _fit_drawn(
+    detector: DeepSVDD | AE1SVM, rows: Array, weighter: SoftConfidentWeighter, warm_up: int
+) -> None:
+    """Fit a detector that makes a shuffling DataLoader of the rows, which has to be replaced."""
+    model_name = "model_" if isinstance(detector, DeepSVDD) else "model"
+
+    def weights() -> Tensor:
+        if sampler.epoch >= warm_up and weighter.prior is None:
+            models = [getattr(detector, model_name)]
+            with eval_mode(models), same_random_numbers(models):
+                weighter.fit(torch.as_tensor(detector.decision_function(rows)).float())
+        trust: Tensor = weighter()
+        return trust
+
+    sampler = ConfidenceSampler(weights, len(rows))
+    if isinstance(detector, DeepSVDD):
+        # DeepSVDD makes the loader within its fit: a fit in which DataLoader means another one.
+        fit = type(detector).fit
+
+        def loader_of(dataset: Any, batch_size: int, shuffle: bool) -> DataLoader[Any]:  # noqa: ARG001
+            return DataLoader(dataset, batch_size=batch_size, sampler=sampler)
+
+        names = {**fit.__globals__, "DataLoader": loader_of}
+        types.FunctionType(fit.__code__, names, "fit", fit.__defaults__, fit.__closure__)(
+            detector, rows
+        )
+        return
+
+    def train(loader: DataLoader[Any]) -> None:
+        size, drop_last = loader.batch_size or 1, loader.drop_last
+        drawn = with_batches(loader, BatchSampler(sampler, size, drop_last))
+        type(detector)._train_autoencoder(detector, drawn)
+
+    detector._train_autoencoder = train
+    try:
+        detector.fit(rows)
+    finally:
+        del detector._train_autoencoder

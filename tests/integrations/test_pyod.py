@@ -1,0 +1,154 @@
+"""PyOD's detectors through the adapter."""
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("pyod.models.deep_svdd", reason='needs pip install "comet-meta[pyod]"')
+
+from pyod.models.ae1svm import AE1SVM
+from pyod.models.auto_encoder import AutoEncoder
+from pyod.models.deep_svdd import DeepSVDD
+from pyod.models.iforest import IForest
+from pyod.models.vae import VAE
+from sklearn.base import clone
+from snippets import run, snippet
+
+from comet_meta import SoftConfidentWeighter
+from comet_meta.integrations import pyod as adapter
+from comet_meta.integrations.pyod import CoMetDetector
+
+N, BAD = 250, 15
+
+
+def rows() -> np.ndarray:
+    generator = np.random.default_rng(0)
+    data = generator.normal(size=(N, 2)) @ generator.normal(size=(2, 6))
+    data += 0.1 * generator.normal(size=(N, 6))
+    data[:BAD] = 2.5 * generator.normal(size=(BAD, 6))
+    return data
+
+
+DETECTORS = {
+    "AutoEncoder": lambda: AutoEncoder(epoch_num=6, hidden_neuron_list=[16, 2], verbose=0),
+    "VAE": lambda: VAE(epoch_num=6, capacity=0.5, verbose=0),
+    "DeepSVDD": lambda: DeepSVDD(
+        n_features=6, epochs=6, learning_rate=1e-2, random_state=0, verbose=0
+    ),
+    "AE1SVM": lambda: AE1SVM(epochs=6, kernel_approx_features=64),
+}
+
+
+def seeded() -> None:
+    torch.manual_seed(7)
+    np.random.seed(7)  # noqa: NPY002
+
+
+def model_of(detector) -> torch.nn.Module:
+    return getattr(detector, "model_", None) or detector.model
+
+
+def unit(scores: torch.Tensor) -> torch.Tensor:
+    return torch.ones_like(scores)
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_unit_weights_train_to_the_same_bits_as_pyod_alone(name):
+    def seeded_detector():
+        seeded()
+        return DETECTORS[name]()
+
+    alone = seeded_detector()
+    seeded()
+    torch.manual_seed(42)
+    alone = clone(alone)  # as the adapter does: some detectors set the seed when they are made
+    alone.fit(rows())
+    robust = CoMetDetector(seeded_detector(), weighter=SoftConfidentWeighter(N, rule=unit))
+    seeded()
+    torch.manual_seed(42)
+    robust.fit(rows())
+    pairs = zip(
+        model_of(alone).state_dict().values(),
+        model_of(robust.detector_).state_dict().values(),
+        strict=True,
+    )
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert np.array_equal(alone.decision_scores_, robust.decision_scores_)
+    assert np.array_equal(alone.labels_, robust.labels_)
+    assert alone.threshold_ == robust.threshold_
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_weights_reach_the_training(name):
+    def trained(rule):
+        seeded()
+        return CoMetDetector(DETECTORS[name](), weighter=SoftConfidentWeighter(N, rule=rule)).fit(
+            rows()
+        )
+
+    def without_the_bad(scores):
+        return (torch.arange(N) >= BAD).float()
+
+    plain, robust = trained(unit), trained(without_the_bad)
+    assert not np.array_equal(plain.decision_scores_, robust.decision_scores_)
+    assert robust.weights_[:BAD].sum() == 0
+
+    def contrast(detector):
+        scores = detector.decision_scores_
+        return scores[:BAD].mean() / scores[BAD:].mean()
+
+    if name != "AE1SVM":  # whose score is signed
+        assert contrast(robust) > contrast(plain)
+
+
+@pytest.mark.parametrize("name", ["AutoEncoder", "VAE"])
+def test_losses_by_sample_make_up_the_plain_loss(name, monkeypatch):
+    """Weights a hair below 1 take the other branch, and come to nearly the same model."""
+    seeded()
+    plain = CoMetDetector(DETECTORS[name](), weighter=SoftConfidentWeighter(N, rule=unit))
+    plain.fit(rows())
+    seeded()
+    near = SoftConfidentWeighter(N, rule=lambda scores: torch.full_like(scores, 1 - 1e-7))
+    detector = DETECTORS[name]()
+    if name == "VAE":
+        plain = CoMetDetector(VAE(epoch_num=6, verbose=0), weighter=plain.weighter).fit(rows())
+        detector = VAE(epoch_num=6, verbose=0)
+    robust = CoMetDetector(detector, weighter=near).fit(rows())
+    assert np.allclose(plain.decision_scores_, robust.decision_scores_, rtol=1e-2)
+    assert not np.array_equal(plain.decision_scores_, robust.decision_scores_)
+
+
+def test_it_is_an_estimator_as_others_are():
+    robust = CoMetDetector(DETECTORS["AutoEncoder"](), contamination=0.05, warm_up=2)
+    assert clone(robust).get_params()["contamination"] == 0.05
+    assert clone(robust).set_params(detector__epoch_num=3).detector.epoch_num == 3
+    data = rows()
+    robust.fit(data)
+    assert abs(robust.labels_.sum() - 0.05 * N) <= 1
+    assert np.array_equal(robust.labels_ == 1, robust.decision_scores_ > robust.threshold_)
+    assert np.array_equal(robust.decision_function(data), robust.decision_scores_)
+    assert robust.predict(data[:4]).shape == (4,)
+    assert robust.predict_proba(data[:4]).shape == (4, 2)
+    loaded = pickle.loads(pickle.dumps(robust))
+    assert np.array_equal(loaded.decision_function(data), robust.decision_scores_)
+    assert not hasattr(robust.detector, "model")  # it was a clone that was fitted
+
+
+def test_what_cannot_be_adapted_is_refused():
+    with pytest.raises(TypeError, match="ConfidenceSampler"):
+        CoMetDetector(IForest()).fit(rows())
+    with pytest.raises(ValueError, match="warm_up is 0"):
+        CoMetDetector(DETECTORS["VAE"](), warm_up=0)
+    with pytest.raises(ValueError, match="contamination"):
+        CoMetDetector(DETECTORS["VAE"](), contamination=0.7)
+    assert adapter.DataLoader is torch.utils.data.DataLoader
+
+
+def test_the_page(monkeypatch):
+    names = run("docs/integrations/pyod.md", "pyod", {"X": rows()})
+    assert names["labels"].sum() >= 10
+    assert snippet("docs/integrations/pyod.md", "svdd")
+    names = run("docs/integrations/pyod.md", "svdd", names)
+    assert names["detector"].weights_.shape == (N,)

@@ -1,0 +1,72 @@
+"""skorch nets with the callback."""
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("skorch", reason='needs pip install "comet-meta[skorch]"')
+
+from skorch import NeuralNet
+from snippets import run
+
+from comet_meta import SoftConfidentWeighter
+from comet_meta.integrations.skorch import CoMetCallback
+
+LINE = torch.tensor([1.0, 2.0, -1.0, 0.5])
+
+
+def rows() -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    data = torch.randn(300, 1, generator=generator) * LINE
+    data[:15] = torch.tensor([2.0, -1.0, 2.0, 2.0]) * torch.randn(15, 1, generator=generator).sign()
+    return data + 0.1 * torch.randn(300, 4, generator=generator)
+
+
+class Autoencoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.Linear(4, 1), nn.Linear(1, 4))
+
+    def forward(self, batch):
+        return self.body(batch)
+
+
+def net(callback, reduction, **settings) -> NeuralNet:
+    return NeuralNet(
+        Autoencoder, nn.MSELoss, criterion__reduction=reduction, max_epochs=3, lr=0.1, verbose=0,
+        iterator_train__shuffle=True, callbacks=callback and [("comet", callback)], **settings,
+    )  # fmt: skip
+
+
+def trained(callback, reduction, **settings):
+    torch.manual_seed(4)
+    return net(callback, reduction, **settings).fit(rows(), rows())
+
+
+@pytest.mark.parametrize("split", [{}, {"train_split": None}])
+def test_unit_weights_train_as_skorch_alone(split):
+    size = 300 if split else 240
+    unit = SoftConfidentWeighter(size, rule=torch.ones_like)
+    ours = trained(CoMetCallback(weighter=unit), "none", **split)
+    theirs = trained(None, "mean", **split)
+    for a, b in zip(ours.module_.parameters(), theirs.module_.parameters(), strict=True):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-7)
+    if not split:
+        assert ours.history[-1]["valid_loss"] == pytest.approx(theirs.history[-1]["valid_loss"])
+    assert "get_loss" not in vars(ours)
+
+
+def test_weights_reach_the_training():
+    none = SoftConfidentWeighter(300, rule=lambda scores: (scores < 0).float())
+    ours = trained(CoMetCallback(weighter=none), "none", train_split=None)
+    losses = ours.history[:, "train_loss"]
+    assert losses[0] > 0
+    assert losses[1:] == [0, 0]
+
+
+def test_the_page():
+    torch.manual_seed(0)
+    names = {"X": rows(), "Autoencoder": Autoencoder}
+    names = run("docs/integrations/skorch.md", "skorch", names)
+    assert (names["suspects"][:15] < 15).sum() >= 13

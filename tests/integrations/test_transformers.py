@@ -1,0 +1,95 @@
+"""Hugging Face's Trainer with weights."""
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason='needs pip install "comet-meta[transformers]"')
+
+from snippets import run
+from transformers import Trainer, TrainingArguments
+
+from comet_meta import SoftConfidentWeighter
+from comet_meta.integrations.transformers import CoMetTrainer, WithPositions
+
+LINE = torch.tensor([1.0, 2.0, -1.0, 0.5])
+
+
+def samples() -> list[dict]:
+    generator = torch.Generator().manual_seed(0)
+    data = torch.randn(300, 1, generator=generator) * LINE
+    data[:15] = torch.tensor([2.0, -1.0, 2.0, 2.0]) * torch.randn(15, 1, generator=generator).sign()
+    data += 0.1 * torch.randn(300, 4, generator=generator)
+    return [{"values": row} for row in data]
+
+
+class Detector(torch.nn.Module):
+    """As a user of the plain Trainer has it, with losses by sample beside their mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = torch.nn.Sequential(torch.nn.Linear(4, 1), torch.nn.Linear(1, 4))
+
+    def forward(self, values):
+        losses = (self.body(values) - values).square().mean(dim=1)
+        return {"loss": losses.mean(), "losses": losses}
+
+
+def arguments(folder, **settings) -> TrainingArguments:
+    return TrainingArguments(
+        str(folder), num_train_epochs=3, learning_rate=1e-2, per_device_train_batch_size=16,
+        report_to="none", save_strategy="no", disable_tqdm=True, use_cpu=True,
+        **({"remove_unused_columns": False} | settings),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", [{}, {"gradient_accumulation_steps": 2}])
+def test_unit_weights_train_as_the_trainer_alone(tmp_path, settings):
+    unit = SoftConfidentWeighter(300, rule=torch.ones_like)
+    ours = CoMetTrainer(
+        Detector(), arguments(tmp_path, **settings), train_dataset=samples(), weighter=unit
+    )
+    theirs = Trainer(Detector(), arguments(tmp_path, **settings), train_dataset=samples())
+    for trainer in (ours, theirs):
+        trainer.train()
+    pairs = zip(ours.model.parameters(), theirs.model.parameters(), strict=True)
+    assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-7) for a, b in pairs)
+    assert unit.scores.isfinite().all()
+
+
+def test_weights_reach_the_training(tmp_path):
+    none = SoftConfidentWeighter(300, rule=torch.zeros_like)
+    none.fit(torch.arange(300.0))
+    trainer = CoMetTrainer(
+        Detector(), arguments(tmp_path), train_dataset=samples(), eval_dataset=samples(),
+        weighter=none,
+    )  # fmt: skip
+    before = [p.clone() for p in trainer.model.parameters()]
+    trainer.train()
+    pairs = zip(before, trainer.model.parameters(), strict=True)
+    assert all(torch.equal(a, b.cpu()) for a, b in pairs)
+    assert trainer.evaluate()["eval_loss"] > 0.1
+
+
+def test_what_does_not_work_is_said(tmp_path):
+    with pytest.raises(ValueError, match="remove_unused_columns=False"):
+        CoMetTrainer(Detector(), arguments(tmp_path, remove_unused_columns=True))
+    with pytest.raises(ValueError, match="warm_up is 0"):
+        CoMetTrainer(Detector(), arguments(tmp_path), warm_up=0)
+    with pytest.raises(TypeError, match="no positions"):
+        WithPositions(iter([]))
+
+    class Scalar(Detector):
+        def forward(self, values):
+            return {"loss": super().forward(values)["loss"]}
+
+    with pytest.raises(ValueError, match="no losses by sample"):
+        CoMetTrainer(Scalar(), arguments(tmp_path), train_dataset=samples()).train()
+
+
+def test_the_page(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    names = {"train_set": samples(), "torch": torch, "__name__": "docs"}
+    names = run("docs/integrations/transformers.md", "transformers", names)
+    assert (names["suspects"][:15] < 15).sum() >= 13

@@ -1,0 +1,25 @@
+"""Steps, not epochs, on an endless stream of batches."""
+
+import torch
+from data import rows
+from torch import nn
+from torch.utils.data import DataLoader
+
+
+def endless(loader):
+    while True:
+        yield from loader
+
+
+torch.manual_seed(0)
+model = nn.Sequential(nn.Linear(4, 1), nn.Linear(1, 4))
+optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+loader = DataLoader(rows(), batch_size=16, shuffle=True, drop_last=True)
+batches = endless(loader)
+for step in range(300):
+    batch = next(batches)
+    losses = (model(batch) - batch).square()
+    loss = losses.mean()
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
