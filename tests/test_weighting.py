@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from comet_meta.weights.mixture import Mixture, summary
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
