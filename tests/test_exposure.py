@@ -119,7 +119,7 @@ def test_only_proven_samples_are_taken_for_bad():
     scores = torch.cat([torch.randn(360, generator=generator), torch.linspace(8, 10, 40)])
     soft = trimmed_weights(scores)
     low = estimate(scores).low
-    # Bad samples stand apart: next to nobody else is called bad, and as many are as the scores prove.
+    # Next to nobody but the bad ones is called bad, and as many are as the scores prove.
     assert low > 0.05
     assert float(soft.anomalous.sum()) == pytest.approx(400 * low, abs=1e-3)
     assert float(soft.anomalous[360:].mean()) > 0.5
