@@ -4,7 +4,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import Any, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -151,46 +151,34 @@ def patchwise(trial: Trial) -> Figures:
 def chosen(
     scorer: MemoryScorer | None = None,
     *,
-    spare: float = 0.5,
+    contamination: float | Literal["auto"] | None = "auto",
     exposure: float = 0.5,
-    convinced: bool = False,
 ) -> Variant:
     """The examples' ``"comet"`` with other settings.
 
     Args:
         scorer: Makes the prior.
-        spare: Share of the highest scores that gets weight 0 where the fit is in full doubt.
+        contamination: What the weighter is told; None for the true share.
         exposure: What losses of likely bad pictures taken as anomalous count.
-        convinced: Take it for certain that there are bad pictures, whatever the evidence.
     """
 
-    def optimizer_for(
-        detector: Detector, data: FeatureRows, _: TrainingSettings
-    ) -> CoMetOptimizerWrapper:
-        weighter = SoftConfidentWeighter(
-            prior=memory_prior(data.batches(), len(data), scorer), spare=spare
-        )
-        if convinced:
-            convince(weighter)
-        return CoMetOptimizerWrapper(
-            detector.optimizers(),
-            weighter=weighter,
-            exposure=exposure,
-            model=cast("nn.Module", detector),
-        )
+    def run(trial: Trial) -> Figures:
+        told = float(trial.bad.mean()) if contamination is None else contamination
 
-    return lambda trial: trained(as_comet(trial), optimizer_for)
+        def optimizer_for(
+            detector: Detector, data: FeatureRows, _: TrainingSettings
+        ) -> CoMetOptimizerWrapper:
+            prior = memory_prior(data.batches(), len(data), scorer)
+            return CoMetOptimizerWrapper(
+                detector.optimizers(),
+                weighter=SoftConfidentWeighter(prior=prior, contamination=told),
+                exposure=exposure,
+                model=cast("nn.Module", detector),
+            )
 
+        return trained(as_comet(trial), optimizer_for)
 
-def convince(weighter: SoftConfidentWeighter) -> None:
-    """Change weights and probabilities to what they are where there are bad samples for certain.
-
-    The spared samples have the weight 1 - P(there are any), of which the others' are multiples.
-    """
-    # Not 0 where nobody has lost weight, and nothing changes.
-    there_are_bad = (1 - weighter.weights.min()).clamp_min(torch.finfo(torch.float32).tiny)
-    weighter.weights.sub_(1).div_(there_are_bad).add_(1)
-    weighter.anomalous.div_(there_are_bad)
+    return run
 
 
 def scored(
@@ -288,9 +276,9 @@ SCORES: dict[str, Variant] = {
 CHOICES: dict[str, Variant] = {
     "no-exposure": chosen(exposure=0.0),
     "exposure-1": chosen(exposure=1.0),
-    "spare-0": chosen(spare=0.0),
-    "spare-0.3": chosen(spare=0.3),
-    "false-alarm": chosen(convinced=True),
+    "contamination@true": chosen(contamination=None),
+    "contamination@0.1": chosen(contamination=0.1),
+    "false-alarm": chosen(contamination=0.2),
     "one-product": chosen(MemoryScorer(scale=math.inf)),
     "patches": patchwise,
 }

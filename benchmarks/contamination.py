@@ -57,7 +57,7 @@ GROUPS: dict[str, dict[str, Variant]] = {
         "loe-soft@true": latent_outlier_exposure(0.5, None),
         "loe-soft@0.1": latent_outlier_exposure(0.5, 0.1),
         "filter-iqr": filter_and_retrain("hard"),
-        "filter-posterior": filter_and_retrain("posterior"),
+        "filter-trimmed": filter_and_retrain("trimmed"),
     },
     "banks": {
         "patchcore-random": memory_bank(random_memory),

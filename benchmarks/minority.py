@@ -13,6 +13,7 @@ import argparse
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -45,7 +46,12 @@ def main() -> None:
     )
     parser.add_argument("--shares", nargs="+", type=float, default=[0.05, 0.15, 0.3])
     parser.add_argument("--noise", nargs="+", type=float, default=[0.0, 0.1])
-    parser.add_argument("--spare", type=float, default=0.5, help="of the weighter")
+    parser.add_argument(
+        "--contamination",
+        type=share_or_auto,
+        default="auto",
+        help="of the weighter: a share or auto",
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--train", choices=sorted(DETECTORS), help="what to train")
     options = parser.parse_args()
@@ -58,7 +64,7 @@ def main() -> None:
                 features, bad, minor = folder(bench, share, noise, seed)
                 for name, scorer in _SCORERS.items():
                     prior = memory_prior([[features]], len(features), scorer)
-                    found[name].append(figures(prior, bad, minor, options.spare))
+                    found[name].append(figures(prior, bad, minor, options.contamination))
             rows += [
                 {"variant": f"{share:.0%}", "bad": f"{noise:.0%}", "prior": name}
                 | {figure: spread([run[figure] for run in runs], 2) for figure in runs[0]}
@@ -68,6 +74,11 @@ def main() -> None:
     if options.train:
         print()
         print(table(list(trained_rows(bench, options))))
+
+
+def share_or_auto(text: str) -> float | Literal["auto"]:
+    """The option's value."""
+    return "auto" if text == "auto" else float(text)
 
 
 def trained_rows(bench: Benchmark, options: argparse.Namespace) -> Iterator[dict[str, str]]:
@@ -151,9 +162,11 @@ def _kinds(bench: Benchmark, noise: float, seed: int) -> Iterator[tuple[Tensor, 
         yield torch.cat(features), torch.from_numpy(bad_samples(samples))
 
 
-def figures(prior: Tensor, bad: Tensor, minor: Tensor, spare: float) -> dict[str, float]:
+def figures(
+    prior: Tensor, bad: Tensor, minor: Tensor, contamination: float | Literal["auto"]
+) -> dict[str, float]:
     """Mean weights of good cells of either kind and of bad ones, and the AUROC of the prior."""
-    weighter = SoftConfidentWeighter(prior=prior, spare=spare)
+    weighter = SoftConfidentWeighter(prior=prior, contamination=contamination)
     weights = weighter.weights
     result = {
         "weight of the others": float(weights[~bad & ~minor].mean()),

@@ -1,20 +1,20 @@
-"""What is known of each training set before training, by its prior and the mixture fitted to it.
+"""What is known of each training set before training, by its prior alone.
 
-For each data set and share of bad pictures: the gain in log-likelihood of the mixture over a normal
-density alone (in nats; the weights react from 5), its doubt (of those it takes for bad, the share
-it expects to be good), mean weights of the good and of the bad by the fit and in training, where by
-its doubt more are spared, their mean P(bad) in training, and how well the prior tells them apart
-(AUROC). Means over seeds (draws of the bad). Then: how often normally distributed scores alone gain
-5 nats and more.
+For each data set and share of bad pictures: how many draws have evidence that some are bad, the
+share that the scores prove (low), the estimate, and the share of all pictures in the region that
+holds too many (high, over the draws with evidence). Then mean weights of the good and of the bad,
+their mean P(bad), and how well the prior tells them apart (AUROC). Means over seeds (draws of the
+bad). Below: how often clean scores of several kinds seem to prove that some are bad.
 """
 
 import argparse
+import math
+from collections.abc import Callable, Iterable
 
 import torch
 from comet_examples.datasets import bad_samples
 from comet_examples.metrics import curation_metrics
 from comet_examples.report import table
-from comet_meta.weights.mixture import Mixture, summary
 from grid import Benchmark
 from runs import spread
 from torch import Tensor
@@ -22,7 +22,15 @@ from torch import Tensor
 from comet_meta import SoftConfidentWeighter
 from comet_meta.vision.backbones import DEFAULT_BACKBONE
 from comet_meta.vision.picture_prior import memory_prior
-from comet_meta.weights.rules import standardized
+from comet_meta.weights.rules import estimate
+
+# From rows of four independent normal numbers.
+_CLEAN: dict[str, Callable[[Tensor], Tensor]] = {
+    "normal": lambda x: x[:, 0],
+    "squared error": lambda x: x[:, 0].square(),
+    "mean of four squared errors": lambda x: x.square().mean(dim=1),
+    "lognormal": lambda x: (0.6 * x[:, 0]).exp(),
+}
 
 
 def main() -> None:
@@ -43,27 +51,33 @@ def main() -> None:
             runs = [figures(bench, task, noise, seed) for seed in options.seeds]
             rows.append(
                 {"data set": task, "bad": f"{noise:.0%}"}
-                | {name: spread([run[name] for run in runs], 2) for name in runs[0]}
+                | {name: spread_known(run[name] for run in runs) for name in runs[0]}
             )
     print(table(rows))
     print()
-    print(table([false_alarms(size) for size in (50, 100, 400, 2000)]))
+    print(table([false_alarms(kind, size) for kind in _CLEAN for size in (50, 400, 2000)]))
 
 
-def false_alarms(size: int, draws: int = 1000) -> dict[str, str | float]:
-    """How often there seem to be bad samples among so many normal ones, and the doubt then."""
+def false_alarms(kind: str, size: int, draws: int = 200) -> dict[str, str | float]:
+    """How often there seem to be bad samples among so many clean ones, and how many then."""
     generator = torch.Generator().manual_seed(0)
-    doubts = []
-    for _ in range(draws):
-        mixture, values, counts = fit(torch.randn(size, generator=generator))
-        if mixture.evidence(values, counts) > 0.5:
-            doubts.append(float(mixture.doubt(values, counts)))
+    lows = [
+        estimate(_CLEAN[kind](torch.randn(size, 4, generator=generator))).low for _ in range(draws)
+    ]
+    alarms = [low for low in lows if low > 0]
     return {
-        "normal scores": str(size),
+        "clean scores": kind,
+        "samples": str(size),
         "draws": str(draws),
-        "false alarms": f"{len(doubts) / draws:.1%}",
-        "doubt": spread(doubts, 2),
+        "false alarms": f"{len(alarms) / draws:.1%}",
+        "low": spread_known(alarms),
     }
+
+
+def spread_known(values: Iterable[float]) -> str:
+    """Spread of those values that are not NaN; a dash where all are."""
+    known = [value for value in values if not math.isnan(value)]
+    return spread(known, 2) if known else "-"
 
 
 def figures(bench: Benchmark, task: str, noise: float, seed: int) -> dict[str, float]:
@@ -72,28 +86,22 @@ def figures(bench: Benchmark, task: str, noise: float, seed: int) -> dict[str, f
     samples = experiment.split(noise, seed).train
     bad = torch.from_numpy(bad_samples(samples))
     prior = memory_prior(experiment.rows(samples).batches(), len(samples))
-    mixture, values, counts = fit(prior)
-    by_fit = SoftConfidentWeighter(prior=prior, spare=0.0)
-    training = SoftConfidentWeighter(prior=prior)
+    weighter = SoftConfidentWeighter(prior=prior)
+    found = weighter.contamination_
     result = {
         "pictures": float(len(samples)),
-        "gain": float(mixture.gain(values, counts)),
-        "doubt": float(mixture.doubt(values, counts)),
+        "evidence": float(found.low > 0),
+        "low": found.low,
+        "estimate": found.estimate,
+        "high": found.high,
     }
     for kind, chosen in {"good": ~bad, "bad": bad}.items():
         if chosen.any():
-            result[f"weight of {kind} by the fit"] = float(by_fit.weights[chosen].mean())
-            result[f"{kind} in training"] = float(training.weights[chosen].mean())
-            result[f"P(bad) of {kind}"] = float(training.anomalous[chosen].mean())
+            result[f"weight of {kind}"] = float(weighter.weights[chosen].mean())
+            result[f"P(bad) of {kind}"] = float(weighter.anomalous[chosen].mean())
     if bad.any():
         result["AUROC"] = curation_metrics(prior.numpy(), bad.numpy())["AUROC"]
     return result
-
-
-def fit(scores: Tensor) -> tuple[Mixture, Tensor, Tensor]:
-    """The mixture of scores (N,), and the values (M,) and counts (M,) that it was fitted to."""
-    values, counts = summary(standardized(scores))
-    return Mixture.fitted(values, counts, values[-1]), values, counts
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ last training found suspect.
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import cast
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -181,11 +181,14 @@ def latent_outlier_exposure(label: float, rate: float | None) -> Variant:
     return run
 
 
-def filter_and_retrain(rule: RuleName, rounds: int = 3) -> Variant:
+def filter_and_retrain(
+    rule: RuleName, contamination: float | Literal["auto"] = "auto", rounds: int = 3
+) -> Variant:
     """Train anew without the pictures that the last training's scores make suspect.
 
     Args:
-        rule: Weight below 1/2 is suspect: ``"hard"`` for a box plot's fence, or ``"posterior"``.
+        rule: Weight below 1/2 is suspect: ``"hard"`` for a box plot's fence, or ``"trimmed"``.
+        contamination: Of the weighter, for ``"trimmed"``.
         rounds: Trainings in all, >= 2.
     """
 
@@ -202,7 +205,7 @@ def filter_and_retrain(rule: RuleName, rounds: int = 3) -> Variant:
             )
             used = kept
             scores = own_scores(training.detector, experiment.rows(samples), experiment.device)
-            weighter = SoftConfidentWeighter(rule=rule)
+            weighter = SoftConfidentWeighter(rule=rule, contamination=contamination)
             weighter.fit(scores)
             kept = weighter.weights >= 0.5
         return judged(trial, training.detector) | curation_figures(

@@ -23,7 +23,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--samples", type=int, default=10_000_000)
-    parser.add_argument("--rules", nargs="+", choices=get_args(RuleName), default=["posterior"])
+    parser.add_argument("--rules", nargs="+", choices=get_args(RuleName), default=["trimmed"])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()

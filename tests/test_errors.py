@@ -151,8 +151,16 @@ def test_state_of_another_make_up():
 
 WEIGHTER = {
     "no samples": (lambda: SoftConfidentWeighter(0), "num_samples is 0"),
-    "rule": (lambda: SoftConfidentWeighter(8, rule="soft"), "'posterior', 'hard', 'ratio'"),
+    "rule": (lambda: SoftConfidentWeighter(8, rule="soft"), "'trimmed', 'hard', 'ratio'"),
     "kappa": (lambda: SoftConfidentWeighter(8, kappa=-1), "kappa is -1"),
+    "contamination": (
+        lambda: SoftConfidentWeighter(8, contamination=0.5),
+        r"contamination is 0.5; expected a share in \[0, 0.5\), or 'auto'",
+    ),
+    "contamination by a word": (
+        lambda: SoftConfidentWeighter(8, contamination="much"),
+        r"contamination is 'much'; expected a share",
+    ),
     "momentum": (lambda: SoftConfidentWeighter(8, momentum=1.0), "momentum is 1.0"),
     "patch scores": (
         lambda: SoftConfidentWeighter(8).fit(torch.randn(8, 4, 4)),

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from comet_meta import CoMetOptimizerWrapper, CovarianceMetaRegularizer, SoftConfidentWeighter
-from comet_meta.weights.rules import hard_weights, posterior_weights, ratio_weights
+from comet_meta.weights.rules import estimate, hard_weights, ratio_weights, trimmed_weights
 
 MODES = ("none", "mldg", "fomaml", "maml", "reptile")
 DATA = torch.randn(16, 4, generator=torch.Generator().manual_seed(0))
@@ -114,30 +114,39 @@ def test_other_shapes_and_factors_get_a_sentence():
         wrapped([theta], exposure=-1)
 
 
-def test_probabilities_are_those_of_the_rule():
+def test_only_proven_samples_are_taken_for_bad():
     generator = torch.Generator().manual_seed(0)
-    scores = torch.cat([torch.randn(90, generator=generator), torch.full((10,), 9.0)])
-    soft = posterior_weights(scores)
-    # Bad samples stand apart: nobody else is called bad.
-    assert float(soft.anomalous[90:].min()) > 0.99
-    assert float(soft.anomalous[:90].mean()) < 0.1
-    unspared = posterior_weights(scores, spare=0.0)
-    torch.testing.assert_close(unspared.anomalous, 1 - unspared.weights)
+    scores = torch.cat([torch.randn(360, generator=generator), torch.linspace(8, 10, 40)])
+    soft = trimmed_weights(scores)
+    low = estimate(scores).low
+    # Next to nobody but the bad ones is called bad, and as many are as the scores prove.
+    assert low > 0.05
+    assert float(soft.anomalous.sum()) == pytest.approx(400 * low, abs=1e-3)
+    assert float(soft.anomalous[360:].mean()) > 0.5
+    assert float(soft.anomalous[:360].sum()) < 0.1
 
 
-def test_half_of_the_spared_samples_are_taken_for_bad():
+def test_the_twentieth_left_out_without_evidence_is_not_taken_for_bad():
+    scores = torch.randn(400, generator=torch.Generator().manual_seed(0))
+    soft = trimmed_weights(scores)
+    assert float((1 - soft.weights).sum()) == pytest.approx(20, abs=1e-3)
+    assert soft.anomalous.tolist() == [0] * 400
+
+
+def test_of_a_given_share_that_is_taken_for_bad_and_a_twentieth_more_left_out():
     generator = torch.Generator().manual_seed(0)
     normal = torch.randn(280, generator=generator)
     scores = torch.cat([normal, 1.8 + 1.4 * torch.randn(120, generator=generator)])
-    soft, unspared = posterior_weights(scores), posterior_weights(scores, spare=0.0)
-    spared = soft.weights < unspared.weights
-    exposed = soft.anomalous > unspared.anomalous
-    assert int(exposed.sum()) > 30
-    assert int(spared.sum()) == pytest.approx(2 * int(exposed.sum()), abs=1)
-    assert bool(spared[exposed].all())
-    assert scores[exposed].min() > scores[spared & ~exposed].max()
-    assert bool((soft.anomalous <= 1 - soft.weights).all())
-    torch.testing.assert_close(soft.anomalous[~spared], 1 - soft.weights[~spared])
+    soft = trimmed_weights(scores, contamination=0.3)
+    left_out, exposed = 1 - soft.weights, soft.anomalous
+    assert float(exposed.sum()) == pytest.approx(120, abs=1e-3)
+    assert float(left_out.sum()) == pytest.approx(140, abs=1e-3)
+    assert bool((exposed <= left_out + 1e-6).all())
+    # Both go by the score: the highest ones first.
+    order = scores.argsort(descending=True)
+    assert bool((exposed[order].diff() <= 0).all())
+    assert exposed[order[:90]].tolist() == pytest.approx([1] * 90)  # 3/4 of 120
+    assert exposed[order[150:]].tolist() == [0] * 250  # 5/4 of it
 
 
 def test_the_other_rules_take_for_bad_what_weights_lack():
@@ -150,15 +159,16 @@ def test_the_other_rules_take_for_bad_what_weights_lack():
 
 def test_a_weighter_keeps_and_restores_probabilities():
     scores = torch.cat([torch.linspace(0, 1, 50), torch.full((5,), 9.0)])
-    weighter = SoftConfidentWeighter()
+    weighter = SoftConfidentWeighter(contamination=5 / 55)
     weighter.fit(scores)
     assert float(weighter.anomalous[50:].min()) > 0.9
     assert float(weighter.anomalous[:50].max()) < 0.5
     restored = SoftConfidentWeighter()
     restored.load_state_dict(weighter.state_dict())
     assert torch.equal(restored.anomalous, weighter.anomalous)
-    unseen = SoftConfidentWeighter(60)
+    unseen = SoftConfidentWeighter(60, contamination=5 / 55)
     unseen.update(torch.arange(55), scores)
     unseen.fit()
+    assert torch.equal(unseen.anomalous[:55], weighter.anomalous)
     assert unseen.anomalous[55:].tolist() == [0] * 5
     assert SoftConfidentWeighter(3).anomalous.tolist() == [0, 0, 0]

@@ -1,31 +1,28 @@
-"""Weights: golden values, invariants, and agreement with an independent mixture fit."""
-
-import math
+"""Weights: golden values, invariants, streaming, priors and settings."""
 
 import numpy as np
 import pytest
 import torch
-from comet_meta.weights.mixture import Mixture, summary
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.optimize import minimize
-from scipy.stats import norm
 
 from comet_meta import SoftConfidentWeighter
 from comet_meta.weights.rules import (
+    TRIMMED,
+    estimate,
     hard_weights,
     iqr_threshold,
-    posterior_weights,
     quantile,
     ratio_weights,
     standardized,
+    trimmed_weights,
 )
 
-NAMED = ("posterior", "hard", "ratio")
-AFFINE = ("posterior", "hard")
+NAMED = ("trimmed", "hard", "ratio")
+AFFINE = ("trimmed", "hard")
 
 
-def fitted(scores: torch.Tensor, rule: str = "posterior", **settings: float) -> torch.Tensor:
+def fitted(scores: torch.Tensor, rule: str = "trimmed", **settings: float) -> torch.Tensor:
     weighter = SoftConfidentWeighter(len(scores), rule=rule, **settings)
     weighter.fit(scores)
     return weighter()
@@ -96,40 +93,49 @@ def test_the_hard_rule_by_hand():
     assert fitted(scores, "hard").tolist() == [1, 1, 1, 1, 0, 1, 1, 1, 1, 1]
 
 
-def test_the_posterior_equals_an_independent_mixture_fit():
+def ramp(scores: np.ndarray, share: float) -> np.ndarray:
+    """Weights of distinct scores by rank, the ramp integrated numerically over each rank."""
+    count, steps = len(scores), 2000
+    ranks = np.argsort(np.argsort(-scores))
+    inside = (ranks[:, None] + (np.arange(steps) + 0.5) / steps) / count
+    return np.clip((inside - 0.75 * share) / (0.5 * share), 0, 1).mean(1)
+
+
+def test_the_trimmed_weights_equal_an_independent_count_of_ranks():
     generator = np.random.default_rng(0)
-    scores = np.concatenate([generator.normal(0, 1, 400), generator.uniform(1, 12, 60)])
-    low, high = np.sort(scores)[(len(scores) - 1) // 2], scores.max()
-
-    def densities(parameters):
-        share, mean, log_std = parameters
-        normal = share * norm.pdf(scores, mean, np.exp(log_std))
-        return normal, (1 - share) * ((scores >= low) / (high - low))
-
-    best = minimize(
-        lambda parameters: -np.log(sum(densities(parameters))).sum(),
-        x0=[0.8, 0.0, 0.0],
-        method="Nelder-Mead",
-        options={"xatol": 1e-8, "fatol": 1e-8, "maxiter": 4000},
-    ).x
-    normal, uniform = densities(best)
-    expected = normal / (normal + uniform)
-    found = posterior_weights(torch.from_numpy(scores)).weights.numpy()
-    above = scores > best[1]
-    np.testing.assert_allclose(found[above], np.minimum(expected[above], found.max()), atol=0.01)
-    # Up to the centre, a lower score is never more suspect.
-    assert (found[~above] == found.max()).all()
+    scores = np.concatenate([generator.normal(0, 1, 400), generator.uniform(8, 12, 60)])
+    tensor = torch.from_numpy(scores)
+    low = estimate(tensor).low
+    assert 0.05 < low < 60 / 460
+    for weighting, bad in (
+        (trimmed_weights(tensor), low),
+        (trimmed_weights(tensor, 0.3), 0.3),
+    ):
+        np.testing.assert_allclose(weighting.weights, ramp(scores, bad + TRIMMED), atol=1e-4)
+        np.testing.assert_allclose(weighting.anomalous, 1 - ramp(scores, bad), atol=1e-4)
+        trusted = scores[ramp(scores, bad + TRIMMED) >= 0.5]
+        assert float(weighting.threshold) == trusted.max()
 
 
 @pytest.mark.parametrize("share", [0.1, 0.2, 0.4])
-def test_the_posterior_separates_two_modes_up_to_forty_per_cent(share):
+def test_two_modes_are_separated_where_the_share_is_known(share):
     generator = torch.Generator().manual_seed(1)
     bad = int(share * 500)
     scores = torch.randn(500, generator=generator)
     scores[:bad] += 6
-    weights = fitted(scores)
+    weights = fitted(scores, contamination=share)
     assert weights[:bad].mean() < 0.1
     assert weights[bad:].mean() > 0.9
+
+
+@pytest.mark.parametrize("share", [0.1, 0.2])
+def test_two_modes_are_told_apart_by_the_scores_alone(share):
+    scores = torch.randn(2000, generator=torch.Generator().manual_seed(1))
+    bad = int(share * 2000)
+    scores[:bad] += 6
+    weights = fitted(scores)
+    assert weights[:bad].mean() < 0.2
+    assert weights[bad:].mean() > 0.95
 
 
 @pytest.mark.parametrize("rule", NAMED)
@@ -148,19 +154,19 @@ def test_equal_or_too_few_scores_tell_nothing(rule):
     ids=["squared errors", "log-normal", "normal"],
 )
 def test_clean_scores_keep_their_weight_even_with_a_heavy_tail(scores):
-    assert fitted(scores, spare=0.0).mean() > 0.9
-    # By the fit's doubt about the highest ones a tenth is spared, by default about a quarter.
-    assert fitted(scores, spare=0.2).mean() > 0.85
-    assert fitted(scores).mean() > 0.7
+    # A twentieth of them is left out, whatever the tail looks like.
+    assert float(fitted(scores).mean()) == pytest.approx(0.95, abs=1e-4)
 
 
 def test_bad_samples_stand_out_from_squared_errors():
     generator = torch.Generator().manual_seed(0)
     errors = torch.randn(500, generator=generator).square()
     errors[:50] = 15 + 15 * torch.rand(50, generator=generator)
-    weights = fitted(errors)
-    assert weights[:50].mean() < 0.01
-    assert weights[50:].mean() > 0.85
+    proven, told = fitted(errors), fitted(errors, contamination=0.1)
+    assert proven[:50].mean() < 0.1
+    assert proven[50:].mean() > 0.95
+    assert told[:50].mean() < 0.01
+    assert told[50:].mean() > 0.85
 
 
 def test_streaming_equals_batch():
@@ -253,7 +259,7 @@ def test_quantile_equals_numpy(values, q):
 def test_a_prior_gives_weights_before_the_first_score():
     prior = torch.cat([torch.randn(90, generator=torch.Generator().manual_seed(0)), torch.ones(10)])
     prior[90:] += 8
-    weighter = SoftConfidentWeighter(prior=prior)
+    weighter = SoftConfidentWeighter(prior=prior, contamination=0.1)
     assert weighter.num_samples == 100
     assert weighter()[90:].max() < 0.01
     assert sorted(weighter.ranking(10).tolist()) == list(range(90, 100))
@@ -311,38 +317,33 @@ def test_a_prior_that_does_not_fit_gets_a_sentence():
         SoftConfidentWeighter(prior=torch.arange(5))
 
 
-def test_the_most_suspicious_are_spared_as_far_as_the_fit_doubts():
+def test_a_twentieth_is_left_out_where_nothing_is_proven():
+    scores = torch.special.ndtri(torch.linspace(0.005, 0.995, 101))
+    weights = fitted(scores)
+    # 101 / 20 samples: from the top 3.8 without weight, from 6.3 on with all of it.
+    assert weights[-3:].tolist() == [0] * 3
+    assert weights[:-7].tolist() == [1] * 94
+    assert float((1 - weights).sum()) == pytest.approx(101 / 20, abs=1e-4)
+
+
+def test_a_known_share_finds_bad_samples_that_prove_nothing():
     generator = torch.Generator().manual_seed(0)
     scores = torch.randn(400, generator=generator)
     bad = torch.arange(400) >= 280
     scores[bad] = 1.8 + 1.4 * scores[bad]  # half of them score like normal ones
-    soft, unspared = posterior_weights(scores), posterior_weights(scores, spare=0.0)
-    values, counts = summary(standardized(scores))
-    doubt = float(Mixture.fitted(values, counts, values[-1]).doubt(values, counts))
-    assert 0.2 < doubt < 0.8
-    order = scores.argsort(descending=True)
-    spared, exposed = math.ceil(0.5 * doubt * 399), math.ceil(0.25 * doubt * 399)
-    assert soft.weights[order[:spared]].max() < 0.01
-    assert torch.equal(soft.weights[order[spared:]], unspared.weights[order[spared:]])
-    assert soft.anomalous[order[:exposed]].min() > 0.99
-    assert torch.equal(soft.anomalous[order[exposed:]], unspared.anomalous[order[exposed:]])
-    # The fit alone finds too few of them and would go on training with the others.
-    assert unspared.weights[bad].mean() > 0.65
-    assert soft.weights[bad].mean() < 0.45
-    assert soft.weights[~bad].mean() > 0.8
+    assert fitted(scores)[bad].mean() > 0.65
+    told = fitted(scores, contamination=0.3)
+    assert told[bad].mean() < 0.45
+    assert told[~bad].mean() > 0.8
 
 
-def test_few_are_spared_where_bad_samples_stand_apart():
-    normal = torch.randn(190, generator=torch.Generator().manual_seed(0))
-    soft = posterior_weights(torch.cat([normal, torch.linspace(8, 12, 10)]))
-    assert soft.weights[:190].mean() > 0.9
-    assert soft.weights[190:].max() < 0.01
-    assert soft.anomalous[:190].mean() < 0.05
-
-
-def test_nobody_is_spared_where_nobody_is_bad():
-    scores = torch.special.ndtri(torch.linspace(0.005, 0.995, 101))
-    assert fitted(scores).min() > 0.98
+def test_few_good_samples_are_left_out_where_bad_ones_stand_apart():
+    normal = torch.randn(1800, generator=torch.Generator().manual_seed(0))
+    soft = trimmed_weights(torch.cat([normal, torch.linspace(8, 12, 200)]))
+    assert soft.weights[:1800].mean() > 0.95
+    assert soft.weights[1800:].mean() < 0.1
+    assert soft.anomalous[:1800].mean() < 0.01
+    assert soft.anomalous[1800:].mean() > 0.7
 
 
 def test_a_histogram_of_many_scores_gives_the_weights_of_the_scores_themselves(monkeypatch):
@@ -350,21 +351,23 @@ def test_a_histogram_of_many_scores_gives_the_weights_of_the_scores_themselves(m
     scores = torch.randn(20_000, generator=generator)
     scores[:2000] += 5
     scores[0] = 1e6  # one stray score must not make all others share a bin
-    binned = posterior_weights(scores)
-    monkeypatch.setattr("comet_meta.weights.mixture.EXACT_SAMPLES", 10**6)
-    exact = posterior_weights(scores)
-    torch.testing.assert_close(binned.weights, exact.weights, atol=1e-3, rtol=0)
-    torch.testing.assert_close(binned.anomalous, exact.anomalous, atol=1e-3, rtol=0)
+    binned = trimmed_weights(scores)
+    assert 0.05 < float(binned.anomalous.mean()) < 0.1
+    monkeypatch.setattr("comet_meta.weights.contamination.EXACT_SAMPLES", 10**6)
+    exact = trimmed_weights(scores)
+    # As many are left out, but for a few in a thousand; who is at the edge may gain or lose.
+    assert float((binned.weights - exact.weights).abs().mean()) < 0.003
+    assert float((binned.anomalous - exact.anomalous).abs().mean()) < 0.003
 
 
 OUTLIER = torch.tensor([1.0, 2.0, 1.5, 1.2, 9.0, 1.1, 1.7, 1.3, 1.6, 1.4])
 
 
 def test_rules_answer_in_the_type_of_the_scores():
-    for rule in (hard_weights, ratio_weights, posterior_weights):
+    for rule in (hard_weights, ratio_weights, trimmed_weights):
         weighting = rule(OUTLIER.double())
         assert {part.dtype for part in weighting} == {torch.float64}
-        assert torch.equal(weighting.anomalous, 1 - weighting.weights) or rule is posterior_weights
+        assert torch.equal(weighting.anomalous, 1 - weighting.weights) or rule is trimmed_weights
 
 
 def test_the_fence_is_as_wide_as_asked_for():
@@ -534,13 +537,15 @@ def test_a_small_prior_goes_with_its_own_number_of_samples():
 
 
 def test_the_bounds_of_the_settings():
-    for options in ({"kappa": 0.0}, {"spare": 0.0}, {"momentum": 0.0}, {"num_samples": 1}):
+    for options in ({"kappa": 0.0}, {"contamination": 0.0}, {"momentum": 0.0}, {"num_samples": 1}):
         SoftConfidentWeighter(**options)
     for options, message in (
         ({"kappa": -0.1}, "kappa is -0.1; expected >= 0"),
         ({"kappa": float("nan")}, "kappa is nan"),
-        ({"spare": 1.0}, "spare is 1.0; expected a share in"),
-        ({"spare": -0.1}, "spare is -0.1"),
+        ({"contamination": 0.5}, "contamination is 0.5; expected a share in"),
+        ({"contamination": -0.1}, "contamination is -0.1"),
+        ({"contamination": float("nan")}, "contamination is nan"),
+        ({"contamination": "some"}, "contamination is 'some'"),
         ({"momentum": 1.0}, "momentum is 1.0; expected a share in"),
         ({"momentum": -0.1}, "momentum is -0.1"),
         ({"num_samples": 0}, "num_samples is 0; expected"),
@@ -570,24 +575,3 @@ def test_streamed_scores_that_are_not_finite_are_refused():
         weighter.update([0, 1], torch.tensor([1.0, torch.nan]))
     with pytest.raises(TypeError, match="floating-point"):
         weighter.update([0, 1], torch.tensor([1, 2]))
-
-
-def test_small_sets_are_fitted_sample_by_sample():
-    generator = torch.Generator().manual_seed(0)
-    scores = torch.cat([torch.randn(300, generator=generator), 2 + 2 * torch.rand(60)]).double()
-    x = (scores - scores.median()).numpy()
-    x /= np.abs(x).mean()
-    top = x.max()
-    r = 0.05 + 0.9 * (x <= np.sort(x)[int(0.8 * len(x)) - 1])
-    for _ in range(100):
-        mean, share = (r * x).sum() / r.sum(), r.mean()
-        variance = (r * (x - mean) ** 2).sum() / r.sum() + 1e-3
-        z = np.maximum(x, mean)
-        normal, anomalous = (
-            share * np.exp(-((values - mean) ** 2) / (2 * variance)) / np.sqrt(2 * np.pi * variance)
-            for values in (x, z)
-        )
-        r = normal / (normal + (x >= 0) * (1 - share) / top)
-    expected = anomalous / (anomalous + (z >= 0) * (1 - share) / top)
-    found = posterior_weights(scores, spare=0.0).weights.numpy()
-    np.testing.assert_allclose(found, expected, atol=1e-6)

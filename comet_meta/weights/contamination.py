@@ -192,7 +192,7 @@ def summary(x: Tensor) -> tuple[Tensor, Tensor]:
         all others share one.
     """
     if len(x) <= EXACT_SAMPLES:
-        values, counts = x.double().unique(return_counts=True)
+        values, counts = x.double().unique(return_counts=True)  # type: ignore[no-untyped-call]
         return values, counts.double()
     counts = torch.histc(x.abs().add_(1).reciprocal_().mul_(x), _BINS, min=-1, max=1).double()
     edges = torch.linspace(-1, 1, _BINS + 1, dtype=torch.float64, device=x.device)

@@ -153,7 +153,9 @@ def _removed(scores: Tensor, share: float) -> Tensor:
     first = max(1, count - math.ceil(1.25 * share * count))
     lowest = scores.kthvalue(first).values
     high = scores >= lowest
-    _values, group, sizes = scores[high].unique(return_inverse=True, return_counts=True)
+    _values, group, sizes = scores[high].unique(  # type: ignore[no-untyped-call]
+        return_inverse=True, return_counts=True
+    )
     # Ranks from the top as shares: a group of equal scores reaches from `above` to `below`.
     below = sizes.double().flip(0).cumsum(0).flip(0) / count
     above = below - sizes.double() / count

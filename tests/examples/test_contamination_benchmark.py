@@ -15,7 +15,6 @@ from ablation import (
     SCORES,
     Patchwise,
     chosen,
-    convince,
     parts,
     relative_strength,
     scored,
@@ -113,16 +112,12 @@ def test_scores_that_never_come_leave_the_prior(trial):
     assert late["weight of bad"] == pytest.approx(comet["weight of bad"], rel=1e-4)
 
 
-def test_a_false_alarm_by_hand():
-    weighter = SoftConfidentWeighter(4)
-    weighter.weights.copy_(torch.tensor([0.9, 0.95, 1.0, 0.9]))
-    weighter.anomalous.copy_(torch.tensor([0.1, 0.05, 0.0, 0.02]))
-    convince(weighter)
-    torch.testing.assert_close(weighter.weights, torch.tensor([0.0, 0.5, 1.0, 0.0]))
-    torch.testing.assert_close(weighter.anomalous, torch.tensor([1.0, 0.5, 0.0, 0.2]))
-    convince(untouched := SoftConfidentWeighter(3))
-    assert untouched.weights.tolist() == [1, 1, 1]
-    assert untouched.anomalous.tolist() == [0, 0, 0]
+def test_the_weighter_is_told_the_share(trial):
+    share = float(trial.bad.mean())
+    for given, told in ((0.1, 0.1), (None, share)):
+        figures = chosen(contamination=given)(trial)
+        mean = share * figures["weight of bad"] + (1 - share) * figures["weight of good"]
+        assert mean == pytest.approx(1 - told - 0.05, abs=0.01)
 
 
 @pytest.mark.parametrize("name", CHOICES)

@@ -165,12 +165,20 @@ def test_no_labels_before_the_warm_up_is_over(trial):
     assert figures["weight of bad"] == figures["weight of good"] == 1
 
 
-@pytest.mark.parametrize("rule", ["hard", "posterior"])
-def test_filter_and_retrain_drops_the_bad(trial, rule):
-    figures = filter_and_retrain(rule)(trial)
+@pytest.mark.parametrize(("rule", "known"), [("hard", False), ("trimmed", True)])
+def test_filter_and_retrain_drops_the_bad(trial, rule, known):
+    contamination = float(trial.bad.mean()) if known else "auto"
+    figures = filter_and_retrain(rule, contamination)(trial)
     assert figures["weight of bad"] < 0.2
     assert figures["weight of good"] > 0.8
     assert figures["I-AUROC"] > 0.9
+
+
+def test_filtering_drops_a_twentieth_where_the_scores_prove_nothing(trial):
+    figures = filter_and_retrain("trimmed")(trial)
+    shares = trial.bad.mean(), 1 - trial.bad.mean()
+    kept = shares[0] * figures["weight of bad"] + shares[1] * figures["weight of good"]
+    assert kept == pytest.approx(0.95, abs=1 / len(trial.bad))
 
 
 def test_filter_and_retrain_trains_only_on_what_is_left(trial, monkeypatch):
