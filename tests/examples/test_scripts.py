@@ -27,7 +27,7 @@ from comet_meta import SoftConfidentWeighter
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SCRIPTS = [
     f"{detector}_{dataset}"
-    for detector in ("simplenet", "fastflow")
+    for detector in ("simplenet", "fastflow", "reconstruction")
     for dataset in ("mvtec", "viaduct", "ksdd2")
 ]
 SMALL = [
