@@ -2,7 +2,7 @@
 
 Every finished run is a JSON line in ``--out``; the same command goes on where it was stopped, and
 ``--shard i/n`` runs the i-th of n parts, also several at once on one file. I-AUROC, the mean over
-the seeds. *bank* is ``MemoryBank``, a tenth of the patches, at random. A set that has bad training
+the seeds. *bank* is ``MemoryBank``, a tenth of the patches, at random, on SimpleNet's features. A set that has bad training
 pictures is used without them.
 """
 
@@ -35,14 +35,14 @@ def main() -> None:
     options = parser.parse_args()
     bench, tasks, runs = benchmark(options)
     part, parts = (int(number) for number in options.shard.split("/"))
-    grid = itertools.product(options.seeds, tasks, options.detectors, [0, *options.longer])
-    for number, (seed, task, detector, times) in enumerate(grid):
+    grid = itertools.product(options.seeds, [0, *options.longer], tasks, options.detectors)
+    for number, (seed, times, task, detector) in enumerate(grid):
         key = key_of(bench, task, detector, times) | {"seed": seed}
         if number % parts != part - 1 or runs.done(key):
             continue
         figures = run(bench, task, detector, times, seed)
         runs.add(key, figures)
-        name = f"{times} x {detector}" if times else f"bank, as {detector} scores"
+        name = f"{times} x {detector}" if times else "bank"
         _LOGGER.info("%s, %s, seed %d: %.3f", task, name, seed, figures["I-AUROC"])
     for detector in options.detectors:
         print(f"\n### {detector}\n")
@@ -51,7 +51,7 @@ def main() -> None:
 
 def run(bench: Benchmark, task: str, detector: str, times: int, seed: int) -> Figures:
     """Figures of a detector that is trained ``times`` as long as planned; of the bank for 0."""
-    experiment = bench.experiment(detector, task)
+    experiment = bench.experiment(detector if times else "simplenet", task)
     split = oracle(experiment.split(0, seed))
     if times == 0:
         return experiment.bank(split, seed).figures
@@ -65,8 +65,9 @@ def run(bench: Benchmark, task: str, detector: str, times: int, seed: int) -> Fi
 
 def key_of(bench: Benchmark, task: str, detector: str, times: int) -> dict[str, Any]:
     """All that decides a run's figures, but for the seed."""
-    method = f"{times} x plain" if times else "bank"
-    return bench.key(detector, task, 0.0, None, method)
+    if times == 0:
+        return bench.key("simplenet", task, 0.0, None, "bank")
+    return bench.key(detector, task, 0.0, None, f"{times} x plain")
 
 
 def rows(
@@ -78,7 +79,7 @@ def rows(
     for task in tasks:
         own = [runs.by_seed(**key_of(bench, task, detector, times)) for times in (0, *longer)]
         values = [mean(one, "I-AUROC") for one in own]
-        if not np.isnan(values).any():
+        if not np.isnan(values).any():  # else it isn't finished
             lines.append(values)
             found.append(_row(task, values, longer, min(len(one) for one in own)))
     if lines:

@@ -84,6 +84,8 @@ _PAPER_TRANSFORMS = {"ksdd2": _whole(480, 176), "folder": _whole(288, 288)}
 _PAPER_DETECTORS: dict[str, dict[str, Any]] = {
     "fastflow": {"steps": 8, "hidden_ratio": 1.0, "top": 1},
     "simplenet": {
+        "adaptor": True,
+        "learning_rate": 2e-4,
         "standardize": False,
         "noise_std": 0.015,
         "hidden": 1024,
@@ -93,11 +95,11 @@ _PAPER_DETECTORS: dict[str, dict[str, Any]] = {
 }
 # Half a flow in every direction, for two CPU cores.
 _DEFAULT_DETECTORS: dict[str, dict[str, Any]] = {
-    "fastflow": {"steps": 4, "hidden_ratio": 0.5, "top": 20},
+    "fastflow": {"steps": 4, "hidden_ratio": 0.5},
 }
 # Optimizer steps at the detectors' own learning rates and batches of 8; the same for any number of
 # pictures, so that a small set isn't trained less than a large one.
-_STEPS = {"fastflow": 400, "reconstruction": 500, "simplenet": 1000}
+_STEPS = {"fastflow": 400, "reconstruction": 500, "simplenet": 2000}
 _STEPS_OF_OTHERS = 1000
 # Sizes follow the pictures' shape: nothing else is chosen by data set.
 _DEFAULT_TRANSFORM = Transform(256, 256)
@@ -130,7 +132,7 @@ def preset_for(detector: str, backbone: str, dataset: str) -> Preset:
         >>> preset_for("fastflow", "wide_resnet50_2", "mvtec").detector
         {'steps': 8, 'hidden_ratio': 1.0, 'top': 1}
         >>> preset_for("simplenet", "resnet18", "viaduct").steps
-        1000
+        2000
     """
     if backbone != PAPER_BACKBONE:
         return Preset(

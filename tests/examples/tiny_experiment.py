@@ -13,7 +13,13 @@ from PIL import Image
 from torch import nn
 
 OPTIONS = {
-    "simplenet": {"hidden": 16, "top": 2},
+    "simplenet": {
+        "hidden": 16,
+        "top": 2,
+        "adaptor": True,
+        "learning_rate": 2e-4,
+        "noise_std": 0.5,
+    },
     "fastflow": {"steps": 2, "top": 2},
 }
 

@@ -73,7 +73,7 @@ class Reconstruction(nn.Module):
         blocks: int = 2,
         dropout: float = 0.2,
         learning_rate: float = 2e-3,
-        top: int = 10,
+        top: int = 5,
         blur_sigma: float = 4.0,
     ) -> None:
         super().__init__()
