@@ -35,7 +35,7 @@ def main() -> None:
     options = parser.parse_args()
     bench, tasks, runs = benchmark(options)
     part, parts = (int(number) for number in options.shard.split("/"))
-    grid = itertools.product(options.seeds, [0, *options.longer], tasks, options.detectors)
+    grid = itertools.product(options.seeds, [*options.longer, 0], tasks, options.detectors)
     for number, (seed, times, task, detector) in enumerate(grid):
         key = key_of(bench, task, detector, times) | {"seed": seed}
         if number % parts != part - 1 or runs.done(key):

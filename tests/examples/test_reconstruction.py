@@ -3,6 +3,7 @@
 import pytest
 import timm
 import torch
+from comet_examples.backbones import load_backbone
 from comet_examples.detectors import DETECTORS, Exposable, Reconstruction
 from comet_examples.training import FeatureRows, TrainingSettings, predict, train
 from hypothesis import given, settings
@@ -112,21 +113,33 @@ def test_the_same_seed_gives_the_same_bits():
     )
 
 
-def test_levels_of_a_vit_will_do():
-    """All of one grid, as timm gives them."""
-    vit = timm.create_model(
-        "vit_tiny_patch16_224", features_only=True, out_indices=(3, 7), img_size=64
-    )
+def test_a_vit_is_a_backbone(tmp_path):
+    """With weights from a file, on pictures of another size than those it was made for."""
+    name = "vit_tiny_patch16_224"
+    torch.manual_seed(3)
+    vit = timm.create_model(name, num_classes=5).eval()
+    torch.save(vit.state_dict(), tmp_path / "vit.pth")
+    backbone = load_backbone(name, tmp_path / "vit.pth")
+    pictures = torch.rand(4, 3, 224, 224, generator=torch.Generator().manual_seed(0)) * 255
+    features = backbone(pictures)
     with torch.no_grad():
-        features = vit(torch.randn(6, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
-    detector = Reconstruction([x.shape[1] for x in features], (64, 64), width=16)
-    data = FeatureRows(features, torch.arange(6))
-    before = predict(detector.eval(), data)[0]
-    settings = TrainingSettings("comet", steps=30, batch_size=6)
-    after = train(lambda: detector.train(), data, settings)
-    scores, maps = predict(after.detector, data)
-    assert maps.shape == (6, 64, 64)
-    assert scores.mean() < before.mean()
+        normalised = (pictures - backbone.mean) / backbone.std
+        expected = vit.forward_intermediates(
+            normalised, indices=[4, 8], intermediates_only=True, norm=False
+        )
+    for level, own in zip(features, expected, strict=True):
+        torch.testing.assert_close(level, own)
+    small = backbone(pictures[..., :64, :48])
+    assert [x.shape for x in small] == [(4, 192, 4, 3)] * 2
+    data = FeatureRows(small, torch.arange(4))
+
+    def built() -> Reconstruction:
+        return Reconstruction(backbone.channels, (64, 48), width=16)
+
+    settings = TrainingSettings("comet", steps=20, batch_size=4)
+    trained = train(built, data, settings)
+    assert trained.history[-1]["loss"] < trained.history[0]["loss"]
+    assert predict(trained.detector, data)[1].shape == (4, 64, 48)
 
 
 @pytest.mark.parametrize("wrong", [[torch.zeros(2, 5, 8, 8)], [torch.zeros(2, 4, 8, 8)] * 2])

@@ -457,7 +457,12 @@ PAPER_FLOW = {"steps": 8, "hidden_ratio": 1.0, "top": 1}
         ("simplenet", PAPER_BACKBONE, "viaduct", Preset(Transform(329, 288), 160, PAPER_NOISE)),
         ("fastflow", PAPER_BACKBONE, "mvtec", Preset(Transform(329, 288), 160, PAPER_FLOW)),
         ("newcomer", PAPER_BACKBONE, "news", Preset(Transform(329, 288), 160)),
-        ("newcomer", "resnet18", "news", Preset(Transform(256, 256), steps=1000, schedule="cosine")),
+        (
+            "newcomer",
+            "resnet18",
+            "news",
+            Preset(Transform(256, 256), steps=1000, schedule="cosine"),
+        ),
     ],
 )
 def test_presets(detector, backbone, dataset, expected):

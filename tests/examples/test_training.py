@@ -179,7 +179,7 @@ def test_an_epoch_without_any_step_is_an_error():
 
 def test_weights_are_one_per_picture_and_come_from_the_trained_model():
     data = a_data_set()
-    trained = train(build, data, TrainingSettings("comet", epochs=3))
+    trained = train(build, data, TrainingSettings("comet", epochs=30))
     weighter = trained.optimizer.weighter
     scores, _ = predict(trained.detector, data)
     assert weighter.scores.shape == (30,)
