@@ -2,8 +2,8 @@
 
 Every finished run is a JSON line in ``--out``; the same command goes on where it was stopped, and
 ``--shard i/n`` runs the i-th of n parts, also several at once on one file. I-AUROC, the mean over
-the seeds. *bank* is ``MemoryBank``, a tenth of the patches, at random, on SimpleNet's features. A set that has bad training
-pictures is used without them.
+the seeds. *bank* is ``MemoryBank``, a tenth of the patches, at random, on SimpleNet's features. A
+set that has bad training pictures is used without them.
 """
 
 import argparse

@@ -8,7 +8,6 @@ from comet_examples.detectors import SimpleNet
 from comet_examples.presets import preset_for
 from scipy.ndimage import gaussian_filter
 from sklearn.metrics import roc_auc_score
-from torch import nn
 
 
 def by_hand() -> SimpleNet:
