@@ -27,10 +27,10 @@ class SimpleNet(nn.Module):
     The noise must fit the scale of the features. By default every channel is brought to mean 0 and
     standard deviation 1 over the training set (:meth:`fit_statistics`), so that a noise of 1 is a
     standard deviation whatever the backbone. In the paper a linear adaptor maps the features first.
-    It is trained with the discriminator, and what it learns is to make the noise small: scores get
-    worse by it on textures, the longer the worse, so there is none by default. The defaults suit
-    small backbones and CPUs; the paper, with raw WRN50 features, has ``adaptor=True,
-    learning_rate=2e-4, standardize=False, noise_std=0.015, hidden=1024, patches=None, top=1``.
+    It is trained with the discriminator and can scale the features up against the noise; scores on
+    a texture were worse with it, so there is none by default. The defaults suit small backbones and
+    CPUs; the paper, with raw WRN50 features, has ``adaptor=True, learning_rate=2e-4,
+    standardize=False, noise_std=0.015, hidden=1024, patches=None, top=1``.
 
     Args:
         channels: Of the features, a single level: ``[dim]``.
