@@ -148,8 +148,8 @@ class Reconstruction(nn.Module):
 
     def _rebuilt(self, scaled: Sequence[Tensor]) -> list[Tensor]:
         """The levels, rebuilt from the coarsest grid."""
-        grid = scaled[-1].shape[-2:]
-        together = torch.cat([F.adaptive_avg_pool2d(level, grid) for level in scaled], dim=1)
+        height, width = scaled[-1].shape[-2:]
+        together = torch.cat([F.adaptive_avg_pool2d(level, (height, width)) for level in scaled], 1)
         hidden = self.decoder(self.bottleneck(together))
         return [
             F.interpolate(head(hidden), size=level.shape[-2:], mode="bilinear")
