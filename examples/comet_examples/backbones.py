@@ -143,7 +143,8 @@ def _pyramid(name: str) -> nn.Module:
 
 def _transformer(name: str) -> nn.Module:
     """A ViT's levels, all of one grid: after a third and two thirds of its blocks."""
-    blocks = len(timm.create_model(name).feature_info)
+    info: Any = timm.create_model(name).feature_info  # of every block, where a pyramid has some
+    blocks = len(info)
     levels = (blocks // 3, 2 * blocks // 3)
     model: nn.Module = timm.create_model(
         name, features_only=True, out_indices=levels, dynamic_img_size=True, dynamic_img_pad=True
