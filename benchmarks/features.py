@@ -2,7 +2,6 @@
 
 import argparse
 import tempfile
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +13,6 @@ from comet_examples.experiment import Experiment
 from comet_examples.metrics import image_metrics
 from comet_examples.presets import preset_for
 from comet_examples.report import table
-from comet_examples.training import TrainingSettings
 from overhead import interleaved, quartiles
 from runs import machine
 from torch import Tensor
@@ -97,7 +95,7 @@ def precision(options: argparse.Namespace, detector: str) -> dict[str, str | flo
     """Largest change of I-AUROC, and its size in memory, that float16 features make."""
     clean = DATASETS["mvtec"].load(options.data_root, options.category)
     preset = preset_for(detector, "tf_efficientnet_lite0", "mvtec")
-    preset = replace(preset, epochs=options.epochs or preset.epochs)
+    preset = preset.lasting(epochs=options.epochs)
     whole, half = (
         Experiment(
             clean, detector, preset, load_backbone(), FeatureStore(half=half), options.device
@@ -107,7 +105,7 @@ def precision(options: argparse.Namespace, detector: str) -> dict[str, str | flo
     scored, trained, figures = [], [], []
     for seed in options.seeds:
         split = whole.split(options.noise, seed)
-        settings = TrainingSettings("plain", preset.epochs, seed=seed)
+        settings = preset.training("plain", seed=seed)
         reference = whole.run(split, settings)
         labels = np.array([sample.label for sample in split.test])
         scores, _ = half.predict(reference.training, split.test)

@@ -17,7 +17,7 @@ from comet_examples.datasets import DATASETS, DatasetError, Split, bad_samples
 from comet_examples.detectors import DETECTORS
 from comet_examples.experiment import Experiment
 from comet_examples.metrics import curation_metrics
-from comet_examples.presets import preset_for
+from comet_examples.presets import Preset, preset_for
 from comet_examples.report import table
 from comet_examples.training import Method, TrainingSettings, Wrap, wrap
 from runs import Figures, Runs, spread
@@ -143,7 +143,7 @@ class Benchmark:
         self, detector: str, task: str, noise: float, seed: int | None, method: str
     ) -> dict[str, Any]:
         """All that decides a run's result. Without a seed, what the runs of all seeds share."""
-        preset = preset_for(detector, self.backbone, task.partition("/")[0])
+        preset = self.preset(detector, task)
         seeded = {} if seed is None else {"seed": seed}
         return {
             "detector": detector,
@@ -151,11 +151,18 @@ class Benchmark:
             "noise": noise,
             "method": method,
             "backbone": self.backbone,
-            "epochs": self.epochs or preset.epochs,
+            "epochs": preset.epochs,
+            "steps": preset.steps,
+            "schedule": preset.schedule,
             "transform": str(preset.transform),
             "options": {name: str(value) for name, value in preset.detector.items()},
             **seeded,
         }
+
+    def preset(self, detector: str, task: str) -> Preset:
+        """The settings of a detector on a task."""
+        preset = preset_for(detector, self.backbone, task.partition("/")[0])
+        return preset.lasting(epochs=self.epochs)
 
     def run(self, detector: str, task: str, noise: float, seed: int, variant: Variant) -> Figures:
         """One training, judged on the test set after its last epoch.
@@ -164,9 +171,10 @@ class Benchmark:
             DatasetError: If there are too few bad pictures for the noise.
         """
         experiment = self.experiment(detector, task)
-        epochs = self.epochs or experiment.preset.epochs
         trial = Trial(
-            experiment, experiment.split(noise, seed), TrainingSettings("plain", epochs, seed=seed)
+            experiment,
+            experiment.split(noise, seed),
+            experiment.preset.training("plain", seed=seed),
         )
         wall, processor = time.perf_counter(), time.process_time()
         figures = variant(trial)
@@ -178,7 +186,7 @@ class Benchmark:
     def _experiment(self, detector: str, task: str) -> Experiment:
         dataset, _, category = task.partition("/")
         clean: Split = DATASETS[dataset].load(self.roots.get(dataset), category)
-        preset = preset_for(detector, self.backbone, dataset)
+        preset = self.preset(detector, task)
         backbone = load_backbone(self.backbone)
         return Experiment(clean, detector, preset, backbone, self.store, self.device)
 

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from comet_examples.bank import nearest_in
 from comet_examples.detectors.maps import image_scores, smooth_maps
 from comet_examples.training import FeatureRows
 from grid import Trial, Variant, curation_figures
@@ -26,7 +27,6 @@ from comet_meta.vision.statistics import FeatureScaler
 _SHARE = 0.1
 _PROJECTED = 128
 _NEIGHBOURS = 9
-_CHUNK = 1024
 _BLUR = 4.0
 
 
@@ -207,12 +207,6 @@ def published_scores(distances: Tensor, nearest: Tensor, patches: Tensor, memory
     far = (query.unsqueeze(1) - memory[around]).norm(dim=2)
     scores: Tensor = (1 - far.softmax(dim=1)[:, 0]) * highest
     return scores
-
-
-def nearest_in(memory: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
-    """Distance of each query (Q, C) to its nearest in the memory (M, C), and its position, (Q,)."""
-    found = [torch.cdist(part, memory).min(dim=1) for part in torch.split(queries, _CHUNK)]
-    return torch.cat([x.values for x in found]), torch.cat([x.indices for x in found])
 
 
 @torch.no_grad()

@@ -98,7 +98,7 @@ def trained_rows(bench: Benchmark, options: argparse.Namespace) -> Iterator[dict
                 runs = []
                 for seed in options.seeds:
                     parts = major.split(noise, seed), minor.split(noise, seed)
-                    settings = TrainingSettings(method, major.preset.epochs, seed=seed)
+                    settings = major.preset.training(method, seed=seed)
                     runs.append(detection(experiment, *parts, share, settings))
                 yield (
                     {"variant": f"{share:.0%}", "bad": f"{noise:.0%}", "method": method}

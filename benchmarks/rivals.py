@@ -56,7 +56,7 @@ def trimming(rate: float | None) -> Variant:
             weighter = TimedWeighter(
                 len(data),
                 rule=lambda scores: (~highest(scores, share)).float(),
-                start=warm_up(settings.epochs),
+                start=warm_up(settings.epochs_for(len(data))),
             )
             return CoMetOptimizerWrapper(detector.optimizers(), weighter=weighter)
 
@@ -161,7 +161,7 @@ def latent_outlier_exposure(label: float, rate: float | None) -> Variant:
     def run(trial: Trial) -> Figures:
         experiment, settings = trial.experiment, trial.settings
         data = numbered(experiment.rows(trial.split.train))
-        share = _rate(trial, rate)
+        share, epochs = _rate(trial, rate), settings.epochs_for(len(data))
         built: list[Exposed] = []
 
         def build() -> Detector:
@@ -169,7 +169,7 @@ def latent_outlier_exposure(label: float, rate: float | None) -> Variant:
             return cast("Detector", built[0])
 
         def relabel(epoch: int, _: dict[str, float]) -> None:
-            if warm_up(settings.epochs) <= epoch < settings.epochs:
+            if warm_up(epochs) <= epoch < epochs:
                 scores = built[0].scores_of_training(data, experiment.device)
                 built[0].relabel(scores, share, label)
 

@@ -64,7 +64,7 @@ class Backbone(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Feature levels of strides 8 and 16.
+        """Feature levels of strides 8 and 16; of a ViT both on its one grid.
 
         Args:
             images: RGB pictures with values in [0, 255], any dtype, shape (B, 3, H, W).
@@ -78,6 +78,8 @@ class Backbone(nn.Module):
 
 def load_backbone(name: str = DEFAULT_BACKBONE, weights: str | Path | None = None) -> Backbone:
     """A frozen backbone with the levels of strides 8 and 16 (WRN50-2: layer2 and layer3).
+
+    A ViT has one stride; its levels are those after a third and two thirds of its blocks.
 
     Args:
         name: Of a timm model.
@@ -127,6 +129,8 @@ def _pyramid(name: str) -> nn.Module:
     try:
         info: Any = timm.create_model(name, features_only=True).feature_info
         reductions = info.reduction()
+        if len(reductions) > 2 and len(set(reductions)) == 1:
+            return _transformer(name)
         levels = [reductions.index(stride) for stride in _STRIDES]
     except (ValueError, RuntimeError, AttributeError) as error:
         raise BackboneError(
@@ -137,8 +141,20 @@ def _pyramid(name: str) -> nn.Module:
     return model
 
 
+def _transformer(name: str) -> nn.Module:
+    """A ViT's levels, all of one grid: after a third and two thirds of its blocks."""
+    info: Any = timm.create_model(name).feature_info  # of every block, where a pyramid has some
+    blocks = len(info)
+    levels = (blocks // 3, 2 * blocks // 3)
+    model: nn.Module = timm.create_model(
+        name, features_only=True, out_indices=levels, dynamic_img_size=True, dynamic_img_pad=True
+    )
+    return model
+
+
 def _renamed(key: str, state: dict[str, Tensor]) -> str:
     """The classifier's name of a pyramid's entry; some pyramids flatten 'a.b' to 'a_b'."""
+    key = key.removeprefix("model.")  # a ViT's pyramid wraps it
     if key in state:
         return key
     by_flat_name = {name.replace(".", "_"): name for name in state}

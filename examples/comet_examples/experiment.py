@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from comet_examples.bank import MemoryBank
 from comet_examples.datasets import (
     Sample,
     Split,
@@ -41,21 +42,30 @@ _LOGGER = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """A trained detector and its figures on the test set.
+class Judged:
+    """Scores, maps and figures of the test set.
 
     Attributes:
-        training: The detector and the state of its training.
         figures: Image metrics, and pixel metrics where there are masks; none where
             :func:`can_be_judged` denies it.
         scores: Of the test pictures, shape (N,).
         maps: Of the test pictures, shape (N, H, W).
     """
 
-    training: Training
     figures: dict[str, float]
     scores: Tensor
     maps: Tensor
+
+
+@dataclass(frozen=True)
+class Outcome(Judged):
+    """A trained detector and its figures on the test set.
+
+    Attributes:
+        training: The detector and the state of its training.
+    """
+
+    training: Training
 
 
 class Experiment:
@@ -146,7 +156,25 @@ class Experiment:
             wrap=wrap,
         )
         scores, maps = self.predict(training, split.test)
-        return Outcome(training, self.judge(split, scores, maps), scores, maps)
+        return Outcome(self.judge(split, scores, maps), scores, maps, training)
+
+    def bank(self, split: Split, seed: int) -> Judged:
+        """What training is to be compared with: a memory of the split's training pictures.
+
+        Args:
+            split: From :meth:`split`.
+            seed: Of the memory's draw.
+
+        Returns:
+            The test set, judged by :class:`~comet_examples.bank.MemoryBank` on the detector's
+            features, with as many patches in a picture's score as the detector has.
+        """
+        bank = MemoryBank(self.map_size, top=getattr(self.build(), "top", 1))
+        bank.fit(self.rows(split.train), seed=seed)
+        scores, maps = torch.empty(0), torch.empty(0, *self.map_size)
+        if split.test:
+            scores, maps = bank.to(self.device).predict(self.rows(split.test))
+        return Judged(self.judge(split, scores, maps), scores, maps)
 
     def predict(self, training: Training, samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
         """Scores and maps of some of the category's pictures.

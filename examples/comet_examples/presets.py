@@ -1,10 +1,10 @@
 """Picture size, epochs and detector settings that go with a detector, a backbone and a data set."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from comet_examples.datasets import Transform
-from comet_examples.training import Method
+from comet_examples.training import Method, Schedule, TrainingSettings
 from comet_meta.vision.backbones import DEFAULT_BACKBONE, PAPER_BACKBONE
 
 
@@ -14,13 +14,43 @@ class Preset:
 
     Attributes:
         transform: Size of the pictures.
-        epochs: Passes over the training set.
+        epochs: Passes over the training set; None where ``steps`` says the length.
         detector: Keyword arguments of the detector that differ from its own defaults.
+        steps: Optimizer steps, in place of ``epochs``.
+        schedule: Of the learning rates.
     """
 
     transform: Transform
-    epochs: int
+    epochs: int | None = None
     detector: dict[str, Any] = field(default_factory=dict)
+    steps: int | None = None
+    schedule: Schedule = "constant"
+
+    def training(self, method: Method, **options: Any) -> TrainingSettings:
+        """Settings of a training of this length and schedule.
+
+        Args:
+            method: What is trained.
+            options: Other settings, such as ``seed``.
+
+        Example:
+            >>> Preset(Transform(256), steps=1000).training("plain", seed=1).steps
+            1000
+        """
+        return TrainingSettings(
+            method, self.epochs, steps=self.steps, schedule=self.schedule, **options
+        )
+
+    def lasting(self, *, epochs: int | None = None, steps: int | None = None) -> "Preset":
+        """The same of another length, where one is given.
+
+        Args:
+            epochs: Passes over the training set.
+            steps: Optimizer steps, in place of ``epochs``.
+        """
+        if epochs is None and steps is None:
+            return self
+        return replace(self, epochs=epochs, steps=steps)
 
 
 @dataclass(frozen=True)
@@ -54,6 +84,8 @@ _PAPER_TRANSFORMS = {"ksdd2": _whole(480, 176), "folder": _whole(288, 288)}
 _PAPER_DETECTORS: dict[str, dict[str, Any]] = {
     "fastflow": {"steps": 8, "hidden_ratio": 1.0, "top": 1},
     "simplenet": {
+        "adaptor": True,
+        "learning_rate": 2e-4,
         "standardize": False,
         "noise_std": 0.015,
         "hidden": 1024,
@@ -61,62 +93,53 @@ _PAPER_DETECTORS: dict[str, dict[str, Any]] = {
         "top": 1,
     },
 }
-# Half a flow in every direction, for two CPU cores. It also learns in half the epochs.
+# Half a flow in every direction, for two CPU cores.
 _DEFAULT_DETECTORS: dict[str, dict[str, Any]] = {
-    "fastflow": {"steps": 4, "hidden_ratio": 0.5, "top": 20},
+    "fastflow": {"steps": 4, "hidden_ratio": 0.5},
 }
-# A crack or a dark part of a cell is large against the features' stride of 8 pixels.
-_DATASET_DETECTORS: dict[tuple[str, str], dict[str, Any]] = {
-    ("simplenet", "elpv"): {"pool": 2, "exposed": 0.4},
-    ("simplenet", "mvtec"): {"noise_std": 0.25},
-    ("simplenet", "viaduct"): {"noise_std": 0.25},
-}
-# A few dozen pictures are few steps an epoch.
-_EPOCHS = {("simplenet", "mvtec"): 120, ("simplenet", "viaduct"): 120}
-_EPOCHS_SHARE = {"fastflow": 0.5}
-_DEFAULT = Preset(Transform(256, 256), epochs=40)
-_DEFAULTS = {
-    # The demo ends within minutes on two CPU cores.
-    "elpv": Preset(Transform(176), epochs=16),
-    "folder": Preset(_whole(256, 256), epochs=40),
-    # Ten times the pictures of a category of MVTec AD.
-    "ksdd2": Preset(_whole(352, 128), epochs=16),
-    # The pictures of a class have one size.
-    "viaduct": Preset(Transform(256), epochs=40),
+# Optimizer steps at the detectors' own learning rates and batches of 8; the same for any number of
+# pictures, so that a small set isn't trained less than a large one.
+_STEPS = {"fastflow": 400, "reconstruction": 500, "simplenet": 2000}
+_STEPS_OF_OTHERS = 1000
+# Sizes follow the pictures' shape: nothing else is chosen by data set.
+_DEFAULT_TRANSFORM = Transform(256, 256)
+_DEFAULT_TRANSFORMS = {
+    "elpv": Transform(176),  # square already, and the demo ends within minutes on two CPU cores
+    "folder": _whole(256, 256),
+    "ksdd2": _whole(352, 128),
+    "viaduct": Transform(256),  # the pictures of a class have one size
 }
 
 
 def preset_for(detector: str, backbone: str, dataset: str) -> Preset:
     """The settings for a detector, a backbone and a data set.
 
-    ``wide_resnet50_2`` gets the paper's: 329 / 288 pixels (KSDD2: 480 x 176), 160 epochs, SimpleNet
-    with noise 0.015 on raw features, FastFlow with 8 steps of hidden ratio 1. Any other backbone
-    gets moderate sizes and epochs, and SimpleNet its own defaults; FastFlow is half the size (4
-    steps, hidden ratio 0.5) and takes half the epochs.
+    ``wide_resnet50_2`` gets the paper's: 329 / 288 pixels (KSDD2: 480 x 176), 160 epochs at
+    constant learning rates, SimpleNet with noise 0.015 on raw features, FastFlow with 8 steps of
+    hidden ratio 1. Any other backbone gets moderate sizes and a number of optimizer steps, over
+    which the learning rates fall to 0 (cosine), and SimpleNet its own defaults; FastFlow is half
+    the size (4 steps, hidden ratio 0.5).
 
     Args:
         detector: Name in ``DETECTORS``.
         backbone: timm name.
-        dataset: Name in ``DATASETS``.
+        dataset: Name in ``DATASETS``; only the pictures' size follows from it.
 
     Returns:
-        The settings. Those that differ by data set were compared on the solar cells (contamination
-        draws 100 and up) and on toothbrushes, by their test figures. A detector or data set that
-        isn't known here gets the general ones.
+        The settings. A detector or data set that isn't known here gets the general ones.
 
     Example:
         >>> preset_for("fastflow", "wide_resnet50_2", "mvtec").detector
         {'steps': 8, 'hidden_ratio': 1.0, 'top': 1}
-        >>> preset_for("simplenet", "resnet18", "viaduct").epochs
-        120
+        >>> preset_for("simplenet", "resnet18", "viaduct").steps
+        2000
     """
     if backbone != PAPER_BACKBONE:
-        preset = _DEFAULTS.get(dataset, _DEFAULT)
-        share = _EPOCHS_SHARE.get(detector, 1)
-        epochs = _EPOCHS.get((detector, dataset), round(preset.epochs * share))
-        options = _DEFAULT_DETECTORS.get(detector, {}) | _DATASET_DETECTORS.get(
-            (detector, dataset), {}
+        return Preset(
+            _DEFAULT_TRANSFORMS.get(dataset, _DEFAULT_TRANSFORM),
+            detector=_DEFAULT_DETECTORS.get(detector, {}),
+            steps=_STEPS.get(detector, _STEPS_OF_OTHERS),
+            schedule="cosine",
         )
-        return Preset(preset.transform, epochs, options)
     transform = _PAPER_TRANSFORMS.get(dataset, _PAPER_TRANSFORM)
     return Preset(transform, epochs=160, detector=_PAPER_DETECTORS.get(detector, {}))

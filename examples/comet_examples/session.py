@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import timm
 import torch
@@ -14,11 +14,11 @@ import torch
 import comet_meta
 from comet_examples import report
 from comet_examples.datasets import DatasetError, Split, Survey, bad_samples, contaminate, survey
-from comet_examples.experiment import Experiment, Outcome, can_be_judged
+from comet_examples.experiment import Experiment, Judged, Outcome, can_be_judged
 from comet_examples.metrics import curation_metrics
 from comet_examples.presets import Preset
 from comet_examples.results import Results, fingerprint
-from comet_examples.training import Method, ResumeError, TrainingSettings
+from comet_examples.training import ResumeError, TrainingSettings
 from comet_meta import SoftConfidentWeighter
 from comet_meta.vision import html_report
 from comet_meta.vision.backbones import Backbone
@@ -27,6 +27,7 @@ from comet_meta.vision.files import sole_writer, unforeseen
 
 if TYPE_CHECKING:
     from comet_examples.tensorboard import TensorBoardLog
+    from comet_examples.training import Method
 
 _SUSPECTS_MAPPED = 8
 
@@ -40,7 +41,7 @@ class Session:
         dataset: Name in ``DATASETS``.
         preset: Picture size and detector settings.
         training: How to train; its method is replaced by each of ``methods``.
-        methods: What to train, in this order.
+        methods: What to train, in this order; ``"bank"``, which isn't trained, may be among them.
         backbone: Of the frozen features.
         out: Folder that gets a folder for each category.
         device: Where to train.
@@ -56,7 +57,7 @@ class Session:
     dataset: str
     preset: Preset
     training: TrainingSettings
-    methods: Sequence[Method]
+    methods: Sequence[str]
     backbone: Backbone
     out: Path
     device: str = "cpu"
@@ -143,10 +144,16 @@ class Session:
         results.save()
         folder = results.file.parent
         for method in missing:
+            if method == "bank":
+                judged = experiment.bank(split, self.training.seed)
+                entry = {"test": judged.figures, "environment": _environment(self.device)}
+                _draw_maps(split, judged, experiment, folder, method)
+                results.add(method, entry)
+                continue
             log = _log(folder / "tensorboard" / method) if self.tensorboard else None
             outcome = experiment.run(
                 split,
-                replace(self.training, method=method),
+                replace(self.training, method=cast("Method", method)),
                 checkpoint=results.file.with_name(f"{method}.pt"),
                 resume=self.resume,
                 on_epoch=None if log is None else log.epoch,
@@ -208,22 +215,33 @@ def _entry(split: Split, outcome: Outcome) -> dict[str, Any]:
     return entry
 
 
-def _draw(
-    split: Split, outcome: Outcome, experiment: Experiment, folder: Path, method: Method
+def _draw_maps(
+    split: Split, judged: Judged, experiment: Experiment, folder: Path, method: str
 ) -> None:
-    """Write the pictures of a trained method."""
-    heading = f"{report.printable(split.category)}, {method}"
-    transform = experiment.preset.transform
+    """Write the anomaly maps of the test pictures, if there are any."""
     if split.test:
         report.draw_heat_maps(
             split.test,
-            outcome.scores,
-            outcome.maps,
-            transform,
-            f"{heading}: test pictures and their anomaly maps",
+            judged.scores,
+            judged.maps,
+            experiment.preset.transform,
+            f"{_heading(split, method)}: test pictures and their anomaly maps",
             folder / f"{method}_maps.png",
             shown=report.spread(split.test),
         )
+
+
+def _heading(split: Split, method: str) -> str:
+    return f"{report.printable(split.category)}, {method}"
+
+
+def _draw(
+    split: Split, outcome: Outcome, experiment: Experiment, folder: Path, method: str
+) -> None:
+    """Write the pictures of a trained method."""
+    heading = _heading(split, method)
+    transform = experiment.preset.transform
+    _draw_maps(split, outcome, experiment, folder, method)
     weighter: SoftConfidentWeighter | None = outcome.training.optimizer.weighter
     if weighter is None:
         return
@@ -253,7 +271,7 @@ def _report(
     outcome: Outcome,
     experiment: Experiment,
     results: Results,
-    method: Method,
+    method: str,
     entry: Mapping[str, Any],
 ) -> None:
     """Write the page on which a person decides which training pictures stay."""

@@ -9,6 +9,8 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LRScheduler
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from typing_extensions import override
@@ -27,6 +29,7 @@ from comet_meta.vision.files import replacing
 from comet_meta.vision.picture_prior import memory_prior
 
 Method = Literal["plain", "oracle", "paper", "comet"]
+Schedule = Literal["constant", "cosine"]
 _SCORING_BATCH = 16  # larger ones fall out of a CPU's cache
 _EXPOSED_FROM = 200  # pictures: of fewer, the handful of bad ones would be learned by heart
 
@@ -74,14 +77,59 @@ class TrainingSettings:
         seed: Of initialisation, order and noise.
         meta: Meta-step of ``"comet"``; None for the library's default.
         strength: lambda_0 of ``"comet"``; 0 for no penalty.
+        steps: In place of ``epochs``: optimizer steps, >= 1, rounded up to whole epochs. The same
+            number trains a small set and a large one equally long.
+        schedule: Of the learning rates: ``"cosine"`` lets them fall to 0 by the end,
+            ``"constant"`` leaves them as the detector has them.
+
+    Raises:
+        ValueError: If not exactly one of ``epochs`` and ``steps`` is given.
     """
 
     method: Method
-    epochs: int
+    epochs: int | None = None
     batch_size: int = 8
     seed: int = 0
     meta: MetaMode | None = None
     strength: float = 0.0
+    steps: int | None = None
+    schedule: Schedule = "constant"
+
+    def __post_init__(self) -> None:
+        """Exactly one length."""
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError(
+                f"epochs is {self.epochs} and steps is {self.steps}; give one of the two"
+            )
+
+    def steps_an_epoch(self, count: int) -> int:
+        """Optimizer steps in a pass over ``count`` pictures.
+
+        Args:
+            count: Pictures in the training set, >= 2. A last batch of one picture is left out:
+                there is nothing to split in it, and batch norm needs two.
+
+        Example:
+            >>> [TrainingSettings("plain", 1).steps_an_epoch(count) for count in (16, 17, 18)]
+            [2, 2, 3]
+        """
+        whole, left = divmod(count, self.batch_size)
+        return max(1, whole + (left > 1))
+
+    def epochs_for(self, count: int) -> int:
+        """Passes over ``count`` pictures.
+
+        Args:
+            count: Pictures in the training set, >= 2.
+
+        Example:
+            >>> settings = TrainingSettings("plain", steps=1000)
+            >>> [settings.epochs_for(count) for count in (48, 300, 2331)]
+            [167, 27, 4]
+        """
+        if self.epochs is not None:
+            return self.epochs
+        return math.ceil(cast("int", self.steps) / self.steps_an_epoch(count))
 
 
 @dataclass(frozen=True)
@@ -126,6 +174,33 @@ def wrap(
     return CoMetOptimizerWrapper(optimizers, weighter=weighter, model=model, **options)
 
 
+def scheduled(optimizer: Optimizer, schedule: Schedule, steps: int) -> LRScheduler:
+    """The schedule of an optimizer's learning rates; one step of it follows each of its own.
+
+    Args:
+        optimizer: All its groups fall alike, each from its own rate.
+        schedule: See :class:`TrainingSettings`.
+        steps: Of the whole training, >= 1.
+
+    Returns:
+        torch's scheduler.
+
+    Example:
+        >>> sgd = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.2)
+        >>> scheduler = scheduled(sgd, "cosine", 2)
+        >>> rates = []
+        >>> for _ in range(2):
+        ...     sgd.step()
+        ...     scheduler.step()
+        ...     rates.append(round(sgd.param_groups[0]["lr"], 3))
+        >>> rates
+        [0.1, 0.0]
+    """
+    if schedule == "constant":
+        return ConstantLR(optimizer, factor=1.0, total_iters=0)
+    return CosineAnnealingLR(optimizer, T_max=steps)
+
+
 Wrap = Callable[[Detector, FeatureRows, TrainingSettings], CoMetOptimizerWrapper]
 """Makes the optimizer of a training from detector, features and settings."""
 
@@ -146,7 +221,8 @@ def train(
 
     Every epoch starts from random numbers of its own, made from the seed and its number, and ends
     with a checkpoint; a run that was stopped at any point and resumed ends in the same bits as one
-    that wasn't.
+    that wasn't. The learning rates follow the settings' schedule over the whole length, so a
+    checkpoint only goes on to the length that it was written for.
 
     Args:
         build: Makes the untrained detector.
@@ -174,12 +250,17 @@ def train(
     detector.fit_statistics(data.batches())
     module.to(device)
     optimizer = wrap(detector, data, settings)
+    length = settings.epochs_for(len(data))
+    scheduler = scheduled(optimizer, settings.schedule, length * settings.steps_an_epoch(len(data)))
     history: list[dict[str, float]] = []
-    run = {"identity": identity, **asdict(settings), "epochs": 0}
+    run = {"identity": identity, **asdict(settings)}
+    # Of a training at constant rates, every length is the beginning of any longer one.
+    run |= {"epochs": 0 if settings.schedule == "constant" else length, "steps": None}
     if resume and checkpoint is not None and checkpoint.exists():
         state = _read(checkpoint, run)
         module.load_state_dict(state["detector"])
         optimizer.load_state_dict(state["optimizer"])
+        scheduler.load_state_dict(state["scheduler"])
         history = state["history"]
     loader = DataLoader(IndexedDataset(data), settings.batch_size, shuffle=True)
     scoring = DataLoader(IndexedDataset(data), _SCORING_BATCH)
@@ -188,9 +269,9 @@ def train(
         return detector.scores([level.to(device) for level in features])
 
     losses = _losses(detector, settings.method, len(data))
-    epochs = range(len(history), settings.epochs)
+    epochs = range(len(history), length)
     for epoch in tqdm(
-        epochs, desc=settings.method, initial=len(history), total=settings.epochs, unit="epoch"
+        epochs, desc=settings.method, initial=len(history), total=length, unit="epoch"
     ):
         torch.manual_seed((settings.seed * 1_000_003 + epoch) % 2**63)
         module.train()
@@ -200,6 +281,7 @@ def train(
                 continue  # nothing to split, and batch norm needs two
             batch = [level.to(device) for level in features]
             reports.append(optimizer.step(_rows_of(batch, losses), index))
+            scheduler.step()
         module.eval()
         weighter = optimizer.weighter
         # A prior's weights stay: scores are for the ranking alone.
@@ -213,6 +295,7 @@ def train(
                     "run": run,
                     "detector": module.state_dict(),
                     "optimizer": optimizer.state_dict(),
+                    "scheduler": scheduler.state_dict(),
                     "history": history,
                 },
             )

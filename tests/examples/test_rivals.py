@@ -135,7 +135,6 @@ def test_the_loss_of_normal_pictures_is_the_detectors_own(detector):
 
 def test_simplenet_takes_labelled_pictures_for_noise():
     detector = SimpleNet([3], (4, 4), margin=0.5)
-    detector.adaptor = torch.nn.Identity()
     detector.discriminator = torch.nn.Linear(3, 1, bias=False)
     torch.nn.init.ones_(detector.discriminator.weight)
     features = torch.tensor([[1.0, 1, 1], [-1, 0, 0], [-0.25, 0, 0]]).reshape(3, 3, 1, 1)

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ from comet_meta.vision.files import replacing
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SCRIPTS = [
     f"{detector}_{dataset}"
-    for detector in ("simplenet", "fastflow")
+    for detector in ("simplenet", "fastflow", "reconstruction")
     for dataset in ("mvtec", "viaduct", "ksdd2")
 ]
 SMALL = [
@@ -438,6 +439,8 @@ def test_the_documents_commands_are_understood(document):
 
 
 PAPER_NOISE = {
+    "adaptor": True,
+    "learning_rate": 2e-4,
     "standardize": False,
     "noise_std": 0.015,
     "hidden": 1024,
@@ -454,13 +457,24 @@ PAPER_FLOW = {"steps": 8, "hidden_ratio": 1.0, "top": 1}
         ("simplenet", PAPER_BACKBONE, "viaduct", Preset(Transform(329, 288), 160, PAPER_NOISE)),
         ("fastflow", PAPER_BACKBONE, "mvtec", Preset(Transform(329, 288), 160, PAPER_FLOW)),
         ("newcomer", PAPER_BACKBONE, "news", Preset(Transform(329, 288), 160)),
-        ("simplenet", "resnet18", "elpv", Preset(Transform(176), 16, {"pool": 2, "exposed": 0.4})),
-        ("simplenet", "resnet18", "viaduct", Preset(Transform(256), 120, {"noise_std": 0.25})),
-        ("newcomer", "resnet18", "news", Preset(Transform(256, 256), 40)),
+        (
+            "newcomer",
+            "resnet18",
+            "news",
+            Preset(Transform(256, 256), steps=1000, schedule="cosine"),
+        ),
     ],
 )
 def test_presets(detector, backbone, dataset, expected):
     assert preset_for(detector, backbone, dataset) == expected
+
+
+@pytest.mark.parametrize("detector", DETECTORS)
+@pytest.mark.parametrize("backbone", ["resnet18", PAPER_BACKBONE])
+def test_a_data_set_s_name_decides_the_size_of_the_pictures_alone(detector, backbone):
+    presets = [preset_for(detector, backbone, name) for name in (*DATASETS, "news")]
+    same = {str(replace(preset, transform=Transform(1))) for preset in presets}
+    assert len(same) == 1
 
 
 @pytest.mark.parametrize("backbone", ["resnet18", PAPER_BACKBONE])

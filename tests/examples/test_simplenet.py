@@ -7,16 +7,13 @@ from comet_examples.detectors import SimpleNet
 from comet_examples.presets import preset_for
 from scipy.ndimage import gaussian_filter
 from sklearn.metrics import roc_auc_score
-from torch import nn
 
 from comet_meta.vision.backbones import PAPER_BACKBONE
 
 
 def by_hand() -> SimpleNet:
-    """Identity adaptor, D(x) = x_0, no noise to speak of."""
+    """No adaptor, D(x) = x_0, no noise to speak of."""
     net = SimpleNet([2], (4, 4), hidden=1, noise_std=1e-12, margin=0.5, top=1)
-    nn.init.eye_(net.adaptor.weight)
-    nn.init.zeros_(net.adaptor.bias)
     linear, _, _, last = net.discriminator
     with torch.no_grad():
         linear.weight.copy_(torch.tensor([[1.0, 0.0]]))
@@ -134,10 +131,21 @@ def test_the_parts_have_the_papers_settings():
     assert owned == set(net.parameters())
 
 
+def test_there_is_no_adaptor_unless_one_is_asked_for():
+    net = SimpleNet([6], (8, 8), learning_rate=3e-3)
+    (optimizer,) = net.optimizers()
+    assert optimizer.param_groups[0]["lr"] == 3e-3
+    assert {p for g in optimizer.param_groups for p in g["params"]} == set(net.parameters())
+    features = torch.randn(5, 6, 2, 2)
+    assert torch.equal(net._adapted([features]), features.permute(0, 2, 3, 1).flatten(0, 2))
+    mapped = SimpleNet([6], (8, 8), adaptor=True)._adapted([features])
+    assert not torch.allclose(mapped, features.permute(0, 2, 3, 1).flatten(0, 2), atol=0.1)
+
+
 def test_standardisation_makes_the_scale_of_the_features_irrelevant():
     features = 3 + 0.01 * torch.randn(100, 6, 3, 3, generator=torch.Generator().manual_seed(0))
     net = SimpleNet([6], (8, 8))
-    assert net.noise_std == 0.5  # of a standard deviation
+    assert net.noise_std == 1.0  # a standard deviation
     net.fit_statistics([x] for x in features.split(7))
     deviation, mean = torch.std_mean(features, dim=(0, 2, 3), correction=0)
     torch.testing.assert_close(net.scaler.mean, mean)
@@ -152,7 +160,8 @@ def test_features_of_another_backbone_are_refused():
         SimpleNet([6], (8, 8)).losses([torch.randn(2, 5, 3, 3)])
 
 
-def test_it_learns_to_tell_strange_patches():
+@pytest.mark.parametrize("adaptor", [False, True])
+def test_it_learns_to_tell_strange_patches(adaptor):
     generator = torch.Generator().manual_seed(0)
     plane = torch.randn(8, 3, generator=generator) @ torch.randn(3, 8, generator=generator)
 
@@ -162,11 +171,12 @@ def test_it_learns_to_tell_strange_patches():
         )
 
     torch.manual_seed(0)
-    net = SimpleNet([8], (16, 16), hidden=64, noise_std=0.5)
+    net = SimpleNet([8], (16, 16), hidden=64, noise_std=0.5, adaptor=adaptor)
     data = pictures(64)
     net.fit_statistics([[data]])
+    optimizers = net.optimizers()
     for _ in range(60):
-        for optimizer in (optimizers := net.optimizers()):
+        for optimizer in optimizers:
             optimizer.zero_grad()
         net.losses([data]).mean().backward()
         for optimizer in optimizers:

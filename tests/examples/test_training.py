@@ -1,6 +1,8 @@
 """Training loop and command line, end to end on small data."""
 
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ from comet_examples.detectors import SimpleNet
 from comet_examples.training import FeatureRows, ResumeError, TrainingSettings, predict, train
 from PIL import Image
 
+from comet_meta import CoMetOptimizerWrapper
 from comet_meta.vision.features import PatchFeatures
 from comet_meta.vision.picture_prior import memory_prior
 
@@ -76,6 +79,68 @@ def test_a_stopped_run_resumes_bit_equal(tmp_path, method, stop_at):
         assert torch.equal(whole.optimizer.weighter(), resumed.optimizer.weighter())
 
 
+def test_steps_make_sets_of_any_size_equally_long():
+    settings = TrainingSettings("plain", steps=7)
+    # 30 pictures are 4 steps of 8; a last batch of one picture isn't a step.
+    lengths = {count: len(train(build, a_data_set(count), settings).history) for count in (17, 30)}
+    assert lengths == {17: 4, 30: 2}
+    assert TrainingSettings("plain", steps=1).epochs_for(1000) == 1
+    assert TrainingSettings("plain", epochs=3).epochs_for(1000) == 3
+    for both in ({}, {"epochs": 1, "steps": 1}):
+        with pytest.raises(ValueError, match="give one of the two"):
+            TrainingSettings("plain", **both)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_methods_rates_fall_as_half_a_cosine(method, monkeypatch):
+    rates = []
+    step = CoMetOptimizerWrapper.step
+
+    def seen(self, *arguments, **options):
+        rates.append([group["lr"] for group in self.param_groups])
+        return step(self, *arguments, **options)
+
+    monkeypatch.setattr(CoMetOptimizerWrapper, "step", seen)
+    trained = train(build, a_data_set(), TrainingSettings(method, steps=8, schedule="cosine"))
+    assert len(rates) == 8
+    for step_number, found in enumerate(rates):
+        factor = (1 + math.cos(math.pi * step_number / 8)) / 2
+        assert found == pytest.approx([rate * factor for rate in rates[0]])
+    assert min(rates[0]) > 0
+    ends = [group["lr"] for group in trained.optimizer.param_groups]
+    assert ends == pytest.approx([0.0] * len(ends), abs=1e-12)
+    rates.clear()
+    train(build, a_data_set(), TrainingSettings(method, steps=8))
+    assert rates == [rates[0]] * 8
+
+
+@pytest.mark.parametrize("method", ["plain", "comet"])
+def test_a_stopped_run_with_a_schedule_resumes_bit_equal(tmp_path, method):
+    settings = TrainingSettings(method, steps=16, schedule="cosine", strength=0.001)
+    whole = train(build, a_data_set(), settings)
+    checkpoint = tmp_path / "run.pt"
+
+    def stop(epoch, _):
+        if epoch == 2:
+            raise StopError
+
+    with pytest.raises(StopError):
+        train(build, a_data_set(), settings, checkpoint=checkpoint, on_epoch=stop)
+    assert "scheduler" in torch.load(checkpoint, weights_only=True)
+    resumed = train(build, a_data_set(), settings, checkpoint=checkpoint, resume=True)
+    assert same(whole.detector, resumed.detector)
+    assert resumed.history == whole.history
+    longer = TrainingSettings(method, steps=32, schedule="cosine", strength=0.001)
+    with pytest.raises(ResumeError, match="epochs was 4, is 8"):
+        train(build, a_data_set(), longer, checkpoint=checkpoint, resume=True)
+    # By another name it is the same length.
+    named = replace(settings, steps=None, epochs=4)
+    assert same(
+        train(build, a_data_set(), named, checkpoint=checkpoint, resume=True).detector,
+        whole.detector,
+    )
+
+
 def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     file = tmp_path / "run.pt"
     settings = TrainingSettings("comet", epochs=1)
@@ -114,7 +179,7 @@ def test_an_epoch_without_any_step_is_an_error():
 
 def test_weights_are_one_per_picture_and_come_from_the_trained_model():
     data = a_data_set()
-    trained = train(build, data, TrainingSettings("comet", epochs=3))
+    trained = train(build, data, TrainingSettings("comet", epochs=30))
     weighter = trained.optimizer.weighter
     scores, _ = predict(trained.detector, data)
     assert weighter.scores.shape == (30,)
@@ -192,6 +257,37 @@ def test_the_command_line_end_to_end(tmp_path, capsys, monkeypatch):
     for name in ("comet_maps", "comet_weights", "comet_suspects", "plain_maps"):
         with Image.open(tmp_path / "out" / "bottle" / f"{name}.png") as picture:
             assert picture.size[0] > 500
+
+
+def test_the_bank_is_a_row_and_is_told_where_it_is_ahead(tmp_path, capsys, undrawn, monkeypatch):
+    root = tree(tmp_path / "data")
+    status, results = run(root, tmp_path / "out", "--bank")
+    assert status == 0
+    assert list(results["methods"]) == ["bank", "comet"]
+    bank, comet = (results["methods"][name]["test"] for name in ("bank", "comet"))
+    assert bank.keys() == comet.keys()
+    assert bank["I-AUROC"] > 0.9
+    printed = capsys.readouterr().out
+    assert "| bottle   | bank   |" in printed
+    ahead = "bottle: the memory bank is ahead of comet"
+    assert (ahead in printed.splitlines()[-1]) == (bank["I-AUROC"] > comet["I-AUROC"])
+    monkeypatch.setattr(SimpleNet, "scores", lambda self, x: -x[0].flatten(1).std(dim=1))
+    run(root, tmp_path / "beaten", "--bank")
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith(ahead)
+    assert last.endswith("use the bank here")
+
+
+def test_the_length_by_steps_from_the_command_line(tmp_path, undrawn):
+    root = tree(tmp_path / "data")
+    arguments = [*SMALL[: SMALL.index("--epochs")], "--device", "cpu", "--steps", "5"]
+    more = ["--data-root", str(root), "--out", str(tmp_path / "out"), *arguments]
+    assert cli.main("simplenet", "mvtec", more) == 0
+    results = json.loads((tmp_path / "out" / "bottle" / "results.json").read_text())
+    assert (results["settings"]["epochs"], results["settings"]["steps"]) == (None, 5)
+    assert len(results["methods"]["comet"]["history"]) == 2  # of three steps each
+    with pytest.raises(SystemExit, match="2"):
+        cli.main("simplenet", "mvtec", [*more, "--epochs", "2"])
 
 
 def test_no_test_picture_or_label_reaches_training(tmp_path, undrawn):

@@ -14,7 +14,13 @@ from torch import nn
 from comet_meta.vision.features import FeatureStore
 
 OPTIONS = {
-    "simplenet": {"hidden": 16, "top": 2},
+    "simplenet": {
+        "hidden": 16,
+        "top": 2,
+        "adaptor": True,
+        "learning_rate": 2e-4,
+        "noise_std": 0.5,
+    },
     "fastflow": {"steps": 2, "top": 2},
 }
 

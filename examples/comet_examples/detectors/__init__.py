@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from comet_examples.detectors.fastflow import FastFlow
+from comet_examples.detectors.reconstruction import Reconstruction
 from comet_examples.detectors.simplenet import SimpleNet
 from comet_meta.vision.backbones import Backbone
 from comet_meta.vision.features import FeatureExtractor
@@ -67,7 +68,16 @@ class DetectorClass(Protocol):
 
 DETECTORS: dict[str, DetectorClass] = {
     "fastflow": FastFlow,
+    "reconstruction": Reconstruction,
     "simplenet": SimpleNet,
 }
 
-__all__ = ["DETECTORS", "Detector", "DetectorClass", "Exposable", "FastFlow", "SimpleNet"]
+__all__ = [
+    "DETECTORS",
+    "Detector",
+    "DetectorClass",
+    "Exposable",
+    "FastFlow",
+    "Reconstruction",
+    "SimpleNet",
+]

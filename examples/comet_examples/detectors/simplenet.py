@@ -19,22 +19,26 @@ from comet_meta.vision.statistics import FeatureScaler
 class SimpleNet(nn.Module):
     """The trained part of SimpleNet, on frozen patch features.
 
-    A linear adaptor maps the features; Gaussian noise on the adapted features stands in for
-    anomalies; a discriminator with a hinge loss learns D > margin on the features and
-    D < -margin on the noisy ones. The anomaly score of a patch is -D, of a picture the mean of the
-    highest of its patches. Score pictures in eval mode (batch norm).
+    Gaussian noise on the features stands in for anomalies; a discriminator with a hinge loss learns
+    D > margin on the features and D < -margin on the noisy ones. The anomaly score of a patch is
+    -D, of a picture the mean of the highest of its patches. Score pictures in eval mode (batch
+    norm).
 
     The noise must fit the scale of the features. By default every channel is brought to mean 0 and
-    standard deviation 1 over the training set (:meth:`fit_statistics`), so that a noise of 0.5 is
-    half a standard deviation whatever the backbone. The defaults suit small backbones and CPUs; the
-    paper, with raw WRN50 features, has ``standardize=False, noise_std=0.015, hidden=1024,
-    patches=None, top=1``.
+    standard deviation 1 over the training set (:meth:`fit_statistics`), so that a noise of 1 is a
+    standard deviation whatever the backbone. In the paper a linear adaptor maps the features first.
+    It is trained with the discriminator and can scale the features up against the noise; scores on
+    a texture were worse with it, so there is none by default. The defaults suit small backbones and
+    CPUs; the paper, with raw WRN50 features, has ``adaptor=True, learning_rate=2e-4,
+    standardize=False, noise_std=0.015, hidden=1024, patches=None, top=1``.
 
     Args:
         channels: Of the features, a single level: ``[dim]``.
         map_size: Height and width of the anomaly maps, in pixels of the pictures.
         hidden: Width of the discriminator.
-        noise_std: Standard deviation of the noise on the adapted features, > 0.
+        noise_std: Standard deviation of the noise on the (adapted) features, > 0.
+        adaptor: Whether a trained linear map comes first.
+        learning_rate: Of the discriminator; the adaptor has half of it, as in the paper.
         margin: Of the hinge loss, > 0.
         standardize: Whether features are standardised first.
         pool: Positions of the features, in either direction, that are averaged to a patch, >= 1.
@@ -54,7 +58,9 @@ class SimpleNet(nn.Module):
         map_size: tuple[int, int],
         *,
         hidden: int = 256,
-        noise_std: float = 0.5,
+        noise_std: float = 1.0,
+        adaptor: bool = False,
+        learning_rate: float = 1e-3,
         margin: float = 0.5,
         standardize: bool = True,
         pool: int = 1,
@@ -75,7 +81,8 @@ class SimpleNet(nn.Module):
         self.top = top
         self.blur_sigma = blur_sigma
         self.scaler = FeatureScaler([dim])
-        self.adaptor = nn.Linear(dim, dim)
+        self.learning_rate = learning_rate
+        self.adaptor = nn.Linear(dim, dim) if adaptor else nn.Identity()
         self.discriminator = nn.Sequential(
             nn.Linear(dim, hidden),
             nn.BatchNorm1d(hidden),
@@ -159,11 +166,11 @@ class SimpleNet(nn.Module):
         return smooth_maps(self.patch_scores(features), self.map_size, self.blur_sigma)
 
     def optimizers(self) -> list[Optimizer]:
-        """The paper's: AdamW 1e-4 for the adaptor, Adam 2e-4 for the discriminator."""
-        return [
-            AdamW(self.adaptor.parameters(), lr=1e-4),
-            Adam(self.discriminator.parameters(), lr=2e-4, weight_decay=1e-5),
-        ]
+        """Adam for the discriminator and, where there is one, AdamW for the adaptor."""
+        adam = Adam(self.discriminator.parameters(), lr=self.learning_rate, weight_decay=1e-5)
+        if isinstance(self.adaptor, nn.Identity):
+            return [adam]
+        return [AdamW(self.adaptor.parameters(), lr=self.learning_rate / 2), adam]
 
     def _confidence(self, features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """D of patches, and of the same with noise, (B, patches) each."""

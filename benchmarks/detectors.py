@@ -1,0 +1,103 @@
+"""Detectors that were trained on clean pictures, for as long as planned and longer, and a bank.
+
+Every finished run is a JSON line in ``--out``; the same command goes on where it was stopped, and
+``--shard i/n`` runs the i-th of n parts, also several at once on one file. I-AUROC, the mean over
+the seeds. *bank* is ``MemoryBank``, a tenth of the patches, at random, on SimpleNet's features. A
+set that has bad training pictures is used without them.
+"""
+
+import argparse
+import itertools
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from comet_examples.datasets import oracle
+from comet_examples.report import table
+from grid import Benchmark, add_arguments, benchmark
+from runs import Figures, Runs, mean
+
+_LOGGER = logging.getLogger(__name__)
+
+
+def main() -> None:
+    """Run what is missing, then print the table."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_arguments(parser, Path("runs/detectors.jsonl"))
+    parser.add_argument(
+        "--longer", type=int, nargs="+", default=[1, 5], help="multiples of the preset's length"
+    )
+    options = parser.parse_args()
+    bench, tasks, runs = benchmark(options)
+    part, parts = (int(number) for number in options.shard.split("/"))
+    grid = itertools.product(options.seeds, [*options.longer, 0], tasks, options.detectors)
+    for number, (seed, times, task, detector) in enumerate(grid):
+        key = key_of(bench, task, detector, times) | {"seed": seed}
+        if number % parts != part - 1 or runs.done(key):
+            continue
+        figures = run(bench, task, detector, times, seed)
+        runs.add(key, figures)
+        name = f"{times} x {detector}" if times else "bank"
+        _LOGGER.info("%s, %s, seed %d: %.3f", task, name, seed, figures["I-AUROC"])
+    for detector in options.detectors:
+        print(f"\n### {detector}\n")
+        print(table(rows(bench, runs, tasks, detector, options.longer)))
+
+
+def run(bench: Benchmark, task: str, detector: str, times: int, seed: int) -> Figures:
+    """Figures of a detector that is trained ``times`` as long as planned; of the bank for 0."""
+    experiment = bench.experiment(detector if times else "simplenet", task)
+    split = oracle(experiment.split(0, seed))
+    if times == 0:
+        return experiment.bank(split, seed).figures
+    settings = experiment.preset.training("plain", seed=seed)
+    if settings.steps is None:
+        settings = replace(settings, epochs=times * settings.epochs_for(len(split.train)))
+    else:
+        settings = replace(settings, steps=times * settings.steps)
+    return experiment.run(split, settings).figures
+
+
+def key_of(bench: Benchmark, task: str, detector: str, times: int) -> dict[str, Any]:
+    """All that decides a run's figures, but for the seed."""
+    if times == 0:
+        return bench.key("simplenet", task, 0.0, None, "bank")
+    return bench.key(detector, task, 0.0, None, f"{times} x plain")
+
+
+def rows(
+    bench: Benchmark, runs: Runs, tasks: list[str], detector: str, longer: list[int]
+) -> list[dict[str, str | float]]:
+    """Lines of a detector's table: each task, and the mean over those that are complete."""
+    lines: list[list[float]] = []
+    found: list[dict[str, str | float]] = []
+    for task in tasks:
+        own = [runs.by_seed(**key_of(bench, task, detector, times)) for times in (0, *longer)]
+        values = [mean(one, "I-AUROC") for one in own]
+        if not np.isnan(values).any():  # else it isn't finished
+            lines.append(values)
+            found.append(_row(task, values, longer, min(len(one) for one in own)))
+    if lines:
+        found.append(_row("mean", np.mean(lines, axis=0).tolist(), longer))
+    return found
+
+
+def _row(
+    name: str, values: list[float], longer: list[int], seeds: int | None = None
+) -> dict[str, str | float]:
+    bank, *trained = values
+    row: dict[str, str | float] = {"set": name, "seeds": str(seeds or ""), "bank": f"{bank:.3f}"}
+    row |= {f"{times} x": f"{value:.3f}" for times, value in zip(longer, trained, strict=True)}
+    row["first - bank"] = f"{trained[0] - bank:+.3f}"
+    if len(trained) > 1:
+        row["last - first"] = f"{trained[-1] - trained[0]:+.3f}"
+    return row
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""The table of detectors against the bank."""
+
+from dataclasses import replace
+
+import pytest
+from detectors import key_of, rows, run
+from grid import Benchmark
+from runs import Runs
+from tiny_experiment import experiment
+
+
+class Tiny(Benchmark):
+    """Has one experiment for all tasks, of steps in place of epochs."""
+
+    def __init__(self, folder):
+        super().__init__("resnet18", {}, "cpu", None)
+        made = experiment(folder, "simplenet")
+        made.preset = replace(made.preset, epochs=None, steps=6, schedule="cosine")
+        self.experiment = lambda detector, task: made
+
+
+def test_times_stretch_the_length_and_none_is_the_bank(tmp_path, monkeypatch):
+    bench, lengths = Tiny(tmp_path), []
+    made = bench.experiment("simplenet", "tiny")
+    original = made.run
+
+    def seen(split, settings):
+        lengths.append((settings.steps, settings.schedule, settings.seed))
+        return original(split, settings)
+
+    monkeypatch.setattr(made, "run", seen)
+    for times in (1, 5):
+        assert 0 <= run(bench, "tiny", "simplenet", times, seed=3)["I-AUROC"] <= 1
+    assert lengths == [(6, "cosine", 3), (30, "cosine", 3)]
+    assert run(bench, "tiny", "simplenet", 0, seed=3)["I-AUROC"] > 0.9
+    assert len(lengths) == 2
+
+
+def test_rows_are_the_finished_sets_and_their_mean(tmp_path):
+    bench, runs = Benchmark("resnet18", {}, "cpu", None), Runs(tmp_path / "runs.jsonl")
+    figures = {("mvtec/a", 0): 0.9, ("mvtec/a", 1): 0.92, ("mvtec/a", 5): 0.91, ("mvtec/b", 0): 1.0}
+    figures |= {("mvtec/c", 0): 0.8, ("mvtec/c", 1): 0.74, ("mvtec/c", 5): 0.75}
+    for (task, times), value in figures.items():
+        for seed, change in ((0, -0.01), (1, 0.01)):
+            key = key_of(bench, task, "fastflow", times) | {"seed": seed}
+            runs.add(key, {"I-AUROC": value + change})
+    first, other, mean = rows(bench, runs, ["mvtec/a", "mvtec/b", "mvtec/c"], "fastflow", [1, 5])
+    assert first == {
+        "set": "mvtec/a",
+        "seeds": "2",
+        "bank": "0.900",
+        "1 x": "0.920",
+        "5 x": "0.910",
+        "first - bank": "+0.020",
+        "last - first": "-0.010",
+    }
+    assert other["set"] == "mvtec/c"
+    assert (mean["set"], mean["bank"], mean["1 x"]) == ("mean", "0.850", "0.830")
+    assert mean["first - bank"] == "-0.020"
+
+
+@pytest.mark.parametrize("detector", ["simplenet", "fastflow", "reconstruction"])
+def test_all_detectors_share_the_banks_figures(detector):
+    bench = Benchmark("resnet18", {}, "cpu", None)
+    keys = [key_of(bench, "mvtec/a", detector, times) for times in (0, 1, 5)]
+    assert keys[0] == key_of(bench, "mvtec/a", "simplenet", 0)
+    assert len({str(key) for key in keys}) == 3
