@@ -154,12 +154,13 @@ def trained(
     batches: list[Tensor] = []
     for step in range(STEPS):
         if not batches:
-            batches = list(chosen[torch.randperm(len(chosen))].split(BATCH))
+            batches = list(torch.split(chosen[torch.randperm(len(chosen))], BATCH))
             if len(batches) > 1 and len(batches[-1]) < BATCH:
                 batches.pop()
         index = batches.pop()
         optimizer.zero_grad()
-        optimizer.objective(model.losses(task.train[index]), index).backward()
+        objective = optimizer.objective(model.losses(task.train[index]), index)
+        objective.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         if refit and weighter is not None and (step + 1) % REFIT_EVERY == 0:
             weighter.fit(scored(model, task.train))
@@ -169,7 +170,11 @@ def trained(
 @torch.no_grad()
 def scored(model: AutoEncoder | DeepSVDD, rows: Tensor) -> Tensor:
     """Anomaly scores (N,): the root of the loss, whose tail is shorter."""
-    return torch.cat([model.losses(part) for part in rows.split(4096)]).sqrt().nan_to_num(nan=1e9)
+    return (
+        torch.cat([model.losses(part) for part in torch.split(rows, 4096)])
+        .sqrt()
+        .nan_to_num(nan=1e9)
+    )
 
 
 def trimming(share: float) -> SoftConfidentWeighter:

@@ -6,7 +6,6 @@ from typing import NamedTuple
 from comet_meta.weights.weighter import SoftConfidentWeighter
 
 _TOO_FEW = 8  # with fewer scores the weighter leaves all weights at 1
-_UNTOUCHED = 0.95
 
 
 class Contamination(NamedTuple):
@@ -30,12 +29,9 @@ def estimated_contamination(weighter: SoftConfidentWeighter) -> Contamination:
         weighter: After its fit.
 
     Returns:
-        Its own estimate with the interval; the mean of P(bad), without one, where it makes none.
+        The estimate with its interval.
     """
-    own = getattr(weighter, "contamination_", None)
-    if own is not None:
-        return Contamination(*(float(value) for value in own))
-    return Contamination(float(weighter.anomalous.mean()), math.nan, math.nan)
+    return Contamination(*weighter.contamination_)
 
 
 def in_words(weighter: SoftConfidentWeighter, what: str = "pictures") -> str:
@@ -50,10 +46,10 @@ def in_words(weighter: SoftConfidentWeighter, what: str = "pictures") -> str:
 
     Example:
         >>> import torch
-        >>> weighter = SoftConfidentWeighter(num_samples=20)
-        >>> weighter.fit(torch.erfinv(torch.linspace(-0.9, 0.9, 20)))
+        >>> weighter = SoftConfidentWeighter(num_samples=20, contamination=0.1)
+        >>> weighter.fit(torch.arange(20.0))
         >>> in_words(weighter)
-        'No evidence of bad pictures: nothing was down-weighted.'
+        'At the given contamination of 10 %, 2 of 20 pictures are taken for bad.'
     """
     count = len(weighter.weights)
     if count < _TOO_FEW:
@@ -61,10 +57,21 @@ def in_words(weighter: SoftConfidentWeighter, what: str = "pictures") -> str:
             f"{count} {what} are too few to tell good from bad (it takes {_TOO_FEW}): nothing was "
             "down-weighted."
         )
-    share, low, high = estimated_contamination(weighter)
     suspects = int((weighter.anomalous > 0.5).sum())
-    if suspects == 0 and float(weighter.weights.min()) >= _UNTOUCHED:
-        return f"No evidence of bad {what}: nothing was down-weighted."
+    left_out = int((weighter.weights < 0.5).sum())
+    if weighter.contamination != "auto":
+        return (
+            f"At the given contamination of {100 * weighter.contamination:.0f} %, {suspects:,} of "
+            f"{count:,} {what} are taken for bad."
+        )
+    share, low, high = estimated_contamination(weighter)
+    if suspects == 0 and not low > 0:
+        if left_out == 0:
+            return f"No evidence of bad {what}: nothing was down-weighted."
+        return (
+            f"No evidence of bad {what}: none is taken for bad. As a precaution, training leaves "
+            f"out the {left_out:,} that fit in least."
+        )
     interval = "" if math.isnan(low + high) else f" ({100 * low:.0f} to {100 * high:.0f} %)"
     amount = f"About {100 * share:.0f} %" if share >= 0.005 else "Less than 1 %"
     named = (

@@ -105,8 +105,8 @@ def read_marks(path: Path) -> Image.Image:
             if has_transparency(picture) and not marks.any():
                 alpha = np.asarray(picture.convert("RGBA"))[..., 3]
                 marks = (alpha > least) & (alpha.min() < alpha.max())
-        marks = marks if marks.ndim == 2 else marks.any(axis=2)
-        return Image.fromarray(_turned(marks.astype(np.uint8), turn))
+        flat = marks if marks.ndim == 2 else np.asarray(marks.any(axis=2))
+        return Image.fromarray(_turned(flat.astype(np.uint8), turn))
 
 
 def is_deep(picture: Image.Image) -> bool:

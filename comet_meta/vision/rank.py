@@ -4,7 +4,6 @@ import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -183,7 +182,7 @@ def rank_folder(folder: Path, settings: RankSettings) -> Ranking:
         folder,
         tuple(paths[i] for i in readable),
         tuple(unreadable.values()),
-        _weighter(prior, settings.contamination),
+        SoftConfidentWeighter(prior=prior, contamination=settings.contamination),
         settings,
     )
 
@@ -229,19 +228,6 @@ def _check(folder: Path, count: int, unreadable: Sequence[Unreadable], keep_goin
 def _cache(folder: Path) -> Path:
     name = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16]
     return cache_folder() / "rank" / name
-
-
-def _weighter(prior: Tensor, contamination: float | Literal["auto"]) -> SoftConfidentWeighter:
-    if contamination == "auto":
-        return SoftConfidentWeighter(prior=prior)
-    return SoftConfidentWeighter(prior=prior, rule=partial(_without_top, share=contamination))
-
-
-def _without_top(scores: Tensor, share: float) -> Tensor:
-    """Weight 0 for a share of the samples, those of the highest scores, and 1 for the others."""
-    weights = torch.ones_like(scores)
-    weights[scores.topk(round(share * len(scores))).indices] = 0
-    return weights
 
 
 def _prior(weighter: SoftConfidentWeighter) -> Tensor:

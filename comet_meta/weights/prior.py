@@ -304,17 +304,18 @@ def copies(rows: Tensor) -> tuple[Tensor, Tensor]:
     sums = torch.cat(
         [
             torch.stack([(part.double() * w).sum(dim=1) for w in weights.to(rows.device)], dim=1)
-            for part in rows.split(max(1, _CHUNK_VALUES // (8 * max(1, rows.shape[1]))))
+            for part in torch.split(rows, max(1, _CHUNK_VALUES // (8 * max(1, rows.shape[1]))))
         ]
     )
-    _, group = sums.unique(dim=0, return_inverse=True)
+    group: Tensor = torch.unique(sums, dim=0, return_inverse=True)[1]
     positions = torch.arange(len(rows), device=rows.device)
     first = torch.full((int(group.max()) + 1,), len(rows), device=rows.device)
     first = first.scatter_reduce(0, group, positions, "amin")
     order = first.argsort()
     number = torch.empty_like(order)
     number[order] = torch.arange(len(order), device=rows.device)
-    return number[group], first[order]
+    groups: Tensor = number[group]
+    return groups, first[order]
 
 
 def _whitened(rows: Tensor) -> Tensor:
@@ -322,4 +323,5 @@ def _whitened(rows: Tensor) -> Tensor:
     variances, directions = torch.linalg.eigh(rows.T @ rows / len(rows))
     variances = variances.clamp_min(0)
     projected: Tensor = rows @ directions
-    return projected / (variances + variances.mean()).sqrt()
+    whitened: Tensor = projected / (variances + variances.mean()).sqrt()
+    return whitened

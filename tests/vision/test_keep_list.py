@@ -158,7 +158,7 @@ def test_the_report_from_a_loop_of_ones_own(tmp_path):
     file = report.write(weighter, [str(path) for path in paths], tmp_path / "report.html")
     page = file.read_text(encoding="utf-8")
     assert re.findall(r'"name":"(\d+).png"', page) == [str(i) for i in range(11, -1, -1)]
-    assert "nothing was down-weighted" in page
+    assert "No evidence of bad pictures" in page
     assert '"heat":""' in page
     maps = []
 
