@@ -4,7 +4,6 @@ import torch
 from data import rows
 from torch import nn
 from torch.utils.data import DataLoader
-
 from comet_meta import CoMet
 
 

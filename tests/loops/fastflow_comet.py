@@ -4,7 +4,6 @@ import torch
 from data import rows
 from torch import nn
 from torch.utils.data import DataLoader
-
 from comet_meta import CoMet
 
 
@@ -39,7 +38,6 @@ torch.manual_seed(0)
 model = FastFlow()
 optimizer = torch.optim.Adam(model.parameters(), lr=1e-2, weight_decay=1e-5)
 loader = DataLoader(rows(), batch_size=32, shuffle=True, drop_last=True)
-score = lambda batch: model(batch)["anomaly_map"]
-loader = CoMet(loader, optimizer, scores=score, model=model, warm_up=5)
+loader = CoMet(loader, optimizer, scores=lambda x: model(x)["anomaly_map"], model=model, warm_up=5)
 for _ in range(30):
     train_one_epoch(loader, model, optimizer)

@@ -5,7 +5,6 @@ from data import rows
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
-
 from comet_meta import CoMet
 
 
