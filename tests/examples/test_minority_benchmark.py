@@ -5,7 +5,6 @@ from types import SimpleNamespace
 
 import minority
 import numpy as np
-import pytest
 import torch
 from comet_examples.datasets import Sample, Split
 from comet_examples.training import TrainingSettings
@@ -59,7 +58,7 @@ def test_figures_say_who_of_the_variant_is_taken_for_bad():
     bad = torch.arange(100) >= 90
     minor = (torch.arange(100) >= 80) & (torch.arange(100) < 90)
     figures = minority.figures(prior, bad, minor, 0.2)
-    # Told that a fifth is bad, the weights take the variant and the bad ones above it for that fifth.
+    # Told that a fifth is bad, the weights take the variant and the bad ones for that fifth.
     assert figures["of the variant"] < 0.1
     assert figures["its P(bad)"] > 0.7
     assert figures["weight of the others"] > 0.9

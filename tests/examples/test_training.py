@@ -13,7 +13,7 @@ from comet_examples.detectors import SimpleNet
 from comet_examples.training import FeatureRows, ResumeError, TrainingSettings, predict, train
 from PIL import Image
 
-from comet_meta import CoMetOptimizerWrapper
+from comet_meta import CoMetOptimizerWrapper, SoftConfidentWeighter
 from comet_meta.vision.features import PatchFeatures
 from comet_meta.vision.picture_prior import memory_prior
 
@@ -179,7 +179,13 @@ def test_an_epoch_without_any_step_is_an_error():
 
 def test_weights_are_one_per_picture_and_come_from_the_trained_model():
     data = a_data_set()
-    trained = train(build, data, TrainingSettings("comet", epochs=30))
+
+    def told(detector, data, settings):  # thirty pictures prove nothing by themselves
+        prior = memory_prior(data.batches(), len(data))
+        weighter = SoftConfidentWeighter(prior=prior, contamination=0.13)
+        return CoMetOptimizerWrapper(detector.optimizers(), weighter=weighter)
+
+    trained = train(build, data, TrainingSettings("comet", epochs=30), wrap=told)
     weighter = trained.optimizer.weighter
     scores, _ = predict(trained.detector, data)
     assert weighter.scores.shape == (30,)
