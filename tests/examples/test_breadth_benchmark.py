@@ -1,0 +1,68 @@
+"""The benchmark over tables: splits, resuming, what is counted, on two small tables."""
+
+import sys
+
+import breadth
+import numpy as np
+import pytest
+from runs import Runs
+
+
+@pytest.fixture
+def folder(tmp_path):
+    random = np.random.default_rng(0)
+    for name, far in (("near", 2.0), ("far", 6.0)):
+        good = random.normal(size=(200, 4)) * [1, 1, 0.1, 0.1]
+        bad = random.normal(size=(40, 4)) + far
+        rows = np.concatenate([good, bad])
+        np.savez(tmp_path / f"{name}.npz", X=rows, y=np.repeat([0, 1], [200, 40]))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("condition", "share"), [("as-is", 28 / 168), ("clean", 0.0), ("0.1", 16 / 156)]
+)
+def test_a_condition_says_what_the_training_part_holds(folder, condition, share):
+    task = breadth.Task(folder / "far.npz", condition, 0)
+    assert task.rate == pytest.approx(share)
+    assert (len(task.test), int(task.labels.sum())) == (72, 12)
+    again, other = (breadth.Task(folder / "far.npz", condition, seed) for seed in (0, 1))
+    assert np.array_equal(again.train, task.train)
+    assert not np.array_equal(other.train, task.train)
+    with pytest.raises(ValueError, match="too few"):
+        breadth.Task(folder / "far.npz", "0.4", 0)
+
+
+def test_finished_runs_are_kept_and_the_tables_printed(folder, monkeypatch, capsys):
+    monkeypatch.setattr(breadth, "STEPS", 30)
+    out = folder / "runs.jsonl"
+    command = ["breadth", "--folder", str(folder), "--out", str(out), "--seeds", "0"]
+    command += ["--detectors", "svdd", "--picture", str(folder / "dots.png")]
+    monkeypatch.setattr(sys, "argv", [*command, "--methods", "plain", "oracle", "comet"])
+    breadth.main()
+    assert len(list(Runs(out))) == 2 * (3 + 2)
+    monkeypatch.setattr(sys, "argv", command)
+    breadth.main()
+    runs = list(Runs(out))
+    assert len(runs) == 2 * (len(breadth.METHODS) * 2 - 1)
+    printed = capsys.readouterr().out
+    assert "Training sets clean" in printed
+    assert (folder / "dots.png").stat().st_size > 1000
+    for run in runs:
+        if run["key"]["method"] == "comet@rate" and run["key"]["condition"] == "clean":
+            assert run["figures"]["mean weight"] == 1
+
+
+def test_a_row_of_the_summary_by_hand(tmp_path):
+    runs = Runs(tmp_path / "runs.jsonl")
+    figures = {"a": (0.5, 0.9, 0.7), "b": (0.8, 0.8, 0.7)}
+    for name, values in figures.items():
+        for method, value in zip(("plain", "oracle", "comet"), values, strict=True):
+            key = {"set": name, "condition": "as-is", "detector": "svdd", "seed": 0}
+            runs.add({**key, "method": method}, {"AUROC": value})
+    row = breadth.summary_row(runs, "svdd", "as-is", "comet")
+    assert row["AUROC"] == "0.700"
+    assert row["losses > .005"] == "1"
+    assert row["worst"] == "-0.100 b"
+    assert row["gap recovered"].startswith("0.250 ")
+    assert row["median of sets"] == "0.50"
