@@ -4,7 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from comet_meta import CoMetOptimizerWrapper, CovarianceMetaRegularizer, SoftConfidentWeighter
+from comet_meta import (
+    CoMetOptimizerWrapper,
+    CovarianceMetaRegularizer,
+    MetaStep,
+    SoftConfidentWeighter,
+)
 
 WEIGHTS = torch.tensor([1.0, 0.5, 0.0, 0.5, 1.0, 0.0, 0.5, 0.5])
 LOSSES = torch.arange(1.0, 9.0)
@@ -35,7 +40,7 @@ def test_of_the_drop_in_step(strength):
 @pytest.mark.parametrize("strength", [0.0, 0.1])
 def test_of_a_full_step(strength):
     regularizer = CovarianceMetaRegularizer(strength) if strength else None
-    optimizer, model = wrapped(regularizer=regularizer, query_fraction=0.5)
+    optimizer, model = wrapped(regularizer=regularizer, meta=MetaStep("none", query_fraction=0.5))
     report = optimizer.step(lambda rows: LOSSES[rows] + 0 * model.weight.sum(), range(8))
     assert float(report.loss) == pytest.approx(expected(), rel=1e-5)
 

@@ -513,7 +513,7 @@ def test_contaminated_training_is_rescued_end_to_end():
     def error_on_bad(robust: bool) -> float:
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(4, 2, bias=False), nn.Linear(2, 4, bias=False))
-        weighter = SoftConfidentWeighter(200) if robust else None
+        weighter = SoftConfidentWeighter(200, contamination=0.1) if robust else None
         optimizer = wrap(torch.optim.Adam(model.parameters(), lr=1e-2), weighter=weighter)
         loader = DataLoader(
             IndexedDataset(TensorDataset(data)),

@@ -58,6 +58,7 @@ class CoMetDetector(BaseDetector):  # type: ignore[misc]
         TypeError: In ``fit``, if it isn't one of these detectors.
 
     Example:
+        >>> import numpy as np
         >>> from pyod.models.auto_encoder import AutoEncoder
         >>> rows = np.random.default_rng(0).normal(size=(200, 1)) * [1.0, 2.0, -1.0, 0.5]
         >>> rows[:10] = [3.0, -3.0, 3.0, 3.0]

@@ -132,7 +132,7 @@ def _pyramid(name: str) -> nn.Module:
         if len(reductions) > 2 and len(set(reductions)) == 1:
             return _transformer(name)
         levels = [reductions.index(stride) for stride in _STRIDES]
-    except (ValueError, RuntimeError, AttributeError) as error:
+    except (ValueError, RuntimeError, AttributeError, TypeError) as error:
         raise BackboneError(
             f"{name} has no feature levels of strides 8 and 16 ({error}); take a convolutional "
             f"backbone such as {DEFAULT_BACKBONE} or {PAPER_BACKBONE}"

@@ -71,7 +71,6 @@ def test_harmless_changes_keep_the_ranking(number, change):
     torch.testing.assert_close(after, before, rtol=1e-3, atol=0)
 
 
-@pytest.mark.xfail(reason="distances of copies are rounding: MemoryScorer divides it by itself")
 def test_a_defect_on_flat_pictures_is_found():
     # Most patches are exact copies of others, as on the plain ground of a cut-out.
     generator = np.random.default_rng(1472)

@@ -104,7 +104,7 @@ def test_an_unknown_backbone_and_one_without_levels_are_explained():
     with pytest.raises(BackboneError, match="did you mean"):
         load_backbone("wide_resnet5000")
     with pytest.raises(BackboneError, match="no feature levels of strides 8 and 16"):
-        load_backbone("vit_tiny_patch16_224", "random")
+        load_backbone("mixer_s32_224", "random")
 
 
 @pytest.mark.parametrize("name", ["wide_resnet50_2", "tf_efficientnet_lite0"])
