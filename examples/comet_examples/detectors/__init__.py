@@ -23,8 +23,14 @@ class Detector(Protocol):
         """Learn what must be known of the training set before training."""
         ...
 
-    def losses(self, features: Sequence[Tensor]) -> Tensor:
-        """Per-sample training losses, shape (B,)."""
+    def losses(
+        self, features: Sequence[Tensor], part_weights: Tensor | None = None
+    ) -> Tensor:
+        """Per-sample training losses, shape (B,).
+
+        ``part_weights`` (B, rows, columns) multiply the losses of the pictures' parts before they
+        are averaged, on whatever grid they come; None where all count alike.
+        """
         ...
 
     def scores(self, features: Sequence[Tensor]) -> Tensor:
@@ -44,7 +50,9 @@ class Detector(Protocol):
 class Exposable(Protocol):
     """A detector that also learns from samples that are taken to be bad. Being one is optional."""
 
-    def loss_pairs(self, features: Sequence[Tensor]) -> Tensor:
+    def loss_pairs(
+        self, features: Sequence[Tensor], part_weights: Tensor | None = None
+    ) -> Tensor:
         """Losses of the samples taken as normal, and taken as anomalous, shape (2, B)."""
         ...
 
