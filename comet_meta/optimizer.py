@@ -463,7 +463,7 @@ class CoMetOptimizerWrapper(Optimizer):
             weights[0] = 1
             return weights
         weights = self.weighter(index)
-        anomalous = self.weighter.anomalous[index.to(weights.device)]
+        anomalous = self.weighter.p_bad[index.to(weights.device)]
         return torch.stack([weights, self.exposure * anomalous]).to(index.device)
 
     def _strength(self, parameters: Sequence[Tensor]) -> Tensor:
