@@ -91,7 +91,7 @@ def weighting_figures(weighter: SoftConfidentWeighter, bad: Array) -> Figures:
         own = curation_metrics(weighter.scores.numpy(), bad)
         figures |= {f"curation {key}": value for key, value in own.items()}
     figures |= curation_figures(weighter.weights.numpy(), bad)
-    if weighter.suspicion().isfinite().all():
+    if weighter.ranking_scores().isfinite().all():
         order = weighter.ranking().numpy()
         suspicion = np.empty(len(order))
         suspicion[order] = np.arange(len(order))[::-1]

@@ -11,15 +11,13 @@ from comet_meta import distributed
 from comet_meta.gradients import MetaGradient, gradients_of
 from comet_meta.losses import Closure, check_losses, finite_samples, weighted_losses
 from comet_meta.nonfinite import (
-    Look,
+    DeferredFlag,
     all_finite,
-    check_parameters,
-    evaluating,
-    everywhere,
-    undone_on_error,
-    warn_of_dropped,
-    warn_of_left_out,
+    check_parameters_finite,
+    warn_of_batch_left_out,
+    warn_of_samples_left_out,
 )
+from comet_meta.restore import eval_mode, undo_on_error
 from comet_meta.tasks import splits, support_query
 
 if TYPE_CHECKING:
@@ -74,7 +72,7 @@ class BatchGradient:
         Raises:
             ValueError: If losses are not (R,), or the parameters aren't finite.
         """
-        with undone_on_error(self.generator, self._buffers()) as undo:
+        with undo_on_error(self.generator, self._buffers()) as undo:
             result = self._attempt(closure, weights, parameters, scale, watched)
             if result is not None:
                 return result, weights
@@ -84,7 +82,7 @@ class BatchGradient:
             weights = weights[:, kept]
             reason = "too few samples of the batch have a finite loss"
             enough = len(kept) >= (1 if self.meta is None else 2)
-            if everywhere(enough, parameters[0].device):
+            if distributed.all_agree(enough, parameters[0].device):
                 # A process whose own samples are all fine goes along, with all of them.
                 result = self._attempt(
                     lambda rows: closure(kept[rows]), weights, parameters, scale, watched
@@ -94,8 +92,8 @@ class BatchGradient:
                     "the course of the step; lower inner_lr or the learning rate"
                 )
             if result is None:
-                check_parameters(parameters)
-                warn_of_left_out(reason)
+                check_parameters_finite(parameters)
+                warn_of_batch_left_out(reason)
                 undo()
         return result, weights
 
@@ -109,7 +107,7 @@ class BatchGradient:
     ) -> MetaGradient | None:
         """The gradient of samples of weights (2, B); None if one of their losses isn't finite."""
         count = weights.shape[1]
-        looks: list[Look] = []
+        finite_losses: list[DeferredFlag] = []
         # Where the framework averages each gradient by itself, the losses have to be scaled.
         sharded = distributed.is_sharded(parameters[0])
         part = distributed.share(count, weights.device) if sharded else 1.0
@@ -122,7 +120,7 @@ class BatchGradient:
         def objective(losses: Tensor, at: Sequence[Tensor]) -> Tensor:
             loss = losses.mean() * part + self.penalty(at)
             # A NaN or infinite loss shows in the mean, whatever its weight: 0 * inf is NaN.
-            looks.append(Look(torch.isfinite(loss.detach())))
+            finite_losses.append(DeferredFlag(torch.isfinite(loss.detach())))
             return loss
 
         lone = count == 1 and splits(1)  # other processes have more of this batch
@@ -144,21 +142,21 @@ class BatchGradient:
                 buffers=self._buffers(),
                 generator=self.generator,
             )
-        sound = all(looks)
+        sound = all(finite_losses)
         device = parameters[0].device
         # Elsewhere it would mean waiting for the backward pass.
         if device.type == "cpu" and not watched:
             sound = sound and all_finite([g for g in result.gradients if g is not None])
-        return result if everywhere(sound, device) else None
+        return result if distributed.all_agree(sound, device) else None
 
     @torch.no_grad()
     def _finite_rows(self, closure: Closure, index: Tensor) -> Tensor:
         """Rows of the batch whose loss is finite at the parameters; the others are named."""
-        with evaluating(self.model):
+        with eval_mode([] if self.model is None else [self.model]):
             losses = closure(torch.arange(len(index), device=index.device))
         check_losses(losses, len(index))
         finite = finite_samples(losses)
-        warn_of_dropped(finite, index)
+        warn_of_samples_left_out(finite, index)
         return finite.to(index.device).nonzero().flatten()
 
     def _buffers(self) -> list[Tensor]:

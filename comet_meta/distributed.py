@@ -131,6 +131,18 @@ def average(tensor: Tensor) -> Tensor:
     return total / world_size()
 
 
+def all_agree(flag: bool, device: torch.device) -> bool:
+    """Whether a flag is true on every process, so that all processes decide alike.
+
+    Args:
+        flag: This process's flag.
+        device: The device that messages between the processes use.
+    """
+    if world_size() == 1:
+        return flag
+    return bool(average(torch.tensor(float(flag), device=device)) == 1)
+
+
 @torch.no_grad()
 def average_gradients(parameters: Sequence[Tensor], share: Tensor | float = 1.0) -> None:
     """Replace every ``.grad`` by its mean over all processes.

@@ -1,15 +1,12 @@
 """DataLoaders made from other DataLoaders: one that notes its positions, one that scores."""
 
 import copy
-import random
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler
 
 from comet_meta import distributed
@@ -112,39 +109,3 @@ def scoring_loader(loader: DataLoader[Any]) -> RecordingLoader:
     batches = BatchSampler(mine, size, drop_last=False)
     # Its own generator: worker seeds must not be drawn from the training loader's.
     return RecordingLoader(with_batches(loader, batches, generator=torch.Generator()))
-
-
-@contextmanager
-def eval_mode(models: Sequence[nn.Module]) -> Iterator[None]:
-    """Have models in eval mode; afterwards each module is in the mode it was in.
-
-    Args:
-        models: Some; a frozen part in eval mode stays in it.
-    """
-    modes = [(module, module.training) for model in models for module in model.modules()]
-    for model in models:
-        model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-@contextmanager
-def same_random_numbers(models: Sequence[nn.Module] = ()) -> Iterator[None]:
-    """Let what comes after draw the random numbers that it would have drawn without the body.
-
-    Those of torch (CPU, and the CUDA devices that the models are on), NumPy and Python.
-
-    Args:
-        models: Which are used.
-    """
-    devices = {p.device.index for model in models for p in model.parameters() if p.is_cuda}
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
-    try:
-        with torch.random.fork_rng(sorted(devices)):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)  # noqa: NPY002

@@ -17,7 +17,7 @@ from comet_meta.batch import BatchGradient, MetaMode
 from comet_meta.data import as_index
 from comet_meta.gradients import add_gradients
 from comet_meta.losses import Closure, check_losses, finite_samples, weighted_losses
-from comet_meta.nonfinite import LossWatch
+from comet_meta.nonfinite import StepGuard
 from comet_meta.penalty import CovarianceMetaRegularizer
 from comet_meta.tasks import splits, support_query
 from comet_meta.weights.weighter import SoftConfidentWeighter
@@ -149,7 +149,7 @@ class CoMetOptimizerWrapper(Optimizer):
             generator = torch.Generator()
             generator.manual_seed(distributed.agreed_seed(torch.initial_seed()))
         self.generator = generator
-        self._watch = LossWatch()
+        self._guard = StepGuard()
         self._last: tuple[Tensor, Tensor] | None = None
         self.defaults = self.optimizers[0].defaults
         super().__setstate__({})  # the hooks and profiling that every torch optimizer has
@@ -247,7 +247,7 @@ class CoMetOptimizerWrapper(Optimizer):
             with torch.no_grad():
                 parts = support_query(kept, self.query_fraction, self.generator)
                 observed = parts * part + penalty
-        self._watch.add(finite, index, observed)
+        self._guard.record_batch(finite, index, observed)
         if losses.device.type == "cpu":
             self._settle()
         return mean + penalty
@@ -323,7 +323,7 @@ class CoMetOptimizerWrapper(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._settle()
-        if not self._watch.forbids_step(self._trained()):
+        if not self._guard.forbids_step(self._trained()):
             for optimizer in self.optimizers:
                 optimizer.step()
         return loss
@@ -400,7 +400,7 @@ class CoMetOptimizerWrapper(Optimizer):
         result, weights = batch.gradient(
             closure, index, weights, parameters, scale, watched=scaler is not None
         )
-        self._watch.note(usable=result is not None)
+        self._guard.record_gradient(usable=result is not None)
         dropped = len(index) - weights.shape[1]
         if result is not None:
             earlier = [parameter.grad for parameter in parameters]
@@ -463,7 +463,7 @@ class CoMetOptimizerWrapper(Optimizer):
             weights[0] = 1
             return weights
         weights = self.weighter(index)
-        anomalous = self.weighter.anomalous[index.to(weights.device)]
+        anomalous = self.weighter.p_bad[index.to(weights.device)]
         return torch.stack([weights, self.exposure * anomalous]).to(index.device)
 
     def _strength(self, parameters: Sequence[Tensor]) -> Tensor:
@@ -479,7 +479,7 @@ class CoMetOptimizerWrapper(Optimizer):
 
     def _settle(self) -> None:
         """Look at the objective's batches that haven't been looked at."""
-        for losses in self._watch.read():
+        for losses in self._guard.check_batches():
             self._observe(*losses)
 
     def _observe(self, train_loss: Tensor, validation_loss: Tensor) -> None:
@@ -580,7 +580,7 @@ class CoMetOptimizerWrapper(Optimizer):
         state = dict(self.__dict__)
         # Schedulers replace step on the instance by a wrapper that can't be copied.
         state.pop("step", None)
-        state["_watch"] = LossWatch()
+        state["_guard"] = StepGuard()
         state["generator"] = self.generator.get_state()
         return state
 

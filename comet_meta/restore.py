@@ -1,10 +1,13 @@
-"""Values of tensors set aside and brought back."""
+"""Context managers that put things back: tensors, buffers after an error, modes, random numbers."""
 
-from collections.abc import Iterator, Sequence
+import random
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @contextmanager
@@ -22,6 +25,63 @@ def restored(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         yield saved
     finally:
         copy_values(tensors, saved)
+
+
+@contextmanager
+def undo_on_error(
+    generator: torch.Generator, buffers: Sequence[Tensor]
+) -> Iterator[Callable[[], None]]:
+    """Give random state and buffers their values back if the body raises.
+
+    Args:
+        generator: Source of random numbers that the body draws from.
+        buffers: Tensors that the body changes in place.
+
+    Yields:
+        A function that gives the buffers their values back at any time.
+    """
+    state = generator.get_state()
+    undo = partial(copy_values, buffers, copies(buffers))
+    try:
+        yield undo
+    except BaseException:
+        generator.set_state(state)
+        undo()
+        raise
+
+
+@contextmanager
+def eval_mode(models: Sequence[nn.Module]) -> Iterator[None]:
+    """Set models to eval mode; on leaving, each module gets the mode that it had.
+
+    Args:
+        models: The models; a frozen part that was in eval mode stays in it.
+    """
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def same_random_numbers(models: Sequence[nn.Module] = ()) -> Iterator[None]:
+    """Restore the random state on leaving: torch (CPU, the models' CUDA devices), NumPy, Python.
+
+    Args:
+        models: The models that the body uses.
+    """
+    devices = {p.device.index for model in models for p in model.parameters() if p.is_cuda}
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    try:
+        with torch.random.fork_rng(sorted(devices)):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
 
 
 def copies(tensors: Sequence[Tensor]) -> list[Tensor]:
