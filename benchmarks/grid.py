@@ -90,7 +90,7 @@ def weighting_figures(weighter: SoftConfidentWeighter, bad: Array) -> Figures:
     if weighter.scores.isfinite().all():
         own = curation_metrics(weighter.scores.numpy(), bad)
         figures |= {f"curation {key}": value for key, value in own.items()}
-    figures |= curation_figures(weighter.weights.numpy(), bad)
+    figures |= curation_figures(weighter.mean_weights().numpy(), bad)
     if weighter.ranking_scores().isfinite().all():
         order = weighter.ranking().numpy()
         suspicion = np.empty(len(order))

@@ -87,7 +87,6 @@ class MemoryScorer:
         self.max_patches = max_patches
         self.seed = seed
 
-    @torch.no_grad()
     def __call__(self, features: Tensor) -> Tensor:
         """Score the training set.
 
@@ -102,6 +101,31 @@ class MemoryScorer:
             TypeError: If the features aren't floating-point.
             ValueError: If they have another shape or are not finite.
         """
+        return self.score_patches(features)[0]
+
+    @torch.no_grad()
+    def score_patches(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Score the training set and each of its patches.
+
+        Args:
+            features: As for a call.
+
+        Returns:
+            Anomaly scores of the samples, shape (N,), and of their patches, shape (N, P): the
+            distances that the samples' scores are means of, averaged over the memories. Both
+            float32, on the features' device.
+
+        Raises:
+            TypeError: If the features aren't floating-point.
+            ValueError: If they have another shape or are not finite.
+
+        Example:
+            >>> features = torch.randn(40, 6, 8, generator=torch.Generator().manual_seed(0))
+            >>> features[7, 2] += 9  # one strange patch
+            >>> _, patch_scores = MemoryScorer().score_patches(features)
+            >>> divmod(int(patch_scores.argmax()), 6)
+            (7, 2)
+        """
         if not features.is_floating_point():
             raise TypeError(f"features is {features.dtype}; expected a floating-point tensor")
         if features.dim() == 2:
@@ -110,17 +134,19 @@ class MemoryScorer:
             raise ValueError(
                 f"features has shape {tuple(features.shape)}; expected (N, P, C) or (N, C), N >= 2"
             )
-        count = len(features)
+        count, patches, _ = features.shape
         # A copy in the memory would make a sample look normal: draw among different samples.
         group, different = group_equal_rows(features.flatten(1))
         if len(different) == 1:
-            return torch.zeros(count, device=features.device)
+            zeros = torch.zeros(count, patches, device=features.device)
+            return zeros[:, 0], zeros
         size = min(max(1, round(self.fraction * len(different))), len(different) - 1)
         # Distances of features that are far from 0 lose precision: centre them.
         centre = features.mean(dim=(0, 1), dtype=torch.float64).to(torch.float32)
         # On the CPU, so that every device makes the same choices.
         generator = torch.Generator().manual_seed(self.seed)
         totals = torch.zeros(count, device=features.device)
+        patch_totals = torch.zeros(count, patches, device=features.device)
         seen = torch.zeros(count, device=features.device)
         draws = 0
         # Draw on until every sample was outside of at least one memory.
@@ -130,7 +156,10 @@ class MemoryScorer:
             is_inside[order[:size]] = True
             outside = (~is_inside[group]).nonzero().flatten()
             memory = self._memory(features, different[order[:size]], generator) - centre
-            totals[outside] += self._scores(features, outside, memory, centre)
+            distances = self._distances(features, outside, memory, centre)
+            highest = distances.topk(min(self.top_patches, patches), dim=1).values
+            totals[outside] += highest.mean(dim=1)
+            patch_totals[outside] += distances
             seen[outside] += 1
             draws += 1
         scores = totals / seen
@@ -145,7 +174,7 @@ class MemoryScorer:
                 f"features of {len(bad)} samples are NaN or infinite (first at positions "
                 f"{bad[:8].tolist()}); expected finite features"
             )
-        return scores
+        return scores, patch_totals / seen.unsqueeze(1)
 
     def _memory(self, features: Tensor, inside: Tensor, generator: torch.Generator) -> Tensor:
         """The patches of some samples, or a random choice of at most ``max_patches``, (M, C)."""
@@ -156,8 +185,10 @@ class MemoryScorer:
         kept = kept.to(features.device)
         return features[inside[kept // patches], kept % patches].float()
 
-    def _scores(self, features: Tensor, samples: Tensor, memory: Tensor, centre: Tensor) -> Tensor:
-        """Scores of some samples against a centred memory (M, C), in chunks of bounded size."""
+    def _distances(
+        self, features: Tensor, samples: Tensor, memory: Tensor, centre: Tensor
+    ) -> Tensor:
+        """Relative distances (S, P) of some samples' patches to a centred memory (M, C)."""
         patches = features.shape[1]
         chunk = max(1, _CHUNK_VALUES // (patches * len(memory)))
         distances = torch.cat(
@@ -168,15 +199,14 @@ class MemoryScorer:
                 for part in torch.split(samples, chunk)
             ]
         )
-        highest = distances.topk(min(self.top_patches, patches), dim=1).values.mean(dim=1)
         if patches == 1:
-            return highest
-        own = distances.kthvalue(max(1, 3 * patches // 4), dim=1).values
+            return distances
+        own = distances.kthvalue(max(1, 3 * patches // 4), dim=1, keepdim=True).values
         usual = own.median()
         usual = usual.where(usual > 0, 1)  # 0 where most samples are equal
         if math.isinf(self.scale):
-            return highest / usual
-        return highest * (1 + self.scale) / (own + self.scale * usual)
+            return distances / usual
+        return distances * (1 + self.scale) / (own + self.scale * usual)
 
     @staticmethod
     def _nearest(queries: Tensor, memory: Tensor) -> Tensor:
