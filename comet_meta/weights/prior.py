@@ -26,6 +26,9 @@ class MemoryScorer:
     over the sample's own patches, M the median of m over samples. What counts is how far a sample's
     strange patches stand out from its others.
 
+    Which samples a memory holds depends on the seed and the features, not on the order in which
+    the samples come.
+
     Use the scores as the ``prior`` of a :class:`~comet_meta.SoftConfidentWeighter`. A few dozen
     patches a sample are enough: average finer ones first.
 
@@ -106,9 +109,11 @@ class MemoryScorer:
             )
         count = len(features)
         # Copies of a sample would explain it away: memories are drawn among different samples.
-        group, different = copies(features.flatten(1))
+        sums = _random_sums(features.flatten(1))
+        group, different = _groups(sums)
         if len(different) == 1:
             return torch.zeros(count, device=features.device)
+        by_content = sums[different, 0].argsort()  # the same in whatever order the samples come
         size = min(max(1, round(self.share * len(different))), len(different) - 1)
         # A common offset of the features would cost the distances their precision.
         centre = features.mean(dim=(0, 1), dtype=torch.float64).to(torch.float32)
@@ -120,10 +125,11 @@ class MemoryScorer:
         # Further draws until every sample has been outside of a memory.
         while draws < self.draws or not bool((seen > 0).all()):
             order = torch.randperm(len(different), generator=generator).to(features.device)
+            inside = by_content[order[:size]]
             is_inside = torch.zeros(len(different), dtype=torch.bool, device=features.device)
-            is_inside[order[:size]] = True
+            is_inside[inside] = True
             outside = (~is_inside[group]).nonzero().flatten()
-            memory = self._memory(features, different[order[:size]], generator) - centre
+            memory = self._memory(features, different[inside], generator) - centre
             totals[outside] += self._scores(features, outside, memory, centre)
             seen[outside] += 1
             draws += 1
@@ -298,22 +304,35 @@ def copies(rows: Tensor) -> tuple[Tensor, Tensor]:
         >>> copies(torch.tensor([[1.0, 2.0], [3.0, 4.0], [1.0, 2.0]]))
         (tensor([0, 1, 0]), tensor([0, 1]))
     """
+    return _groups(_random_sums(rows))
+
+
+def _random_sums(rows: Tensor) -> Tensor:
+    """Two random sums of each row in double precision, (N, C) -> (N, 2).
+
+    They are equal for equal rows, and in practice for no others.
+    """
     generator = torch.Generator().manual_seed(0)
     weights = torch.randn(2, rows.shape[1], dtype=torch.float64, generator=generator)
-    # Two random sums in double precision are equal for equal rows, and in practice for no others.
-    sums = torch.cat(
+    weights = weights.to(rows.device)
+    chunk = max(1, _CHUNK_VALUES // (8 * max(1, rows.shape[1])))
+    return torch.cat(
         [
-            torch.stack([(part.double() * w).sum(dim=1) for w in weights.to(rows.device)], dim=1)
-            for part in torch.split(rows, max(1, _CHUNK_VALUES // (8 * max(1, rows.shape[1]))))
+            torch.stack([(part.double() * w).sum(dim=1) for w in weights], dim=1)
+            for part in torch.split(rows, chunk)
         ]
     )
+
+
+def _groups(sums: Tensor) -> tuple[Tensor, Tensor]:
+    """What :func:`copies` returns, from the rows' random sums (N, 2)."""
     group: Tensor = torch.unique(sums, dim=0, return_inverse=True)[1]
-    positions = torch.arange(len(rows), device=rows.device)
-    first = torch.full((int(group.max()) + 1,), len(rows), device=rows.device)
+    positions = torch.arange(len(sums), device=sums.device)
+    first = torch.full((int(group.max()) + 1,), len(sums), device=sums.device)
     first = first.scatter_reduce(0, group, positions, "amin")
     order = first.argsort()
     number = torch.empty_like(order)
-    number[order] = torch.arange(len(order), device=rows.device)
+    number[order] = torch.arange(len(order), device=sums.device)
     groups: Tensor = number[group]
     return groups, first[order]
 

@@ -120,6 +120,21 @@ def test_the_same_command_gives_the_same_list(folder):
     assert (out / "keep.csv").read_bytes() != first
 
 
+def test_names_and_order_of_the_files_are_of_no_matter(folder):
+    """The same pictures under other names, in other folders: each has the score it had."""
+    assert run(folder) == 0
+    before = {row["path"]: float(row["score"]) for row in rows(folder)}
+    moved = {}
+    for i, path in enumerate(sorted(before, key=lambda path: Path(path).stem[::-1])):
+        moved[path] = f"{'xyz'[i % 3]}/{i * 7 % 30:02d}.png"
+        target = folder / moved[path]
+        target.parent.mkdir(exist_ok=True)
+        (folder / path).rename(target)
+    assert run(folder) == 0
+    after = {row["path"]: float(row["score"]) for row in rows(folder)}
+    assert after == pytest.approx({moved[path]: score for path, score in before.items()}, rel=1e-4)
+
+
 def test_a_known_share_is_dropped(folder):
     assert run(folder, "--contamination", "0.2") == 0
     found = rows(folder)
