@@ -3,6 +3,7 @@
 import argparse
 import io
 import logging
+import math
 import sys
 import tempfile
 import traceback
@@ -118,10 +119,10 @@ def _add_rank(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     parser.add_argument(
         "--contamination",
-        type=_contamination,
+        type=parse_contamination,
         default="auto",
         metavar="auto|SHARE",
-        help="share of bad pictures where it is known, in (0, 1) (default: %(default)s)",
+        help="share of bad pictures, in [0, 0.5), where it is known (default: %(default)s)",
     )
     parser.add_argument(
         "--keep-going", action="store_true", help="leave out pictures that can't be read"
@@ -250,10 +251,28 @@ def _count(text: str) -> int:
     return value
 
 
-def _contamination(text: str) -> float | Literal["auto"]:
+def parse_contamination(text: str) -> float | Literal["auto"]:
+    """The value of an option ``--contamination``.
+
+    Args:
+        text: ``auto``, or a share in [0, 0.5).
+
+    Returns:
+        What :class:`~comet_meta.SoftConfidentWeighter` takes.
+
+    Raises:
+        ArgumentTypeError: If it is something else.
+
+    Example:
+        >>> parse_contamination("auto"), parse_contamination("0.1")
+        ('auto', 0.1)
+    """
     if text == "auto":
         return "auto"
-    value = float(text)
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is neither auto nor a share in (0, 1)")
-    return value
+    try:
+        share = float(text)
+    except ValueError:
+        share = math.nan
+    if not 0 <= share < 0.5:
+        raise argparse.ArgumentTypeError(f"{text} is neither auto nor a share in [0, 0.5)")
+    return share

@@ -40,7 +40,7 @@ class RankSettings:
         size: Height and width in pixels that the pictures are brought to; padded, not stretched.
         batch_size: Pictures at a time.
         seed: Of the random memories.
-        contamination: Share of bad pictures where it is known, in (0, 1); else ``"auto"``.
+        contamination: Share of bad pictures, in [0, 0.5), where it is known; else ``"auto"``.
         keep_going: Whether pictures that can't be read are left out instead of refused.
     """
 

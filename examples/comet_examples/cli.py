@@ -21,6 +21,7 @@ from comet_examples.report import table
 from comet_examples.session import Session
 from comet_examples.training import ResumeError
 from comet_meta.batch import MetaMode
+from comet_meta.cli import parse_contamination
 from comet_meta.vision.backbones import PAPER_BACKBONE, BackboneError, load_backbone
 from comet_meta.vision.download import DownloadError
 from comet_meta.vision.features import FeatureStore
@@ -207,6 +208,14 @@ def _parser(detector: str, dataset: str) -> argparse.ArgumentParser:
         "--batch-size", type=_pair, default=8, help="at least 2 (default: %(default)s)"
     )
     training.add_argument("--seed", type=_seed, default=0, help="(default: %(default)s)")
+    training.add_argument(
+        "--contamination",
+        type=parse_contamination,
+        default="auto",
+        metavar="auto|SHARE",
+        help="share of bad training pictures, in [0, 0.5), where it is known (default: "
+        "%(default)s: as many as the scores prove)",
+    )
     training.add_argument("--meta", choices=get_args(MetaMode), help="meta-step of CoMet")
     training.add_argument(
         "--strength",
@@ -252,6 +261,7 @@ def _run(options: argparse.Namespace, detector: str) -> int:
             "comet",
             batch_size=options.batch_size,
             seed=options.seed,
+            contamination=options.contamination,
             meta=options.meta,
             strength=options.strength,
         ),

@@ -284,7 +284,13 @@ def test_no_weights_to_be_had(folder, monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     "options",
-    [("--device", "cuda:99"), ("--contamination", "1"), ("--batch-size", "0"), ("--resize", "0")],
+    [
+        ("--device", "cuda:99"),
+        ("--contamination", "0.5"),
+        ("--contamination", "ten"),
+        ("--batch-size", "0"),
+        ("--resize", "0"),
+    ],
 )
 def test_wrong_arguments(folder, options, capsys):
     with pytest.raises(SystemExit) as stopped:
