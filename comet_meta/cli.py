@@ -127,6 +127,12 @@ def _add_rank(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--keep-going", action="store_true", help="leave out pictures that can't be read"
     )
+    parser.add_argument(
+        "--max-megapixels",
+        type=_count,
+        metavar="MILLIONS",
+        help="largest picture that is read (default: 178); above, a file may be a bomb",
+    )
     parser.set_defaults(
         run=_rank,
         interrupted="the features so far are kept; the same command goes on from there",
@@ -163,6 +169,7 @@ def _add_apply(parser: argparse.ArgumentParser) -> None:
 def _rank(options: argparse.Namespace) -> int:
     # Only here, so that --help is quick and a missing extra can be told in a sentence.
     from comet_meta.vision.files import sole_writer
+    from comet_meta.vision.pixels import largest_picture
     from comet_meta.vision.rank import RankError, RankSettings, describe, rank_folder
 
     size = tuple(options.resize or _SIZE)
@@ -181,9 +188,10 @@ def _rank(options: argparse.Namespace) -> int:
     out = options.out or Path(f"{options.folder.resolve().name or 'pictures'}_ranked")
     if out.exists() and not out.is_dir():
         raise RankError(f"--out {out} is a file; give a folder")
-    ranking = rank_folder(options.folder, settings)
-    with sole_writer(out):
-        keep_list, report = ranking.write(out)
+    with largest_picture(options.max_megapixels):
+        ranking = rank_folder(options.folder, settings)
+        with sole_writer(out):
+            keep_list, report = ranking.write(out)
     print(f"{len(ranking.paths):,} pictures. {describe(ranking)}")
     print(f"Look through them:  {report}")
     print(f"What to keep:       {keep_list}")

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from comet_meta.vision.features import FeatureExtractor, features_key
 from comet_meta.vision.files import replacing
-from comet_meta.vision.images import Transform, load_image
+from comet_meta.vision.images import Transform, load_values
 from comet_meta.vision.picture_prior import coarse_patches
 from comet_meta.vision.samples import DatasetError
 
@@ -159,7 +159,7 @@ class PatchGrids:
     def _load(self, path: Path) -> Tensor | str:
         """The picture (3, H, W), or why it can't be read."""
         try:
-            return load_image(path, self.transform)
+            return load_values(path, self.transform).float()
         except DatasetError as error:
             return str(error)
         except Exception as error:  # noqa: BLE001  a decoder may fail in any way
