@@ -86,7 +86,7 @@ class PatchGrids:
         missing = [
             (group, file)
             for group, file in zip(groups, files, strict=True)
-            if not _is_sound(file, (len(group), *self._shape))
+            if not self._is_done(group, file)
         ]
         done = len(paths) - sum(len(group) for group, _ in missing)
         workers = ThreadPoolExecutor(min(4, os.cpu_count() or 1))
@@ -127,6 +127,17 @@ class PatchGrids:
         """
         for file in files:
             yield torch.from_numpy(np.load(file))
+
+    def _is_done(self, paths: Sequence[Path], file: Path) -> bool:
+        """Whether a file is there and whole, and the pictures that it lacks still can't be read."""
+        try:
+            patches = np.load(file, mmap_mode="r")
+        except (OSError, ValueError, EOFError):
+            return False
+        if patches.shape != (len(paths), *self._shape):
+            return False
+        lacking = np.flatnonzero(np.isnan(patches[:, 0, 0, 0]))
+        return all(self.complaint(paths[i]) is not None for i in lacking)
 
     def _patches(
         self, paths: Sequence[Path], workers: ThreadPoolExecutor, progress: Any
@@ -170,11 +181,3 @@ def _height_and_width(transform: Transform) -> tuple[int, int]:
     if isinstance(transform.resize, int) or transform.crop is not None:
         raise ValueError(f"{transform} may give several sizes; expected resize=(height, width)")
     return transform.resize
-
-
-def _is_sound(file: Path, shape: tuple[int, ...]) -> bool:
-    """Whether a file is there and whole."""
-    try:
-        return np.load(file, mmap_mode="r").shape == shape
-    except (OSError, ValueError, EOFError):
-        return False
