@@ -136,8 +136,10 @@ class PatchGrids:
             return False
         if patches.shape != (len(paths), *self._shape):
             return False
-        lacking = np.flatnonzero(np.isnan(patches[:, 0, 0, 0]))
-        return all(self.complaint(paths[i]) is not None for i in lacking)
+        lacking = np.isnan(patches[:, 0, 0, 0])
+        return all(
+            self.complaint(path) for path, lacks in zip(paths, lacking, strict=True) if lacks
+        )
 
     def _patches(
         self, paths: Sequence[Path], workers: ThreadPoolExecutor, progress: Any

@@ -161,7 +161,7 @@ def rank_folder(folder: Path, settings: RankSettings) -> Ranking:
     paths = [sample.path for sample in split.train]
     extractor = PatchFeatures(load_backbone(settings.backbone, settings.weights))
     transform = glance(split).scaled(Transform(settings.size, keep_aspect=True))
-    cache = _cache(folder)
+    cache = feature_cache(folder)
     with sole_writer(cache):
         grids = PatchGrids(
             extractor,
@@ -231,7 +231,8 @@ def _check(folder: Path, count: int, unreadable: Sequence[Unreadable], keep_goin
         )
 
 
-def _cache(folder: Path) -> Path:
+def feature_cache(folder: Path) -> Path:
+    """Where the features of a folder's pictures are kept."""
     name = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16]
     return cache_folder() / "rank" / name
 
