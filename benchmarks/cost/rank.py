@@ -60,9 +60,9 @@ def main() -> None:
         else:
             solar_cells(folder, options.pictures)
         out = Path(scratch) / "out"
-        command = [*"-m comet_meta rank --device cpu --out".split(), str(out), str(folder)]
+        command = [sys.executable, "-m", "comet_meta", "rank", str(folder), "--device", "cpu"]
         threads = {"OMP_NUM_THREADS": str(options.threads)}
-        seconds, own, mapped = measured([sys.executable, *command], threads)
+        seconds, own, mapped = measured([*command, "--out", str(out)], threads)
         page = (out / "report.html").stat().st_size
         if options.random_features:
             with (out / "keep.csv").open(newline="", encoding="utf-8") as lines:
