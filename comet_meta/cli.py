@@ -3,6 +3,7 @@
 import argparse
 import io
 import logging
+import math
 import sys
 import tempfile
 import traceback
@@ -118,13 +119,19 @@ def _add_rank(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     parser.add_argument(
         "--contamination",
-        type=_contamination,
+        type=parse_contamination,
         default="auto",
         metavar="auto|SHARE",
-        help="share of bad pictures where it is known, in (0, 1) (default: %(default)s)",
+        help="share of bad pictures, in [0, 0.5), where it is known (default: %(default)s)",
     )
     parser.add_argument(
         "--keep-going", action="store_true", help="leave out pictures that can't be read"
+    )
+    parser.add_argument(
+        "--max-megapixels",
+        type=_count,
+        metavar="MILLIONS",
+        help="largest picture that is read (default: 178); above, a file may be a bomb",
     )
     parser.set_defaults(
         run=_rank,
@@ -162,6 +169,7 @@ def _add_apply(parser: argparse.ArgumentParser) -> None:
 def _rank(options: argparse.Namespace) -> int:
     # Only here, so that --help is quick and a missing extra can be told in a sentence.
     from comet_meta.vision.files import sole_writer
+    from comet_meta.vision.pixels import largest_picture
     from comet_meta.vision.rank import RankError, RankSettings, describe, rank_folder
 
     size = tuple(options.resize or _SIZE)
@@ -180,9 +188,10 @@ def _rank(options: argparse.Namespace) -> int:
     out = options.out or Path(f"{options.folder.resolve().name or 'pictures'}_ranked")
     if out.exists() and not out.is_dir():
         raise RankError(f"--out {out} is a file; give a folder")
-    ranking = rank_folder(options.folder, settings)
-    with sole_writer(out):
-        keep_list, report = ranking.write(out)
+    with largest_picture(options.max_megapixels):
+        ranking = rank_folder(options.folder, settings)
+        with sole_writer(out):
+            keep_list, report = ranking.write(out)
     print(f"{len(ranking.paths):,} pictures. {describe(ranking)}")
     print(f"Look through them:  {report}")
     print(f"What to keep:       {keep_list}")
@@ -250,10 +259,28 @@ def _count(text: str) -> int:
     return value
 
 
-def _contamination(text: str) -> float | Literal["auto"]:
+def parse_contamination(text: str) -> float | Literal["auto"]:
+    """The value of an option ``--contamination``.
+
+    Args:
+        text: ``auto``, or a share in [0, 0.5).
+
+    Returns:
+        What :class:`~comet_meta.SoftConfidentWeighter` takes.
+
+    Raises:
+        ArgumentTypeError: If it is something else.
+
+    Example:
+        >>> parse_contamination("auto"), parse_contamination("0.1")
+        ('auto', 0.1)
+    """
     if text == "auto":
         return "auto"
-    value = float(text)
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is neither auto nor a share in (0, 1)")
-    return value
+    try:
+        share = float(text)
+    except ValueError:
+        share = math.nan
+    if not 0 <= share < 0.5:
+        raise argparse.ArgumentTypeError(f"{text} is neither auto nor a share in [0, 0.5)")
+    return share

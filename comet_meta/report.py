@@ -48,19 +48,22 @@ def write(
     try:
         from comet_meta.vision.html_report import Run, write_report
         from comet_meta.vision.images import Transform
-        from comet_meta.vision.samples import Sample
+        from comet_meta.vision.samples import Sample, Split
+        from comet_meta.vision.survey import glance
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             f'the report needs the package {error.name}: pip install "comet-meta[vision]"',
             name=error.name,
         ) from error
 
+    samples = [Sample(Path(path), None) for path in paths]
+    known = glance(Split(title, tuple(samples), (), has_masks=False))
     write_report(
         Path(file),
         Run(heading=title, subtitle=""),
         weighter,
-        [Sample(Path(path), None) for path in paths],
-        Transform(size, keep_aspect=True),
+        samples,
+        known.scaled(Transform(size, keep_aspect=True)),
         None if maps is None else lambda samples: maps([sample.path for sample in samples]),
     )
     return Path(file)

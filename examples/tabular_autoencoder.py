@@ -4,7 +4,7 @@ Rows of malignant tumours in a training set of benign ones: see ``breast_cancer`
 """
 
 import torch
-from comet_examples.rows import Fitted, Weights, breast_cancer, compare
+from comet_examples.rows import Contamination, Fitted, Weights, breast_cancer, main
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -19,7 +19,7 @@ from comet_meta import (
 EPOCHS, WARM_UP = 50, 2
 
 
-def fit(rows: Tensor, weights: Weights) -> Fitted:
+def fit(rows: Tensor, weights: Weights, contamination: Contamination) -> Fitted:
     """Train on rows (N, D)."""
     dim = rows.shape[1]
     model = nn.Sequential(
@@ -35,7 +35,9 @@ def fit(rows: Tensor, weights: Weights) -> Fitted:
 
     loader = DataLoader(IndexedDataset(rows), batch_size=32, shuffle=True)  # 1
     prior = MemoryScorer()(rows) if weights == "prior" else None
-    weighter = None if weights == "none" else SoftConfidentWeighter(len(rows), prior=prior)
+    weighter = None
+    if weights != "none":
+        weighter = SoftConfidentWeighter(len(rows), prior=prior, contamination=contamination)
     adam = torch.optim.Adam(model.parameters(), lr=3e-3)
     optimizer = CoMetOptimizerWrapper(adam, weighter=weighter)  # 2
     for epoch in range(EPOCHS):
@@ -49,5 +51,4 @@ def fit(rows: Tensor, weights: Weights) -> Fitted:
 
 
 if __name__ == "__main__":
-    print("autoencoder, breast cancer, 10 % of the training rows malignant, 5 seeds\n")
-    print(compare(fit, breast_cancer()))
+    main("autoencoder, breast cancer, 10 % of the training rows malignant", fit, breast_cancer())

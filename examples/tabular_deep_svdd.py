@@ -6,7 +6,7 @@ Ruff et al.: Deep one-class classification, ICML 2018.
 """
 
 import torch
-from comet_examples.rows import Fitted, Weights, compare, digits
+from comet_examples.rows import Contamination, Fitted, Weights, digits, main
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -21,7 +21,7 @@ from comet_meta import (
 EPOCHS, WARM_UP = 30, 2
 
 
-def fit(rows: Tensor, weights: Weights) -> Fitted:
+def fit(rows: Tensor, weights: Weights, contamination: Contamination) -> Fitted:
     """Train on rows (N, D)."""
     # No biases: with them, the network could send all rows to the centre.
     model = nn.Sequential(
@@ -38,7 +38,9 @@ def fit(rows: Tensor, weights: Weights) -> Fitted:
 
     loader = DataLoader(IndexedDataset(rows), batch_size=32, shuffle=True)  # 1
     prior = MemoryScorer()(rows) if weights == "prior" else None
-    weighter = None if weights == "none" else SoftConfidentWeighter(len(rows), prior=prior)
+    weighter = None
+    if weights != "none":
+        weighter = SoftConfidentWeighter(len(rows), prior=prior, contamination=contamination)
     adam = torch.optim.Adam(model.parameters(), lr=1e-3)
     optimizer = CoMetOptimizerWrapper(adam, weighter=weighter)  # 2
     for epoch in range(EPOCHS):
@@ -52,5 +54,4 @@ def fit(rows: Tensor, weights: Weights) -> Fitted:
 
 
 if __name__ == "__main__":
-    print("Deep SVDD, mean over ten digits, 10 % of the training rows other digits, 5 seeds\n")
-    print(compare(fit, digits()))
+    main("Deep SVDD, mean over ten digits, 10 % of the training rows other digits", fit, digits())

@@ -7,7 +7,7 @@ Days of the summer half-year in a training set of the winter half-year, a real s
 import sys
 
 import torch
-from comet_examples.rows import Fitted, Weights, compare, power_demand
+from comet_examples.rows import Contamination, Fitted, Weights, main, power_demand
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -22,7 +22,7 @@ from comet_meta import (
 EPOCHS, WARM_UP = 50, 2
 
 
-def fit(rows: Tensor, weights: Weights) -> Fitted:
+def fit(rows: Tensor, weights: Weights, contamination: Contamination) -> Fitted:
     """Train on series (N, 24)."""
     model = nn.Sequential(
         nn.Unflatten(1, (1, 24)),
@@ -41,7 +41,9 @@ def fit(rows: Tensor, weights: Weights) -> Fitted:
 
     loader = DataLoader(IndexedDataset(rows), batch_size=32, shuffle=True)  # 1
     prior = MemoryScorer()(rows) if weights == "prior" else None
-    weighter = None if weights == "none" else SoftConfidentWeighter(len(rows), prior=prior)
+    weighter = None
+    if weights != "none":
+        weighter = SoftConfidentWeighter(len(rows), prior=prior, contamination=contamination)
     adam = torch.optim.Adam(model.parameters(), lr=3e-3)
     optimizer = CoMetOptimizerWrapper(adam, weighter=weighter)  # 2
     for epoch in range(EPOCHS):
@@ -59,5 +61,4 @@ if __name__ == "__main__":
         days = power_demand()
     except ModuleNotFoundError as error:
         sys.exit(f"error: {error}")
-    print("autoencoder, winter's power curves, 10 % of the training days from summer, 5 seeds\n")
-    print(compare(fit, days))
+    main("autoencoder, winter's power curves, 10 % of the training days from summer", fit, days)

@@ -25,6 +25,7 @@ def test_two_samples_judge_each_other_by_hand():
 def test_scores_equal_an_independent_nearest_neighbour_search():
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(12, 5, 3, generator=generator)
+    features = features[memory_module._random_sums(features.flatten(1))[:, 0].argsort()]
     scorer = MemoryScorer(draws=1, fraction=0.5, top_patches=3, scale=1.5, seed=4)
     choices = torch.Generator().manual_seed(4)
     totals, seen = np.zeros(12), np.zeros(12)
@@ -51,6 +52,21 @@ def test_the_same_seed_gives_the_same_scores_and_another_does_not():
     features = torch.randn(30, 4, 6, generator=torch.Generator().manual_seed(0))
     assert torch.equal(MemoryScorer()(features), MemoryScorer()(features))
     assert not torch.equal(MemoryScorer(seed=1)(features), MemoryScorer()(features))
+
+
+@pytest.mark.parametrize("max_patches", [8192, 20])
+def test_the_order_of_the_samples_is_of_no_matter(max_patches):
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(60, 4, 6, generator=generator)
+    features[7] = features[3]  # a copy
+    order = torch.randperm(60, generator=generator)
+    scorer = MemoryScorer(max_patches=max_patches)
+    # Rounding, as of features that were computed in other batches, changes next to nothing either.
+    rounded = features[order] * (1 + 1e-7 * torch.randn(60, 4, 6, generator=generator))
+    rounded[order == 7] = rounded[order == 3]
+    expected = scorer(features)[order]
+    for found in (scorer(features[order]), scorer(rounded)):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("share", [0.1, 0.4])

@@ -1,17 +1,23 @@
 """Hugging Face: a Trainer for data that nobody has cleaned."""
 
+import logging
 from collections.abc import Mapping, Sized
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import Trainer
+from transformers.trainer_utils import get_last_checkpoint
 
 from comet_meta.reduction import per_sample
 from comet_meta.weights.weighter import SoftConfidentWeighter
 
+_LOGGER = logging.getLogger(__name__)
 KEY = "sample_index"
+WEIGHTS_FILE = "comet_weighter.pt"
+"""What a checkpoint's folder holds beside the Trainer's files."""
 
 
 class WithPositions(Dataset[dict[str, Any]]):
@@ -46,14 +52,15 @@ class CoMetTrainer(Trainer):
 
     The model returns its losses by sample, ``{"losses": ...}``, of any shape that
     :func:`comet_meta.per_sample` takes. The losses of the training steps serve as anomaly scores,
-    and the weights are refitted about once an epoch. Evaluation gets the plain mean. Everything
+    and the weights are refitted about once an epoch. Evaluation gets the plain mean. Checkpoints
+    hold scores and weights too, and ``train(resume_from_checkpoint=...)`` restores them. Everything
     else is the Trainer's. ``remove_unused_columns`` must be off, so that positions reach the loss.
 
     Args:
-        *args: Of the Trainer.
+        *args: Arguments of the Trainer.
         weighter: Confidence in each sample; by default one with the default rule.
         warm_up: Epochs before the first weights, >= 1.
-        **kwargs: Of the Trainer.
+        **kwargs: Further arguments of the Trainer.
 
     Attributes:
         weighter: ``trainer.weighter.ranking(20)`` are the samples to look at.
@@ -86,6 +93,37 @@ class CoMetTrainer(Trainer):
         self.model_accepts_loss_kwargs = False  # the loss is a mean over the batch
         self.can_return_loss = True  # evaluation needs no labels for it
 
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Train, from the weights of a checkpoint where one is given.
+
+        Args:
+            resume_from_checkpoint: A checkpoint's folder; True: the last one in ``output_dir``.
+            *args: Further arguments of the Trainer's own ``train``.
+            **kwargs: The same.
+
+        Returns:
+            What the Trainer returns.
+        """
+        folder = resume_from_checkpoint
+        if folder is True:
+            folder = get_last_checkpoint(self.args.output_dir)
+        if folder:
+            self._load_weights(Path(folder) / WEIGHTS_FILE)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model, and scores and weights of the training samples beside it.
+
+        Args:
+            output_dir: Folder; by default the Trainer's ``output_dir``.
+        """
+        super().save_model(output_dir, _internal_call)
+        if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            torch.save(self.weighter.state_dict(), folder / WEIGHTS_FILE)
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -117,6 +155,12 @@ class CoMetTrainer(Trainer):
         else:
             loss = self._weighted(per_sample(losses, len(index)), index.cpu())
         return (loss, {"loss": loss, **outputs}) if return_outputs else loss
+
+    def _load_weights(self, file: Path) -> None:
+        if file.exists():
+            self.weighter.load_state_dict(torch.load(file, weights_only=True))
+        else:
+            _LOGGER.warning("%s is missing: the weights start anew", file)
 
     def _weighted(self, losses: Tensor, index: Tensor) -> Tensor:
         weights: Tensor = self.weighter(index)

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from comet_meta.vision.features import FeatureExtractor, features_key
 from comet_meta.vision.files import replacing
-from comet_meta.vision.images import Transform, load_image
+from comet_meta.vision.images import Transform, load_values
 from comet_meta.vision.picture_prior import coarse_patches
 from comet_meta.vision.samples import DatasetError
 
@@ -86,7 +86,7 @@ class PatchGrids:
         missing = [
             (group, file)
             for group, file in zip(groups, files, strict=True)
-            if not _is_sound(file, (len(group), *self._shape))
+            if not self._is_done(group, file)
         ]
         done = len(paths) - sum(len(group) for group, _ in missing)
         workers = ThreadPoolExecutor(min(4, os.cpu_count() or 1))
@@ -128,6 +128,19 @@ class PatchGrids:
         for file in files:
             yield torch.from_numpy(np.load(file))
 
+    def _is_done(self, paths: Sequence[Path], file: Path) -> bool:
+        """Whether a file is there and whole, and the pictures that it lacks still can't be read."""
+        try:
+            patches = np.load(file, mmap_mode="r")
+        except (OSError, ValueError, EOFError):
+            return False
+        if patches.shape != (len(paths), *self._shape):
+            return False
+        lacking = np.isnan(patches[:, 0, 0, 0])
+        return all(
+            self.complaint(path) for path, lacks in zip(paths, lacking, strict=True) if lacks
+        )
+
     def _patches(
         self, paths: Sequence[Path], workers: ThreadPoolExecutor, progress: Any
     ) -> npt.NDArray[np.float32]:
@@ -159,7 +172,7 @@ class PatchGrids:
     def _load(self, path: Path) -> Tensor | str:
         """The picture (3, H, W), or why it can't be read."""
         try:
-            return load_image(path, self.transform)
+            return load_values(path, self.transform).float()
         except DatasetError as error:
             return str(error)
         except Exception as error:  # noqa: BLE001  a decoder may fail in any way
@@ -170,11 +183,3 @@ def _height_and_width(transform: Transform) -> tuple[int, int]:
     if isinstance(transform.resize, int) or transform.crop is not None:
         raise ValueError(f"{transform} may give several sizes; expected resize=(height, width)")
     return transform.resize
-
-
-def _is_sound(file: Path, shape: tuple[int, ...]) -> bool:
-    """Whether a file is there and whole."""
-    try:
-        return np.load(file, mmap_mode="r").shape == shape
-    except (OSError, ValueError, EOFError):
-        return False

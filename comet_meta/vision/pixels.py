@@ -1,6 +1,7 @@
 """The pixels of a picture's file: upright, on one ground, in full depth."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,23 @@ def read_marks(path: Path) -> Image.Image:
                 marks = (alpha > least) & (alpha.min() < alpha.max())
         flat = marks if marks.ndim == 2 else np.asarray(marks.any(axis=2))
         return Image.fromarray(_turned(flat.astype(np.uint8), turn))
+
+
+@contextmanager
+def largest_picture(megapixels: int | None) -> Iterator[None]:
+    """Set the size above which a picture is refused, since it may be a bomb.
+
+    Args:
+        megapixels: Millions of pixels; None leaves Pillow's limit, 178.
+    """
+    usual = Image.MAX_IMAGE_PIXELS
+    if megapixels is not None:
+        # Pillow warns above the number and refuses above twice of it.
+        Image.MAX_IMAGE_PIXELS = megapixels * 1_000_000 // 2
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = usual
 
 
 def is_deep(picture: Image.Image) -> bool:
@@ -243,6 +261,12 @@ def _deep_colour(path: Path, file: Image.Image) -> Array | None:
     # Half of a pixel can't be NaN: it counts as what its larger part is.
     deep[opaque < 0.5] = np.nan
     return deep
+
+
+def has_more_than_8_bits(path: Path) -> bool:
+    """Whether a file has more than 8 bits a channel, by its head alone."""
+    with _opened(path) as file:
+        return is_deep(file) or _keeps_upper_bits(file)
 
 
 def keeps_upper_bits_only(path: Path) -> bool:

@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -20,7 +20,8 @@ from comet_meta.vision.images import Transform
 from comet_meta.vision.keep_list import Row, write
 from comet_meta.vision.patch_grids import PatchGrids
 from comet_meta.vision.picture_prior import grid_side, streamed_prior
-from comet_meta.vision.samples import Sample
+from comet_meta.vision.samples import Sample, Split
+from comet_meta.vision.survey import glance
 from comet_meta.weights.prior import MemoryScorer
 from comet_meta.weights.weighter import SoftConfidentWeighter
 
@@ -40,7 +41,7 @@ class RankSettings:
         size: Height and width in pixels that the pictures are brought to; padded, not stretched.
         batch_size: Pictures at a time.
         seed: Of the random memories.
-        contamination: Share of bad pictures where it is known, in (0, 1); else ``"auto"``.
+        contamination: Share of bad pictures, in [0, 0.5), where it is known; else ``"auto"``.
         keep_going: Whether pictures that can't be read are left out instead of refused.
     """
 
@@ -76,6 +77,7 @@ class Ranking:
         unreadable: The others.
         weighter: Scores (as its prior), weights and P(bad) of ``paths``.
         settings: How they were ranked.
+        transform: How their files were read.
     """
 
     folder: Path
@@ -83,6 +85,7 @@ class Ranking:
     unreadable: tuple[Unreadable, ...]
     weighter: SoftConfidentWeighter
     settings: RankSettings
+    transform: Transform
 
     def rows(self) -> list[Row]:
         """The lines of the keep list: most suspect first, unreadable pictures last."""
@@ -130,7 +133,7 @@ class Ranking:
             ),
             self.weighter,
             [Sample(path, None) for path in self.paths],
-            Transform(settings.size, keep_aspect=True),
+            self.transform,
         )
         return keep_list, report
 
@@ -154,13 +157,15 @@ def rank_folder(folder: Path, settings: RankSettings) -> Ranking:
         ValueError: If backbone, weights, size or a link in the folder are of no use.
         OSError: If the cache can't be written.
     """
-    paths = _pictures(folder)
+    split = _pictures(folder)
+    paths = [sample.path for sample in split.train]
     extractor = PatchFeatures(load_backbone(settings.backbone, settings.weights))
-    cache = _cache(folder)
+    transform = glance(split).scaled(Transform(settings.size, keep_aspect=True))
+    cache = feature_cache(folder)
     with sole_writer(cache):
         grids = PatchGrids(
             extractor,
-            Transform(settings.size, keep_aspect=True),
+            transform,
             grid_side(len(paths)),
             cache,
             device=settings.device,
@@ -184,6 +189,7 @@ def rank_folder(folder: Path, settings: RankSettings) -> Ranking:
         tuple(unreadable.values()),
         SoftConfidentWeighter(prior=prior, contamination=settings.contamination),
         settings,
+        transform,
     )
 
 
@@ -192,20 +198,20 @@ def describe(ranking: Ranking) -> str:
     return in_words(ranking.weighter)
 
 
-def _pictures(folder: Path) -> list[Path]:
+def _pictures(folder: Path) -> Split:
     if not folder.exists():
         raise RankError(f"there's no folder {folder}; give the folder of pictures")
     if not folder.is_dir():
         raise RankError(f"{folder} is a file; give the folder of pictures that it lies in")
     (category,) = plain_folder.categories(folder)
-    samples = plain_folder.load(folder, category).train
-    paths = sorted((sample.path for sample in samples), key=lambda path: path.parts)
-    if len(paths) == 1:
+    split = plain_folder.load(folder, category)
+    samples = sorted(split.train, key=lambda sample: sample.path.parts)
+    if len(samples) == 1:
         raise RankError(
-            f"{folder} holds one picture, {paths[0].name}; pictures are ranked by comparing them "
-            "with each other, which takes at least two, better some hundred"
+            f"{folder} holds one picture, {samples[0].path.name}; pictures are ranked by comparing "
+            "them with each other, which takes at least two, better some hundred"
         )
-    return paths
+    return replace(split, train=tuple(samples))
 
 
 def _check(folder: Path, count: int, unreadable: Sequence[Unreadable], keep_going: bool) -> None:
@@ -225,7 +231,8 @@ def _check(folder: Path, count: int, unreadable: Sequence[Unreadable], keep_goin
         )
 
 
-def _cache(folder: Path) -> Path:
+def feature_cache(folder: Path) -> Path:
+    """Where the features of a folder's pictures are kept."""
     name = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16]
     return cache_folder() / "rank" / name
 

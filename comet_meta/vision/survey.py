@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from comet_meta.vision.pixels import (
     Deep,
     Extremes,
     extremes,
+    has_more_than_8_bits,
     joint_range,
     keeps_upper_bits_only,
     pages,
@@ -88,9 +90,31 @@ def survey(split: Split) -> Survey:
     Returns:
         What was found. Only training pictures decide on the range.
     """
+    return _summed_up(split, _of_all(_look, split))
+
+
+def glance(split: Split) -> Survey:
+    """Read every picture's head once, and in full only those of more than 8 bits a channel.
+
+    Much quicker than :func:`survey`, and says the same in the log, but finds no damaged pictures.
+
+    Args:
+        split: The pictures.
+
+    Returns:
+        The range of the values; no faults.
+    """
+    return _summed_up(split, _of_all(_glance, split))
+
+
+def _of_all(look: Callable[[Sample], _Found], split: Split) -> dict[Sample, _Found]:
     samples = (*split.train, *split.test)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
-        found = dict(zip(samples, threads.map(_look, samples), strict=True))
+        return dict(zip(samples, threads.map(look, samples), strict=True))
+
+
+def _summed_up(split: Split, found: dict[Sample, _Found]) -> Survey:
+    """What was found, and the log of it."""
     depths = [each.depth for s in split.train if (each := found[s]).depth is not None]
     deep = sum(each.depth is not None for each in found.values())
     values = joint_range([depth for depth in depths if depth is not None])
@@ -99,7 +123,7 @@ def survey(split: Split) -> Survey:
     if values is not None:
         _LOGGER.info(
             "%s: %d of %d pictures have more than 8 bits; %g to %g becomes black to white in all",
-            *(split.category, deep, len(samples), *values),
+            *(split.category, deep, len(found), *values),
         )
     many = [(s.path, each.pages) for s, each in found.items() if each.pages > 1]
     if many:
@@ -122,9 +146,21 @@ def _look(sample: Sample) -> _Found:
     try:
         picture = read_picture(sample.path)
         check_mask(sample, picture.size)
-        with Image.open(sample.path) as file:
-            count = pages(file)
-        halved = keeps_upper_bits_only(sample.path)
+        return _found(sample.path, picture)
     except (DatasetError, OSError, MemoryError) as error:
         return _Found(str(error) or f"{sample.path}: {type(error).__name__}")
-    return _Found(None, extremes(picture) if isinstance(picture, Deep) else None, count, halved)
+
+
+def _glance(sample: Sample) -> _Found:
+    try:
+        picture = read_picture(sample.path) if has_more_than_8_bits(sample.path) else None
+        return _found(sample.path, picture)
+    except Exception:  # noqa: BLE001  whoever reads the picture will say what is wrong with it
+        return _Found(None)
+
+
+def _found(path: Path, picture: Image.Image | Deep | None) -> _Found:
+    with Image.open(path) as file:
+        count = pages(file)
+    depth = extremes(picture) if isinstance(picture, Deep) else None
+    return _Found(None, depth, count, keeps_upper_bits_only(path))

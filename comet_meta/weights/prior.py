@@ -26,6 +26,9 @@ class MemoryScorer:
     No memory holds the scored sample or a copy of it. A bad sample therefore looks normal only if
     most memories hold another one like it.
 
+    Which samples a memory holds depends on the seed and the features, not on the order in which
+    the samples come.
+
     Use the scores as the ``prior`` of a :class:`~comet_meta.SoftConfidentWeighter`. A few dozen
     patches per sample are enough: average finer ones first.
 
@@ -136,10 +139,12 @@ class MemoryScorer:
             )
         count, patches, _ = features.shape
         # A copy in the memory would make a sample look normal: draw among different samples.
-        group, different = group_equal_rows(features.flatten(1))
+        sums = _random_sums(features.flatten(1))
+        group, different = _groups(sums)
         if len(different) == 1:
             zeros = torch.zeros(count, patches, device=features.device)
             return zeros[:, 0], zeros
+        by_content = sums[different, 0].argsort()  # the same in whatever order the samples come
         size = min(max(1, round(self.fraction * len(different))), len(different) - 1)
         # Distances of features that are far from 0 lose precision: centre them.
         centre = features.mean(dim=(0, 1), dtype=torch.float64).to(torch.float32)
@@ -152,10 +157,11 @@ class MemoryScorer:
         # Draw on until every sample was outside of at least one memory.
         while draws < self.draws or not bool((seen > 0).all()):
             order = torch.randperm(len(different), generator=generator).to(features.device)
+            inside = by_content[order[:size]]
             is_inside = torch.zeros(len(different), dtype=torch.bool, device=features.device)
-            is_inside[order[:size]] = True
+            is_inside[inside] = True
             outside = (~is_inside[group]).nonzero().flatten()
-            memory = self._memory(features, different[order[:size]], generator) - centre
+            memory = self._memory(features, different[inside], generator) - centre
             distances = self._distances(features, outside, memory, centre)
             highest = distances.topk(min(self.top_patches, patches), dim=1).values
             totals[outside] += highest.mean(dim=1)
@@ -337,22 +343,35 @@ def group_equal_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
         >>> group_equal_rows(torch.tensor([[1.0, 2.0], [3.0, 4.0], [1.0, 2.0]]))
         (tensor([0, 1, 0]), tensor([0, 1]))
     """
+    return _groups(_random_sums(rows))
+
+
+def _random_sums(rows: Tensor) -> Tensor:
+    """Two random sums of each row in double precision, (N, C) -> (N, 2).
+
+    They are equal for equal rows, and in practice for no others.
+    """
     generator = torch.Generator().manual_seed(0)
     weights = torch.randn(2, rows.shape[1], dtype=torch.float64, generator=generator)
-    # Two random weighted sums are equal for equal rows, and in practice only for these.
-    sums = torch.cat(
+    weights = weights.to(rows.device)
+    chunk = max(1, _CHUNK_VALUES // (8 * max(1, rows.shape[1])))
+    return torch.cat(
         [
-            torch.stack([(part.double() * w).sum(dim=1) for w in weights.to(rows.device)], dim=1)
-            for part in torch.split(rows, max(1, _CHUNK_VALUES // (8 * max(1, rows.shape[1]))))
+            torch.stack([(part.double() * w).sum(dim=1) for w in weights], dim=1)
+            for part in torch.split(rows, chunk)
         ]
     )
+
+
+def _groups(sums: Tensor) -> tuple[Tensor, Tensor]:
+    """What :func:`group_equal_rows` returns, from the rows' random sums (N, 2)."""
     group: Tensor = torch.unique(sums, dim=0, return_inverse=True)[1]
-    positions = torch.arange(len(rows), device=rows.device)
-    first = torch.full((int(group.max()) + 1,), len(rows), device=rows.device)
+    positions = torch.arange(len(sums), device=sums.device)
+    first = torch.full((int(group.max()) + 1,), len(sums), device=sums.device)
     first = first.scatter_reduce(0, group, positions, "amin")
     order = first.argsort()
     number = torch.empty_like(order)
-    number[order] = torch.arange(len(order), device=rows.device)
+    number[order] = torch.arange(len(order), device=sums.device)
     groups: Tensor = number[group]
     return groups, first[order]
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import get_args
 
 import torch
-from PIL import Image
 
 from comet_examples.datasets import DATASETS, DatasetError, Transform, oracle
 from comet_examples.presets import PRESETS, Preset, preset_for
@@ -21,10 +20,12 @@ from comet_examples.report import table
 from comet_examples.session import Session
 from comet_examples.training import ResumeError
 from comet_meta.batch import MetaMode
+from comet_meta.cli import parse_contamination
 from comet_meta.vision.backbones import PAPER_BACKBONE, BackboneError, load_backbone
 from comet_meta.vision.download import DownloadError
 from comet_meta.vision.features import FeatureStore
 from comet_meta.vision.files import BusyError, unforeseen
+from comet_meta.vision.pixels import largest_picture
 
 _DEMO = (
     "DEMO: no --data-root, so this trains on solar cells from the elpv-dataset package "
@@ -53,12 +54,9 @@ def main(detector: str, dataset: str, argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files needn't be printable
     options = _options(detector, dataset, argv)
-    most = Image.MAX_IMAGE_PIXELS
-    if options.max_megapixels is not None:
-        # Pillow warns above the number and refuses above twice of it.
-        Image.MAX_IMAGE_PIXELS = options.max_megapixels * 1_000_000 // 2
     try:
-        return _run(options, detector)
+        with largest_picture(options.max_megapixels):
+            return _run(options, detector)
     except (BackboneError, BusyError, DatasetError, DownloadError, ResumeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -72,8 +70,6 @@ def main(detector: str, dataset: str, argv: Sequence[str] | None = None) -> int:
     except Exception as error:  # noqa: BLE001 - no traceback is for a user to read
         print(f"error: {unforeseen(error, options.out)}", file=sys.stderr)
         return 2
-    finally:
-        Image.MAX_IMAGE_PIXELS = most
 
 
 def _options(detector: str, dataset: str, argv: Sequence[str] | None) -> argparse.Namespace:
@@ -207,6 +203,14 @@ def _parser(detector: str, dataset: str) -> argparse.ArgumentParser:
         "--batch-size", type=_pair, default=8, help="at least 2 (default: %(default)s)"
     )
     training.add_argument("--seed", type=_seed, default=0, help="(default: %(default)s)")
+    training.add_argument(
+        "--contamination",
+        type=parse_contamination,
+        default="auto",
+        metavar="auto|SHARE",
+        help="share of bad training pictures, in [0, 0.5), where it is known (default: "
+        "%(default)s: as many as the scores prove)",
+    )
     training.add_argument("--meta", choices=get_args(MetaMode), help="meta-step of CoMet")
     training.add_argument(
         "--strength",
@@ -252,6 +256,7 @@ def _run(options: argparse.Namespace, detector: str) -> int:
             "comet",
             batch_size=options.batch_size,
             seed=options.seed,
+            contamination=options.contamination,
             meta=options.meta,
             strength=options.strength,
         ),

@@ -1,5 +1,6 @@
 """Beyond pictures: rows of numbers, and trainings with and without CoMet compared on them."""
 
+import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -15,6 +16,7 @@ from torch import Tensor
 from comet_examples.metrics import curation_metrics, image_metrics
 from comet_examples.report import table
 from comet_meta import SoftConfidentWeighter
+from comet_meta.cli import parse_contamination
 
 _TEST_SHARE = 0.3
 
@@ -62,7 +64,9 @@ class Fitted(NamedTuple):
 
 Weights = Literal["none", "own", "prior"]
 """From the model's own scores; or from these and a prior by a memory of the rows."""
-Fit = Callable[[Tensor, Weights], Fitted]
+Contamination = float | Literal["auto"]
+"""Share of bad rows that the weights are told, in [0, 0.5)."""
+Fit = Callable[[Tensor, Weights, Contamination], Fitted]
 """Trains a model on rows (T, D)."""
 
 _METHODS: dict[str, Weights] = {
@@ -159,8 +163,34 @@ def contaminated(rows: Rows, noise: float, seed: int) -> Draw:
     )
 
 
+def main(title: str, fit: Fit, cases: Sequence[Rows]) -> None:
+    """Print what an example script has to say.
+
+    Args:
+        title: First line.
+        fit: Trains a model.
+        cases: The data.
+    """
+    parser = argparse.ArgumentParser(description=title)
+    parser.add_argument(
+        "--contamination",
+        type=parse_contamination,
+        default="auto",
+        metavar="auto|SHARE",
+        help="share of bad rows that CoMet is told, in [0, 0.5) (default: %(default)s; it is 0.1)",
+    )
+    options = parser.parse_args()
+    print(f"{title}, 5 seeds\n")
+    print(compare(fit, cases, contamination=options.contamination))
+
+
 def compare(
-    fit: Fit, cases: Sequence[Rows], *, noise: float = 0.1, seeds: Sequence[int] = range(5)
+    fit: Fit,
+    cases: Sequence[Rows],
+    *,
+    noise: float = 0.1,
+    seeds: Sequence[int] = range(5),
+    contamination: Contamination = "auto",
 ) -> str:
     """Train plainly, without the bad rows, and with CoMet's weights of either kind.
 
@@ -170,7 +200,8 @@ def compare(
         fit: Trains a model.
         cases: Figures are averaged over them before they are averaged over seeds.
         noise: Share of bad rows in the training sets.
-        seeds: Of draws and trainings.
+        seeds: Seeds of draws and trainings.
+        contamination: What CoMet is told about the share of bad rows.
 
     Returns:
         A Markdown table: mean ± standard deviation over seeds, and the difference to plain training
@@ -185,7 +216,7 @@ def compare(
             for draw in draws:
                 torch.manual_seed(seed)
                 train = draw.train[~draw.bad] if method == "oracle" else draw.train
-                scores, weighter = fit(train, weights)
+                scores, weighter = fit(train, weights, contamination)
                 with torch.no_grad():
                     detection.append(image_metrics(scores(draw.test), draw.anomalous)["I-AUROC"])
                 if weighter is not None:

@@ -79,8 +79,10 @@ class TrainingSettings:
         strength: lambda_0 of ``"comet"``; 0 for no penalty.
         steps: In place of ``epochs``: optimizer steps, >= 1, rounded up to whole epochs. The same
             number trains a small set and a large one equally long.
-        schedule: Of the learning rates: ``"cosine"`` lets them fall to 0 by the end,
+        schedule: Course of the learning rates: ``"cosine"`` lets them fall to 0 by the end,
             ``"constant"`` leaves them as the detector has them.
+        contamination: Share of bad training pictures that ``"comet"`` is told, in [0, 0.5);
+            ``"auto"``: it finds out.
 
     Raises:
         ValueError: If not exactly one of ``epochs`` and ``steps`` is given.
@@ -94,6 +96,7 @@ class TrainingSettings:
     strength: float = 0.0
     steps: int | None = None
     schedule: Schedule = "constant"
+    contamination: float | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
         """Exactly one length."""
@@ -171,7 +174,9 @@ def wrap(
     if settings.strength > 0:
         options["regularizer"] = CovarianceMetaRegularizer(settings.strength)
     scores, patch_scores = memory_patch_prior(data.batches(), len(data))
-    weighter = SoftConfidentWeighter(prior=scores, patch_prior=patch_scores)
+    weighter = SoftConfidentWeighter(
+        prior=scores, patch_prior=patch_scores, contamination=settings.contamination
+    )
     return CoMetOptimizerWrapper(optimizers, weighter=weighter, model=model, **options)
 
 

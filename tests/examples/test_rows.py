@@ -62,8 +62,9 @@ def test_contamination_has_the_share_that_is_asked_for_and_no_row_twice():
 def test_every_method_gets_the_rows_and_weights_that_it_stands_for():
     asked = []
 
-    def fit(train, weights):
+    def fit(train, weights, contamination):
         asked.append((len(train), weights))
+        assert contamination == 0.2
         weighter = None if weights == "none" else SoftConfidentWeighter(len(train))
         if weighter is not None:
             weighter.fit(train.norm(dim=1))
@@ -73,7 +74,7 @@ def test_every_method_gets_the_rows_and_weights_that_it_stands_for():
         return Fitted(lambda batch: scores(batch, dim=1) if clean else batch[:, 0] * 0, weighter)
 
     case = Rows(torch.randn(100, 3), torch.randn(40, 3) * 40)
-    table = compare(fit, [case], noise=0.125, seeds=[3, 4])
+    table = compare(fit, [case], noise=0.125, seeds=[3, 4], contamination=0.2)
     assert asked == [(80, "none"), (70, "none"), (80, "prior"), (80, "own")] * 2
     cells = {
         line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]]
@@ -99,8 +100,10 @@ def test_the_scripts_train_and_print_a_table(script, case, monkeypatch, capsys):
     plane = torch.randn(60, 2, generator=generator) @ torch.randn(2, 24, generator=generator)
     few = [Rows(plane, 3 * torch.randn(30, 24, generator=generator))]
     monkeypatch.setattr(rows, case, lambda: few)
-    monkeypatch.setattr(rows, "compare", lambda fit, cases: compare(fit, cases, seeds=[0, 1]))
-    monkeypatch.setattr(sys, "argv", [script])
+    monkeypatch.setattr(
+        rows, "compare", lambda fit, cases, **told: compare(fit, cases, seeds=[0, 1], **told)
+    )
+    monkeypatch.setattr(sys, "argv", [script, "--contamination", "0.1"])
     runpy.run_path(str(EXAMPLES / f"{script}.py"), run_name="__main__")
     printed = capsys.readouterr().out
     aurocs = [float(value) for value in re.findall(r"\| ([\d.]+) ± [\d.]+ +\| ", printed)]

@@ -403,6 +403,16 @@ def test_comet_starts_from_the_prior_of_the_frozen_features():
     assert optimizer.weighter().min() < 0.1
 
 
+def test_comet_can_be_told_how_many_are_bad(monkeypatch):
+    asked = {}
+    monkeypatch.setattr(cli, "_run", lambda options, detector: asked.update(vars(options)) or 0)
+    assert cli.main("simplenet", "elpv", ["--contamination", "0.25"]) == 0
+    settings = TrainingSettings("comet", epochs=1, contamination=asked["contamination"])
+    weighter = training.wrap(build(), a_data_set(), settings).weighter
+    assert weighter.contamination == 0.25
+    assert (weighter.anomalous > 0.5).float().mean() == pytest.approx(0.25, abs=0.05)
+
+
 @pytest.mark.parametrize(("count", "exposed"), [(199, False), (200, True)])
 def test_only_large_sets_are_learned_from_as_anomalous(count, exposed, monkeypatch):
     asked = []

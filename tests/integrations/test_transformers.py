@@ -37,9 +37,10 @@ class Detector(torch.nn.Module):
 
 def arguments(folder, **settings) -> TrainingArguments:
     return TrainingArguments(
-        str(folder), num_train_epochs=3, learning_rate=1e-2, per_device_train_batch_size=16,
-        report_to="none", save_strategy="no", disable_tqdm=True, use_cpu=True,
-        **({"remove_unused_columns": False} | settings),
+        str(folder), learning_rate=1e-2, per_device_train_batch_size=16,
+        report_to="none", disable_tqdm=True, use_cpu=True,
+        **({"remove_unused_columns": False, "save_strategy": "no", "num_train_epochs": 3}
+           | settings),
     )  # fmt: skip
 
 
@@ -69,6 +70,42 @@ def test_weights_reach_the_training(tmp_path):
     pairs = zip(before, trainer.model.parameters(), strict=True)
     assert all(torch.equal(a, b.cpu()) for a, b in pairs)
     assert trainer.evaluate()["eval_loss"] > 0.1
+
+
+def test_a_resumed_run_goes_on_with_its_weights(tmp_path):
+    """Four epochs, of which the last two are repeated from a checkpoint by a fresh trainer."""
+
+    def trainer(folder):
+        settings = {"num_train_epochs": 4, "lr_scheduler_type": "constant"}
+        settings |= {"save_strategy": "epoch"}
+        return CoMetTrainer(
+            Detector(), arguments(folder, **settings), train_dataset=samples(), warm_up=2
+        )
+
+    whole = trainer(tmp_path)
+    whole.train()
+    assert float(whole.weighter.weights.min()) < 1
+    middle = tmp_path / "checkpoint-38"
+    saved = torch.load(middle / "comet_weighter.pt", weights_only=True)
+    assert not torch.equal(saved["scores"], whole.weighter.scores)
+    resumed = trainer(tmp_path)
+    resumed.train(resume_from_checkpoint=str(middle))
+    for name, value in whole.weighter.state_dict().items():
+        torch.testing.assert_close(resumed.weighter.state_dict()[name], value, equal_nan=True)
+    for ours, theirs in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    last = trainer(tmp_path)
+    last.train(resume_from_checkpoint=True)
+    assert torch.equal(last.weighter.weights, whole.weighter.weights)
+
+
+def test_a_checkpoint_of_the_plain_trainer_has_no_weights(tmp_path, caplog):
+    settings = {"num_train_epochs": 1, "save_strategy": "epoch"}
+    plain = Trainer(Detector(), arguments(tmp_path, **settings), train_dataset=samples())
+    plain.train()
+    again = arguments(tmp_path, num_train_epochs=2)
+    CoMetTrainer(Detector(), again, train_dataset=samples()).train(resume_from_checkpoint=True)
+    assert "comet_weighter.pt is missing: the weights start anew" in caplog.text
 
 
 def test_what_does_not_work_is_said(tmp_path):

@@ -1,6 +1,8 @@
 """``comet-meta rank``: what it finds, what it says, and that it goes on where it was stopped."""
 
+import base64
 import csv
+import io
 import json
 import os
 import re
@@ -21,7 +23,7 @@ from comet_meta.vision import keep_list, patch_grids, rank
 from comet_meta.vision.backbones import load_backbone
 from comet_meta.vision.estimate import estimated_contamination, in_words
 from comet_meta.vision.features import PatchFeatures
-from comet_meta.vision.images import Transform, load_image
+from comet_meta.vision.images import Transform, load_image, load_values
 from comet_meta.vision.patch_grids import PatchGrids
 from comet_meta.vision.picture_prior import grid_side, memory_prior, streamed_prior
 
@@ -65,9 +67,9 @@ def loads(monkeypatch) -> list[Path]:
 
     def load(path, transform):
         read.append(path)
-        return load_image(path, transform)
+        return load_values(path, transform)
 
-    monkeypatch.setattr(patch_grids, "load_image", load)
+    monkeypatch.setattr(patch_grids, "load_values", load)
     return read
 
 
@@ -120,10 +122,53 @@ def test_the_same_command_gives_the_same_list(folder):
     assert (out / "keep.csv").read_bytes() != first
 
 
+def test_names_and_order_of_the_files_are_of_no_matter(folder):
+    """The same pictures under other names, in other folders: each has the score it had."""
+    assert run(folder) == 0
+    before = {row["path"]: float(row["score"]) for row in rows(folder)}
+    moved = {}
+    for i, path in enumerate(sorted(before, key=lambda path: Path(path).stem[::-1])):
+        moved[path] = f"{'xyz'[i % 3]}/{i * 7 % 30:02d}.png"
+        target = folder / moved[path]
+        target.parent.mkdir(exist_ok=True)
+        (folder / path).rename(target)
+    assert run(folder) == 0
+    after = {row["path"]: float(row["score"]) for row in rows(folder)}
+    assert after == pytest.approx({moved[path]: score for path, score in before.items()}, rel=1e-4)
+
+
 def test_a_known_share_is_dropped(folder):
     assert run(folder, "--contamination", "0.2") == 0
     found = rows(folder)
     assert [row["keep"] for row in found] == ["no"] * 6 + ["yes"] * 24
+
+
+def test_pictures_of_a_12_bit_camera_rank_as_in_8_bits(folder, caplog):
+    """They are scaled by the range that the folder uses, and neither ranked nor shown in black."""
+    assert run(folder) == 0
+    before = {row["path"]: float(row["score"]) for row in rows(folder)}
+    for path in folder.rglob("*.png"):
+        deep = np.asarray(Image.open(path)).astype(np.uint16) * 16 + 8
+        Image.fromarray(deep).save(path)
+    with caplog.at_level("INFO"):
+        assert run(folder) == 0
+    assert "30 of 30 pictures have more than 8 bits; 0 to 4095 becomes black to white" in (
+        caplog.text
+    )
+    after = {row["path"]: float(row["score"]) for row in rows(folder)}
+    assert after == pytest.approx(before, rel=0.1)
+    page = (folder.parent / "out" / "report.html").read_text(encoding="utf-8")
+    data = json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1])
+    thumbnail = Image.open(io.BytesIO(base64.b64decode(data["pictures"][-1]["image"])))
+    assert 80 < np.asarray(thumbnail).mean() < 130
+
+
+def test_large_pictures_are_allowed_by_an_option(folder, monkeypatch, capsys):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    assert run(folder) == 2
+    assert "--max-megapixels" in capsys.readouterr().err
+    assert run(folder, "--max-megapixels", "1") == 0
+    assert Image.MAX_IMAGE_PIXELS == 1000
 
 
 # --- stopped and started again ----------------------------------------------------------------
@@ -269,7 +314,13 @@ def test_no_weights_to_be_had(folder, monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     "options",
-    [("--device", "cuda:99"), ("--contamination", "1"), ("--batch-size", "0"), ("--resize", "0")],
+    [
+        ("--device", "cuda:99"),
+        ("--contamination", "0.5"),
+        ("--contamination", "ten"),
+        ("--batch-size", "0"),
+        ("--resize", "0"),
+    ],
 )
 def test_wrong_arguments(folder, options, capsys):
     with pytest.raises(SystemExit) as stopped:
@@ -296,9 +347,9 @@ def test_a_decoder_that_fails_in_an_unknown_way_names_the_picture(folder, monkey
     def load(path, transform):
         if path.name == "005.png":
             raise KeyError("marker")
-        return load_image(path, transform)
+        return load_values(path, transform)
 
-    monkeypatch.setattr(patch_grids, "load_image", load)
+    monkeypatch.setattr(patch_grids, "load_values", load)
     assert run(folder) == 2
     assert "005.png: KeyError: 'marker'" in capsys.readouterr().err
 
