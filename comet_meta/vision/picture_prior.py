@@ -39,10 +39,10 @@ def memory_prior(
         Scores, higher = more anomalous, shape (N,). A picture whose features are not all finite
         gets the highest score.
     """
-    return memory_patch_prior(batches, count, scorer)[0]
+    return memory_part_prior(batches, count, scorer)[0]
 
 
-def memory_patch_prior(
+def memory_part_prior(
     batches: Iterable[Sequence[Tensor]], count: int, scorer: MemoryScorer | None = None
 ) -> tuple[Tensor, Tensor]:
     """:func:`memory_prior`, and the scores of the patches that it is made of.
@@ -62,7 +62,7 @@ def memory_patch_prior(
     scaler = FeatureScaler([patches.shape[1]])
     scaler.fit([[patches[whole]]])
     (scaled,) = scaler([patches[whole]])
-    found = (scorer or MemoryScorer()).score_patches(scaled.flatten(2).transpose(1, 2))
+    found = (scorer or MemoryScorer()).score_parts(scaled.flatten(2).transpose(1, 2))
     scores = torch.full((len(patches),), float(found[0].max()))
     patch_scores = torch.full((len(patches), *patches.shape[2:]), float(found[1].max()))
     scores[whole] = found[0]

@@ -104,10 +104,10 @@ class MemoryScorer:
             TypeError: If the features aren't floating-point.
             ValueError: If they have another shape or are not finite.
         """
-        return self.score_patches(features)[0]
+        return self.score_parts(features)[0]
 
     @torch.no_grad()
-    def score_patches(self, features: Tensor) -> tuple[Tensor, Tensor]:
+    def score_parts(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Score the training set and each of its patches.
 
         Args:
@@ -125,7 +125,7 @@ class MemoryScorer:
         Example:
             >>> features = torch.randn(40, 6, 8, generator=torch.Generator().manual_seed(0))
             >>> features[7, 2] += 9  # one strange patch
-            >>> _, patch_scores = MemoryScorer().score_patches(features)
+            >>> _, patch_scores = MemoryScorer().score_parts(features)
             >>> divmod(int(patch_scores.argmax()), 6)
             (7, 2)
         """
@@ -267,7 +267,6 @@ class RowScorer:
         self.size = size
         self.seed = seed
 
-    @torch.no_grad()
     def __call__(self, rows: Tensor) -> Tensor:
         """Score the training set.
 
@@ -281,6 +280,35 @@ class RowScorer:
             TypeError: If the rows aren't a floating-point tensor.
             ValueError: If they have another shape or are not finite.
         """
+        return self._score(rows, parts=False)[0]
+
+    def score_parts(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Score the training set and each of its values.
+
+        Args:
+            rows: As for a call.
+
+        Returns:
+            Anomaly scores of the rows, shape (N,), and of their values, shape (N, C): a value's
+            score is its difference from the same column of the nearest row of step 2, averaged over
+            the draws, in standard deviations of the column. Both float32, on the rows' device.
+
+        Raises:
+            TypeError: If the rows aren't a floating-point tensor.
+            ValueError: If they have another shape or are not finite.
+
+        Example:
+            >>> rows = torch.randn(100, 5, generator=torch.Generator().manual_seed(0))
+            >>> rows[7, 2] = 9.0
+            >>> _, value_scores = RowScorer().score_parts(rows)
+            >>> divmod(int(value_scores.argmax()), 5)
+            (7, 2)
+        """
+        return self._score(rows, parts=True)
+
+    @torch.no_grad()
+    def _score(self, rows: Tensor, *, parts: bool) -> tuple[Tensor, Tensor]:
+        """Scores of the rows (N,), and of their values (N, C), which are 0 without ``parts``."""
         if not isinstance(rows, Tensor) or not rows.is_floating_point():
             kind = rows.dtype if isinstance(rows, Tensor) else type(rows).__name__
             raise TypeError(f"rows is {kind}; expected a floating-point tensor, (N, C)")
@@ -293,40 +321,58 @@ class RowScorer:
                 f"{bad[:8].tolist()}); fill them in or leave these rows out"
             )
         group, different = group_equal_rows(rows)
+        value_scores = torch.zeros(rows.shape, device=rows.device)
         # 1)
         deviation, mean = torch.std_mean(rows.double(), dim=0, correction=0)
         varying = deviation > 1e-9 * mean.abs()
         if len(different) == 1 or not bool(varying.any()):
-            return torch.zeros(len(rows), device=rows.device)
+            return torch.zeros(len(rows), device=rows.device), value_scores
         scaled = ((rows.double() - mean) / deviation)[:, varying].clamp(-20, 20)
-        # 2) to 4)
-        views = [scaled.float()]
+        # 2)
+        view = scaled.float()
+        distances, differences = self._compare(view, group, different, parts=parts)
+        scores = [distances]
+        if parts:
+            value_scores[:, varying] = differences
+        # 3)
         if scaled.shape[1] <= _MAX_WHITENED_COLUMNS:
-            views.append(_whitened(scaled).float())
-        scores = torch.stack([self._scores(view, group, different) for view in views])
-        typical = scores.median(dim=1, keepdim=True).values
-        return (scores / typical.where(typical > 0, 1)).mean(dim=0)
+            view = _whitened(scaled).float()
+            scores.append(self._compare(view, group, different, parts=False)[0])
+        # 4)
+        stacked = torch.stack(scores)
+        typical = stacked.median(dim=1, keepdim=True).values
+        return (stacked / typical.where(typical > 0, 1)).mean(dim=0), value_scores
 
-    def _scores(self, view: Tensor, group: Tensor, different: Tensor) -> Tensor:
-        """Mean distance (N,) of rows (N, C) to the nearest of a few others."""
+    def _compare(
+        self, view: Tensor, group: Tensor, different: Tensor, *, parts: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Compare rows (N, C) with the nearest of a few others.
+
+        Returns:
+            The mean distance, (N,), and with ``parts`` the mean difference by column, (N, C).
+        """
         size = min(self.size, max(1, len(different) // 2))
         generator = torch.Generator().manual_seed(self.seed)
         totals = torch.zeros(len(view), dtype=torch.float64, device=view.device)
+        differences = torch.zeros_like(view) if parts else view.new_zeros(0)
         seen = torch.zeros_like(totals)
         draws = 0
         # Draw on until every row was compared with at least one other.
         while draws < self.draws or not bool((seen > 0).all()):
             chosen = torch.randperm(len(different), generator=generator)[:size].to(view.device)
-            distances = torch.cdist(
-                view, view[different[chosen]], compute_mode="donot_use_mm_for_euclid_dist"
-            )
+            others = view[different[chosen]]
+            distances = torch.cdist(view, others, compute_mode="donot_use_mm_for_euclid_dist")
             distances.masked_fill_(group.unsqueeze(1) == chosen, torch.inf)
-            nearest = distances.amin(dim=1)
-            met = nearest.isfinite()
-            totals += nearest.where(met, 0)
+            nearest = distances.min(dim=1)
+            met = nearest.values.isfinite()
+            totals += nearest.values.where(met, 0)
+            if parts:
+                differences += (view - others[nearest.indices]).abs_() * met.unsqueeze(1)
             seen += met
             draws += 1
-        return (totals / seen).float()
+        if parts:
+            differences /= seen.unsqueeze(1).float()
+        return (totals / seen).float(), differences
 
 
 def group_equal_rows(rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -152,37 +152,37 @@ def trimmed_weights(
     return Weighting(weights, score_threshold(scores, weights), p_bad)
 
 
-def trimmed_patches(patch_scores: Tensor, weights: Tensor) -> Tensor:
-    """Leave out the twentieth of all patches with the highest scores.
+def trimmed_parts(part_scores: Tensor, weights: Tensor) -> Tensor:
+    """Leave out the twentieth of all parts with the highest scores.
 
-    A bad sample seldom shows it everywhere: a scratch covers a few of a picture's patches. So a
-    twentieth of the patches holds the bad parts of many more samples than a twentieth of the
-    samples.
+    A bad sample seldom shows it everywhere: a scratch covers a few of a picture's patches, a fault
+    moves a few of a row's columns. So a twentieth of the parts holds what is bad about many more
+    samples than a twentieth of the samples does.
 
-    1. The patches of samples with weight 0 don't count: they are left out already.
-    2. Of the other patches, the twentieth with the highest scores is left out, with the ramp of
-       step 3 of :func:`trimmed_weights`.
+    1. The parts of samples with weight 0 don't count: they are left out already.
+    2. Of the other parts, the twentieth with the highest scores is left out, with the ramp of step
+       3 of :func:`trimmed_weights`.
 
     Args:
-        patch_scores: Anomaly scores of the samples' patches, shape (N, P).
+        part_scores: Anomaly scores of the samples' parts, shape (N, P).
         weights: Weights of the samples, shape (N,).
 
     Returns:
-        Weights of the patches, shape (N, P), in [0, 1]; 1 where step 1 applies.
+        Weights of the parts, shape (N, P), in [0, 1]; 1 where step 1 applies.
 
     Example:
-        >>> patch_scores = torch.arange(40.0).reshape(10, 4)
-        >>> left_out = 1 - trimmed_patches(patch_scores, torch.ones(10))
+        >>> part_scores = torch.arange(40.0).reshape(10, 4)
+        >>> left_out = 1 - trimmed_parts(part_scores, torch.ones(10))
         >>> left_out[9].tolist(), float(left_out.sum())
         ([0.0, 0.125, 0.875, 1.0], 2.0)
     """
-    patch_weights = torch.ones_like(patch_scores)
+    part_weights = torch.ones_like(part_scores)
     # 1) samples that are still there
     counts = weights > 0
     # 2) w = 1 - (left out at 0.05)
-    kept = patch_scores[counts]
-    patch_weights[counts] -= _left_out(kept.flatten(), ALWAYS_LEFT_OUT).reshape(kept.shape)
-    return patch_weights
+    kept = part_scores[counts]
+    part_weights[counts] -= _left_out(kept.flatten(), ALWAYS_LEFT_OUT).reshape(kept.shape)
+    return part_weights
 
 
 def estimate_contamination(scores: Tensor) -> Contamination:

@@ -18,7 +18,7 @@ from comet_meta.weights.rules import (
     estimate_contamination,
     score_threshold,
     standardize,
-    trimmed_patches,
+    trimmed_parts,
     trimmed_weights,
 )
 
@@ -50,10 +50,10 @@ class SoftConfidentWeighter(nn.Module):
             a :class:`~comet_meta.MemoryScorer`. The weights then come from the prior alone and stay
             as they are, because a model tends to confirm the weights that it was trained with. The
             ranking uses the mean of prior and model scores, whose errors differ.
-        patch_prior: Anomaly scores of the samples' patches (positions of a picture, time steps of a
-            window) from the same source, shape (N, ...); see :meth:`patch_weights` and
-            :meth:`MemoryScorer.score_patches <comet_meta.MemoryScorer.score_patches>`.
-            ``"trimmed"`` then leaves out a twentieth of the patches in place of a twentieth of the
+        part_prior: Anomaly scores of the samples' parts (patches of a picture, time steps of a
+            window, columns of a row) from the same source, shape (N, ...); see :meth:`part_weights` and
+            :meth:`MemoryScorer.score_parts <comet_meta.MemoryScorer.score_parts>`.
+            ``"trimmed"`` then leaves out a twentieth of the parts in place of a twentieth of the
             samples.
 
     Without a prior, let the model learn something before the first fit: weights from an untrained
@@ -94,7 +94,7 @@ class SoftConfidentWeighter(nn.Module):
     p_bad: Tensor
     threshold: Tensor
     prior: Tensor | None
-    _patch_weights: Tensor | None
+    _part_weights: Tensor | None
 
     def __init__(
         self,
@@ -105,7 +105,7 @@ class SoftConfidentWeighter(nn.Module):
         contamination: float | Literal["auto"] = "auto",
         momentum: float = 0.0,
         prior: Tensor | None = None,
-        patch_prior: Tensor | None = None,
+        part_prior: Tensor | None = None,
     ) -> None:
         super().__init__()
         if prior is not None:
@@ -128,14 +128,14 @@ class SoftConfidentWeighter(nn.Module):
             )
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum is {momentum}; expected a share in [0, 1)")
-        if patch_prior is not None:
+        if part_prior is not None:
             if prior is None or rule != "trimmed":
-                raise ValueError("patch_prior goes with prior= and rule='trimmed'; give both")
-            _check_scores(patch_prior.flatten(), "patch_prior")
-            if len(patch_prior) != len(prior) or patch_prior.dim() < 2:
+                raise ValueError("part_prior goes with prior= and rule='trimmed'; give both")
+            _check_scores(part_prior.flatten(), "part_prior")
+            if len(part_prior) != len(prior) or part_prior.dim() < 2:
                 raise ValueError(
-                    f"patch_prior has shape {tuple(patch_prior.shape)} for {len(prior)} samples; "
-                    "expected (N, ...): a score of each patch of each sample"
+                    f"part_prior has shape {tuple(part_prior.shape)} for {len(prior)} samples; "
+                    "expected (N, ...): a score of each part of each sample"
                 )
         self.num_samples = num_samples
         self.rule = rule
@@ -149,16 +149,16 @@ class SoftConfidentWeighter(nn.Module):
         self.register_buffer("p_bad", torch.zeros(size))
         self.register_buffer("threshold", torch.tensor(torch.inf))
         self.register_buffer("prior", None if prior is None else prior.detach().cpu().float())
-        self.register_buffer("_patch_weights", None)
-        if patch_prior is not None:
-            self._patch_weights = torch.ones(patch_prior.shape)
+        self.register_buffer("_part_weights", None)
+        if part_prior is not None:
+            self._part_weights = torch.ones(part_prior.shape)
         if prior is not None:
             self.fit()
-        if patch_prior is not None and contamination != 0:
-            patch_scores = patch_prior.detach().cpu().float().flatten(1)
-            if not _too_few_or_equal(patch_scores.flatten()):
-                fitted = trimmed_patches(patch_scores, self.weights)
-                self._patch_weights = fitted.reshape(patch_prior.shape)
+        if part_prior is not None and contamination != 0:
+            part_scores = part_prior.detach().cpu().float().flatten(1)
+            if not _too_few_or_equal(part_scores.flatten()):
+                fitted = trimmed_parts(part_scores, self.weights)
+                self._part_weights = fitted.reshape(part_prior.shape)
 
     @torch.no_grad()
     def fit(self, scores: Tensor | None = None) -> None:
@@ -269,15 +269,15 @@ class SoftConfidentWeighter(nn.Module):
         return self.weights[index]
 
     @property
-    def has_patches(self) -> bool:
-        """Whether there are weights of patches."""
-        return self._patch_weights is not None
+    def has_parts(self) -> bool:
+        """Whether there are weights of parts."""
+        return self._part_weights is not None
 
-    def patch_weights(self, index: Tensor | Sequence[int] | None = None) -> Tensor:
-        """Weights of the patches of some samples, or of all.
+    def part_weights(self, index: Tensor | Sequence[int] | None = None) -> Tensor:
+        """Weights of the parts of some samples, or of all.
 
-        Multiply the losses of a sample's patches by them before you average:
-        ``(weighter.patch_weights(index) * model.patch_losses(images)).mean(dim=1)``. The weights
+        Multiply the losses of a sample's parts by them before you average:
+        ``(weighter.part_weights(index) * model.patch_losses(images)).mean(dim=1)``. The weights
         of whole samples are applied by ``objective``, as always.
 
         Args:
@@ -285,38 +285,38 @@ class SoftConfidentWeighter(nn.Module):
 
         Returns:
             Weights in [0, 1], on the weighter's device, shape (B, ...) or (N, ...) as in
-            ``patch_prior``.
+            ``part_prior``.
 
         Raises:
-            ValueError: If the weighter has no ``patch_prior``.
+            ValueError: If the weighter has no ``part_prior``.
             TypeError: If the index isn't made of integers.
             IndexError: If a position lies outside the training set.
 
         Example:
-            >>> patch_scores = torch.rand(100, 4, generator=torch.Generator().manual_seed(0))
-            >>> patch_scores[7, 2] = 3.0  # one strange patch
+            >>> part_scores = torch.rand(100, 4, generator=torch.Generator().manual_seed(0))
+            >>> part_scores[7, 2] = 3.0  # one strange part
             >>> weighter = SoftConfidentWeighter(
-            ...     prior=patch_scores.amax(dim=1), patch_prior=patch_scores)
-            >>> weighter.patch_weights([7])[0, 2], weighter([7])
+            ...     prior=part_scores.amax(dim=1), part_prior=part_scores)
+            >>> weighter.part_weights([7])[0, 2], weighter([7])
             (tensor(0.), tensor([1.]))
         """
-        if self._patch_weights is None:
-            raise ValueError("there are no weights of patches: give the weighter a patch_prior=")
+        if self._part_weights is None:
+            raise ValueError("there are no weights of parts: give the weighter a part_prior=")
         if index is None:
-            return self._patch_weights.clone()
-        index = as_index(index, self.num_samples).to(self._patch_weights.device)
-        return self._patch_weights[index]
+            return self._part_weights.clone()
+        index = as_index(index, self.num_samples).to(self._part_weights.device)
+        return self._part_weights[index]
 
     def mean_weights(self) -> Tensor:
-        """How much each sample counts in training, its patches included.
+        """How much each sample counts in training, its parts included.
 
         Returns:
-            The samples' weights, with a ``patch_prior`` times the mean weight of their patches,
+            The samples' weights, with a ``part_prior`` times the mean weight of their parts,
             shape (N,), in [0, 1].
         """
-        if self._patch_weights is None:
+        if self._part_weights is None:
             return self.weights.clone()
-        return self.weights * self._patch_weights.flatten(1).mean(dim=1).to(self.weights)
+        return self.weights * self._part_weights.flatten(1).mean(dim=1).to(self.weights)
 
     def ranking(self, k: int | None = None) -> Tensor:
         """The samples in the order of :meth:`ranking_scores`, the most suspicious first.
@@ -349,7 +349,7 @@ class SoftConfidentWeighter(nn.Module):
         if _too_few_or_equal(scores):
             no_threshold = torch.tensor(torch.inf)
             return Weighting(torch.ones_like(scores), no_threshold, torch.zeros_like(scores))
-        if self._patch_weights is not None:  # the twentieth is one of the patches
+        if self._part_weights is not None:  # the twentieth is one of the parts
             return trimmed_weights(scores, self.contamination, always=0.0)
         if isinstance(self.rule, str):
             return RULES[self.rule](scores, self.kappa, self.contamination)

@@ -26,7 +26,7 @@ from comet_meta import (
 )
 from comet_meta.batch import MetaMode
 from comet_meta.vision.files import replacing
-from comet_meta.vision.picture_prior import memory_patch_prior
+from comet_meta.vision.picture_prior import memory_part_prior
 
 Method = Literal["plain", "oracle", "paper", "comet"]
 Schedule = Literal["constant", "cosine"]
@@ -173,9 +173,9 @@ def wrap(
     options: dict[str, Any] = {} if settings.meta is None else {"meta": settings.meta}
     if settings.strength > 0:
         options["regularizer"] = CovarianceMetaRegularizer(settings.strength)
-    scores, patch_scores = memory_patch_prior(data.batches(), len(data))
+    scores, patch_scores = memory_part_prior(data.batches(), len(data))
     weighter = SoftConfidentWeighter(
-        prior=scores, patch_prior=patch_scores, contamination=settings.contamination
+        prior=scores, part_prior=patch_scores, contamination=settings.contamination
     )
     return CoMetOptimizerWrapper(optimizers, weighter=weighter, model=model, **options)
 
@@ -288,8 +288,8 @@ def train(
                 continue  # nothing to split, and batch norm needs two
             batch = [level.to(device) for level in features]
             weights = None
-            if weighter is not None and weighter.has_patches:
-                weights = weighter.patch_weights(index).to(device)
+            if weighter is not None and weighter.has_parts:
+                weights = weighter.part_weights(index).to(device)
             reports.append(optimizer.step(_rows_of(batch, weights, losses), index))
             scheduler.step()
         module.eval()

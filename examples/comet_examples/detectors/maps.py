@@ -22,19 +22,19 @@ def image_scores(patch_scores: Tensor, top: int) -> Tensor:
     return patches.topk(min(top, patches.shape[1]), dim=1).values.mean(dim=1)
 
 
-def at_grid(patch_weights: Tensor, grid: Sequence[int]) -> Tensor:
+def at_grid(part_weights: Tensor, grid: Sequence[int]) -> Tensor:
     """Weights of patches on the grid of a detector's losses.
 
     Args:
-        patch_weights: Shape (B, rows, columns), in [0, 1].
+        part_weights: Shape (B, rows, columns), in [0, 1].
         grid: Height h and width w, in positions.
 
     Returns:
         Weights, shape (B, h, w); each position has that of the patch in which its centre lies.
     """
-    return F.interpolate(
-        patch_weights.unsqueeze(1), size=tuple(grid), mode="nearest-exact"
-    ).squeeze(1)
+    return F.interpolate(part_weights.unsqueeze(1), size=tuple(grid), mode="nearest-exact").squeeze(
+        1
+    )
 
 
 def smooth_maps(patch_scores: Tensor, size: tuple[int, int], blur_sigma: float) -> Tensor:

@@ -96,20 +96,20 @@ class Reconstruction(nn.Module):
         """
         self.scaler.fit(batches)
 
-    def losses(self, features: Sequence[Tensor], patch_weights: Tensor | None = None) -> Tensor:
+    def losses(self, features: Sequence[Tensor], part_weights: Tensor | None = None) -> Tensor:
         """Mean cosine distance of each picture, over levels and positions.
 
         Args:
             features: Levels (B, C, h, w), finest first.
-            patch_weights: Weights of the pictures' patches, on any grid, (B, rows, columns); None
+            part_weights: Weights of the pictures' patches, on any grid, (B, rows, columns); None
                 where all count alike.
 
         Returns:
             Losses, shape (B,), in [0, 2].
         """
         distances = self.distances(features)
-        if patch_weights is not None:
-            distances = [d * at_grid(patch_weights, d.shape[-2:]).to(d) for d in distances]
+        if part_weights is not None:
+            distances = [d * at_grid(part_weights, d.shape[-2:]).to(d) for d in distances]
         return torch.stack([d.mean(dim=(1, 2)) for d in distances]).mean(dim=0)
 
     def distances(self, features: Sequence[Tensor]) -> list[Tensor]:

@@ -102,21 +102,21 @@ class SimpleNet(nn.Module):
         if self.standardize:
             self.scaler.fit(batches)
 
-    def losses(self, features: Sequence[Tensor], patch_weights: Tensor | None = None) -> Tensor:
+    def losses(self, features: Sequence[Tensor], part_weights: Tensor | None = None) -> Tensor:
         """Mean hinge loss over patches of each picture.
 
         Args:
             features: Patch features, one level (B, dim, h, w).
-            patch_weights: Weights of the pictures' patches, on any grid, (B, rows, columns); None
+            part_weights: Weights of the pictures' patches, on any grid, (B, rows, columns); None
                 where all count alike.
 
         Returns:
             Losses, shape (B,), >= 0.
         """
-        real, fake, weights = self._confidence(features, patch_weights)
+        real, fake, weights = self._confidence(features, part_weights)
         return self._hinge(real, fake, weights)
 
-    def loss_pairs(self, features: Sequence[Tensor], patch_weights: Tensor | None = None) -> Tensor:
+    def loss_pairs(self, features: Sequence[Tensor], part_weights: Tensor | None = None) -> Tensor:
         """Losses of pictures taken as normal, and taken as anomalous.
 
         Of an anomalous picture only a part shows it: the loss asks for D < -margin on the
@@ -124,12 +124,12 @@ class SimpleNet(nn.Module):
 
         Args:
             features: Patch features, one level (B, dim, h, w).
-            patch_weights: As in :meth:`losses`, for the pictures taken as normal.
+            part_weights: As in :meth:`losses`, for the pictures taken as normal.
 
         Returns:
             Losses, shape (2, B), >= 0.
         """
-        real, fake, weights = self._confidence(features, patch_weights)
+        real, fake, weights = self._confidence(features, part_weights)
         worst = real.topk(max(1, round(self.exposed * real.shape[1])), dim=1, largest=False).values
         anomalous = F.relu(self.margin + worst).mean(dim=1)
         return torch.stack([self._hinge(real, fake, weights), anomalous])
@@ -177,7 +177,7 @@ class SimpleNet(nn.Module):
         return [AdamW(self.adaptor.parameters(), lr=self.learning_rate / 2), adam]
 
     def _confidence(
-        self, features: Sequence[Tensor], patch_weights: Tensor | None = None
+        self, features: Sequence[Tensor], part_weights: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """D of patches, of the same with noise, and the patches' weights, (B, patches) each."""
         (level,) = features
@@ -188,9 +188,9 @@ class SimpleNet(nn.Module):
         # Both halves in one batch, so that batch norm can't tell them apart by their statistics.
         confidence: Tensor = self.discriminator(torch.cat([adapted, noisy]))
         real, fake = confidence.reshape(2, len(level), -1)
-        if patch_weights is None:
+        if part_weights is None:
             return real, fake, None
-        weights = at_grid(patch_weights, grid).flatten(1).to(real)
+        weights = at_grid(part_weights, grid).flatten(1).to(real)
         return real, fake, weights if drawn is None else weights[:, drawn]
 
     def _drawn(self, count: int, device: torch.device) -> Tensor | None:
