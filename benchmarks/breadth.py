@@ -10,8 +10,9 @@ part holds:
 - ``0.1`` (any share): as many of its anomalies as make up that share, where there are enough.
 
 The detectors train in a plain loop of 600 steps. ``comet`` is the library's default with the prior
-of ``RowScorer``; ``comet@rate`` is told the share of anomalies; ``comet-own`` has no prior and
-refits on the model's own scores. Rivals: ``trim-prior@rate`` and ``trim-own@rate`` leave out the
+of ``RowScorer``, by value where the loss is a mean over the values of a row (autoencoder);
+``comet@rate`` is told the share of anomalies; ``comet-rows`` weights whole rows alone;
+``comet-own`` has no prior and refits on the model's own scores. Rivals: ``trim-prior@rate`` and ``trim-own@rate`` leave out the
 highest scores of the prior or the model at the true rate, ``trim-own@0.1`` at a guessed one,
 ``forest@rate`` those of an isolation forest, ``folding@rate`` those of detectors trained on fifths
 of the data and applied to the rest (after McIntosh and Albu, 2026), ``retrain`` those above the
@@ -58,10 +59,14 @@ class AutoEncoder(nn.Module):
             *(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, dim)),
         )
 
+    def part_losses(self, rows: Tensor) -> Tensor:
+        """Squared error of each value, (B, C)."""
+        error: Tensor = (self.layers(rows) - rows).square()
+        return error
+
     def losses(self, rows: Tensor) -> Tensor:
         """Mean squared error of each row, (B,)."""
-        error: Tensor = (self.layers(rows) - rows).square().mean(dim=1)
-        return error
+        return self.part_losses(rows).mean(dim=1)
 
 
 class DeepSVDD(nn.Module):
@@ -159,12 +164,24 @@ def trained(
                 batches.pop()
         index = batches.pop()
         optimizer.zero_grad()
-        objective = optimizer.objective(model.losses(task.train[index]), index)
+        objective = optimizer.objective(losses_of(model, task.train[index], weighter, index), index)
         objective.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         if refit and weighter is not None and (step + 1) % REFIT_EVERY == 0:
             weighter.fit(scored(model, task.train))
     return model
+
+
+def losses_of(
+    model: AutoEncoder | DeepSVDD,
+    rows: Tensor,
+    weighter: SoftConfidentWeighter | None,
+    index: Tensor,
+) -> Tensor:
+    """Losses (B,), of weighted values where there are weights of values."""
+    if isinstance(model, AutoEncoder) and weighter is not None and weighter.has_parts:
+        return (weighter.part_weights(index) * model.part_losses(rows)).mean(dim=1)
+    return model.losses(rows)
 
 
 @torch.no_grad()
@@ -209,21 +226,28 @@ def folding(task: Task, detector: str) -> Tensor:
     return ranks
 
 
-def with_prior(task: Task, **options: Any) -> SoftConfidentWeighter:
-    """A weighter with the prior of the rows."""
-    return SoftConfidentWeighter(prior=RowScorer(seed=task.seed)(task.train), **options)
+def with_prior(task: Task, detector: str, **options: Any) -> SoftConfidentWeighter:
+    """A weighter with the prior of the rows, and of their values where losses come by value."""
+    scores, value_scores = RowScorer(seed=task.seed).score_parts(task.train)
+    parts = value_scores if DETECTORS[detector] is AutoEncoder else None
+    return SoftConfidentWeighter(prior=scores, part_prior=parts, **options)
 
 
 Method = Callable[[Task, str], tuple[AutoEncoder | DeepSVDD, SoftConfidentWeighter | None]]
 
 
 def _comet(task: Task, detector: str) -> tuple[Any, SoftConfidentWeighter]:
-    weighter = with_prior(task)
+    weighter = with_prior(task, detector)
     return trained(task, detector, weighter), weighter
 
 
 def _comet_rate(task: Task, detector: str) -> tuple[Any, SoftConfidentWeighter]:
-    weighter = with_prior(task, contamination=min(task.rate, 0.49))
+    weighter = with_prior(task, detector, contamination=min(task.rate, 0.49))
+    return trained(task, detector, weighter), weighter
+
+
+def _comet_rows(task: Task, detector: str) -> tuple[Any, SoftConfidentWeighter]:
+    weighter = SoftConfidentWeighter(prior=RowScorer(seed=task.seed)(task.train))
     return trained(task, detector, weighter), weighter
 
 
@@ -251,6 +275,7 @@ METHODS: dict[str, Method] = {
     ),
     "comet": _comet,
     "comet@rate": _comet_rate,
+    "comet-rows": _comet_rows,
     "comet-own": _comet_own,
     "trim-prior@rate": lambda task, detector: (
         trained(task, detector, rows=kept_by(task, RowScorer(seed=task.seed)(task.train))),
@@ -275,7 +300,7 @@ def judged(task: Task, detector: str, method: str) -> Figures:
     model, weighter = METHODS[method](task, detector)
     figures = {"AUROC": float(roc_auc_score(task.labels, scored(model, task.test).numpy()))}
     if weighter is not None:
-        weights = weighter.weights.numpy()
+        weights = weighter.mean_weights().numpy()
         figures |= {"mean weight": float(weights.mean()), "proven": weighter.contamination_.low}
         if task.bad.any():
             suspicion = weighter.ranking_scores().nan_to_num(nan=0).numpy()

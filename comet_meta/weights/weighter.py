@@ -51,7 +51,8 @@ class SoftConfidentWeighter(nn.Module):
             as they are, because a model tends to confirm the weights that it was trained with. The
             ranking uses the mean of prior and model scores, whose errors differ.
         part_prior: Anomaly scores of the samples' parts (patches of a picture, time steps of a
-            window, columns of a row) from the same source, shape (N, ...); see :meth:`part_weights` and
+            window, columns of a row) from the same source, shape (N, ...); see
+            :meth:`part_weights` and
             :meth:`MemoryScorer.score_parts <comet_meta.MemoryScorer.score_parts>`.
             ``"trimmed"`` then leaves out a twentieth of the parts in place of a twentieth of the
             samples.
