@@ -23,7 +23,7 @@ from comet_meta import (
     MemoryScorer,
     SoftConfidentWeighter,
 )
-from comet_meta.batch import MetaMode
+from comet_meta.meta.step import MetaMode
 from comet_meta.vision.picture_prior import memory_prior
 from comet_meta.weights.rules import standardize
 

@@ -12,8 +12,9 @@ part holds:
 The detectors train in a plain loop of 600 steps. ``comet`` is the library's default with the prior
 of ``RowScorer``, by value where the loss is a mean over the values of a row (autoencoder);
 ``comet@rate`` is told the share of anomalies; ``comet-rows`` weights whole rows alone;
-``comet-own`` has no prior and refits on the model's own scores. Rivals: ``trim-prior@rate`` and ``trim-own@rate`` leave out the
-highest scores of the prior or the model at the true rate, ``trim-own@0.1`` at a guessed one,
+``comet-own`` has no prior and refits on the model's own scores. Rivals: ``trim-prior@rate`` and
+``trim-own@rate`` leave out the highest scores of the prior or the model at the true rate,
+``trim-own@0.1`` at a guessed one,
 ``forest@rate`` those of an isolation forest, ``folding@rate`` those of detectors trained on fifths
 of the data and applied to the rest (after McIntosh and Albu, 2026), ``retrain`` those above the
 fence of a box plot of the scores of a first training.

@@ -23,7 +23,7 @@ from comet_examples.training import Method, TrainingSettings, Wrap, wrap
 from runs import Figures, Runs, spread
 
 from comet_meta import SoftConfidentWeighter
-from comet_meta.batch import MetaMode
+from comet_meta.meta.step import MetaMode
 from comet_meta.vision.backbones import DEFAULT_BACKBONE, load_backbone
 from comet_meta.vision.features import FeatureStore
 

@@ -13,9 +13,9 @@ from typing_extensions import override
 from comet_meta import distributed
 from comet_meta.data import as_index, collect_scores
 from comet_meta.loaders import RecordingLoader, scoring_loader
+from comet_meta.losses import per_sample
 from comet_meta.optimizer import CoMetOptimizerWrapper
 from comet_meta.penalty import CovarianceMetaRegularizer
-from comet_meta.reduction import per_sample
 from comet_meta.restore import eval_mode, same_random_numbers
 from comet_meta.weights.weighter import SoftConfidentWeighter
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 
 @contextmanager
-def restored(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Give the tensors their values back on leaving, also by an exception.
+def restore_on_exit(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Restore the tensors' values on leaving, also after an exception.
 
     Args:
         tensors: Tensors that the body changes in place.
@@ -20,7 +20,7 @@ def restored(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     Yields:
         Copies of the values on entry.
     """
-    saved = copies(tensors)
+    saved = copy_tensors(tensors)
     try:
         yield saved
     finally:
@@ -31,17 +31,17 @@ def restored(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 def undo_on_error(
     generator: torch.Generator, buffers: Sequence[Tensor]
 ) -> Iterator[Callable[[], None]]:
-    """Give random state and buffers their values back if the body raises.
+    """Restore random state and buffers if the body raises.
 
     Args:
         generator: Source of random numbers that the body draws from.
         buffers: Tensors that the body changes in place.
 
     Yields:
-        A function that gives the buffers their values back at any time.
+        A function that restores the buffers at any time.
     """
     state = generator.get_state()
-    undo = partial(copy_values, buffers, copies(buffers))
+    undo = partial(copy_values, buffers, copy_tensors(buffers))
     try:
         yield undo
     except BaseException:
@@ -84,8 +84,8 @@ def same_random_numbers(models: Sequence[nn.Module] = ()) -> Iterator[None]:
         np.random.set_state(numpy)  # noqa: NPY002
 
 
-def copies(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Copies of some tensors, without a graph."""
+def copy_tensors(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Copy tensors, without their graph."""
     new = [torch.empty_like(tensor, requires_grad=False) for tensor in tensors]
     copy_values(new, tensors)
     return new
@@ -93,8 +93,8 @@ def copies(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 @torch.no_grad()
 def copy_values(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-    """Give each target the values of its source, in place."""
+    """Copy the values of each source into its target, in place."""
     if targets:
         torch._foreach_copy_(list(targets), list(sources))
-        # Inside autocast, torch keeps low-precision copies of the weights: they are stale now.
+        # Inside autocast, torch caches low-precision copies of the parameters, now out of date.
         torch.clear_autocast_cache()

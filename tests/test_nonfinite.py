@@ -244,7 +244,7 @@ def test_running_out_of_memory_in_the_backward_pass_leaves_everything_as_it_was(
 def test_what_earlier_batches_left_in_the_gradients_survives_a_later_ones_fault(meta):
     model = network(norm=True)
     optimizer = wrapped(model, meta=meta)
-    optimizer.backward(lambda rows: losses_of(model, DATA[rows]), INDEX, share=1 / 3)
+    optimizer.backward(lambda rows: losses_of(model, DATA[rows]), INDEX, factor=1 / 3)
     held = [p.grad for p in model.parameters()]
     before = [gradient.clone() for gradient in held]
 
@@ -253,9 +253,9 @@ def test_what_earlier_batches_left_in_the_gradients_survives_a_later_ones_fault(
         raise CameraError
 
     with pytest.raises(CameraError):
-        optimizer.backward(falls_over, INDEX, share=1 / 3)
+        optimizer.backward(falls_over, INDEX, factor=1 / 3)
     report = optimizer.backward(
-        lambda rows: losses_of(model, DATA[rows]) * torch.nan, INDEX, share=1 / 3
+        lambda rows: losses_of(model, DATA[rows]) * torch.nan, INDEX, factor=1 / 3
     )
     assert report.dropped == 12
     for parameter, gradient, value in zip(model.parameters(), held, before, strict=True):

@@ -533,7 +533,7 @@ def test_a_rule_whose_full_result_is_wrong_is_refused(change, message):
 
 def test_a_streamed_batch_is_what_all_processes_bring_together(monkeypatch):
     monkeypatch.setattr(
-        "comet_meta.weights.weighter.distributed.join_batches",
+        "comet_meta.weights.weighter.distributed.gather_batches",
         lambda index, scores: (torch.cat([index, index + 4]), torch.cat([scores, -scores])),
     )
     weighter = SoftConfidentWeighter(8)

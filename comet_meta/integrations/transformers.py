@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
-from comet_meta.reduction import per_sample
+from comet_meta.losses import per_sample
 from comet_meta.weights.weighter import SoftConfidentWeighter
 
 _LOGGER = logging.getLogger(__name__)

@@ -230,7 +230,7 @@ class SoftConfidentWeighter(nn.Module):
         _check_scores(scores)
         if len(scores) != len(index):
             raise ValueError(f"got {len(scores)} scores and {len(index)} indices; expected as many")
-        index, scores = distributed.join_batches(index, scores)
+        index, scores = distributed.gather_batches(index, scores)
         if self.num_samples is None:
             self._grow(int(index.max()) + 1)
         self._store(index.to(self.scores.device), scores)

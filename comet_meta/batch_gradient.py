@@ -1,15 +1,15 @@
-"""The gradient of a batch, from as many of its samples as can be learned from."""
+"""The gradient of a batch from a closure, without the samples whose loss isn't finite."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from comet_meta import distributed
-from comet_meta.gradients import MetaGradient, gradients_of
-from comet_meta.losses import Closure, check_losses, finite_samples, weighted_losses
+from comet_meta.gradients import MetaGradient, compute_gradients
+from comet_meta.losses import Closure, check_losses, finite_mask, weigh_losses
 from comet_meta.nonfinite import (
     DeferredFlag,
     all_finite,
@@ -18,17 +18,15 @@ from comet_meta.nonfinite import (
     warn_of_samples_left_out,
 )
 from comet_meta.restore import eval_mode, undo_on_error
-from comet_meta.tasks import splits, support_query
+from comet_meta.tasks import can_split, support_query_losses
 
 if TYPE_CHECKING:
     from comet_meta.meta.step import MetaStep
 
-MetaMode = Literal["none", "mldg", "fomaml", "maml", "reptile"]
-
 
 @dataclass(frozen=True)
 class BatchGradient:
-    """How the gradient of a batch is computed.
+    """Computes the gradient of a batch: steps 2 to 5 of :class:`~comet_meta.CoMetOptimizerWrapper`.
 
     Attributes:
         meta: The meta-step; None for the gradient of the whole batch.
@@ -36,7 +34,7 @@ class BatchGradient:
             no meta-step, in (0, 1).
         model: The module that closures use; needed for ``"maml"`` and to protect its buffers.
         generator: Source of the random split, in the same state on every process.
-        penalty: What is added to each loss: parameters -> scalar.
+        penalty: lambda(Sigma) ||theta||^2: parameters -> scalar.
     """
 
     meta: "MetaStep | None"
@@ -45,7 +43,7 @@ class BatchGradient:
     generator: torch.Generator
     penalty: Callable[[Sequence[Tensor]], Tensor]
 
-    def gradient(
+    def compute(
         self,
         closure: Closure,
         index: Tensor,
@@ -53,29 +51,31 @@ class BatchGradient:
         parameters: list[Tensor],
         scale: Tensor | None,
         *,
-        watched: bool,
+        check_gradients: bool,
     ) -> tuple[MetaGradient | None, Tensor]:
-        """The gradient of the batch, or of the samples that are left if some losses aren't finite.
+        """Compute the gradient of the batch; if a loss isn't finite, of the samples that are left.
 
         Args:
             closure: From rows of the batch (R,) to their losses (R,) or (2, R).
             index: Positions of the samples in the data set, shape (B,).
-            weights: Of their losses as normal and as anomalous samples, shape (2, B).
+            weights: Weights of the losses as normal and as anomalous samples, shape (2, B).
             parameters: Leaf tensors that require grad.
-            scale: What the gradient is multiplied by, shape (), > 0.
-            watched: Whether somebody else (a scaler) skips steps whose gradients aren't finite.
+            scale: Factor on the gradient, shape (), > 0.
+            check_gradients: Whether to check on the CPU that gradients are finite. A gradient
+                scaler does so by itself.
 
         Returns:
-            The gradient, None if there can't be one, and the weights (2, K) of the samples used.
+            The gradient, or None if there can't be one, and the weights (2, K) of the samples used.
             Without a gradient, and if the closure raises, buffers are as before.
 
         Raises:
             ValueError: If losses are not (R,), or the parameters aren't finite.
         """
         with undo_on_error(self.generator, self._buffers()) as undo:
-            result = self._attempt(closure, weights, parameters, scale, watched)
+            result = self._attempt(closure, weights, parameters, scale, check_gradients)
             if result is not None:
                 return result, weights
+            # 2) Find the samples whose loss isn't finite, and start again without them.
             undo()
             kept = self._finite_rows(closure, index)
             undo()
@@ -83,9 +83,9 @@ class BatchGradient:
             reason = "too few samples of the batch have a finite loss"
             enough = len(kept) >= (1 if self.meta is None else 2)
             if distributed.all_agree(enough, parameters[0].device):
-                # A process whose own samples are all fine goes along, with all of them.
+                # All processes start again, also one whose own samples are all finite.
                 result = self._attempt(
-                    lambda rows: closure(kept[rows]), weights, parameters, scale, watched
+                    lambda rows: closure(kept[rows]), weights, parameters, scale, check_gradients
                 )
                 reason = (
                     "losses that are finite at the parameters, or their gradients, are not so in "
@@ -103,37 +103,42 @@ class BatchGradient:
         weights: Tensor,
         parameters: list[Tensor],
         scale: Tensor | None,
-        watched: bool,
+        check_gradients: bool,
     ) -> MetaGradient | None:
-        """The gradient of samples of weights (2, B); None if one of their losses isn't finite."""
-        count = weights.shape[1]
-        finite_losses: list[DeferredFlag] = []
-        # Where the framework averages each gradient by itself, the losses have to be scaled.
+        """The gradient of samples with weights (2, B); None if one of their losses isn't finite."""
+        batch_size = weights.shape[1]
+        device = parameters[0].device
+        losses_are_finite: list[DeferredFlag] = []
+        # FSDP2 averages gradients by itself, so the losses have to be scaled.
         sharded = distributed.is_sharded(parameters[0])
-        part = distributed.share(count, weights.device) if sharded else 1.0
+        ratio = distributed.batch_size_ratio(batch_size, weights.device) if sharded else 1.0
 
-        def losses_of(rows: Tensor) -> Tensor:
+        def weighted_losses(rows: Tensor) -> Tensor:
+            # 2) Per-sample losses L_i.
             losses = closure(rows)
             check_losses(losses, len(rows))
-            return weighted_losses(losses, weights[:, rows])
+            # 3) w_i L_i + exposure P(bad)_i A_i.
+            return weigh_losses(losses, weights[:, rows])
 
-        def objective(losses: Tensor, at: Sequence[Tensor]) -> Tensor:
-            loss = losses.mean() * part + self.penalty(at)
+        def objective(losses: Tensor, theta: Sequence[Tensor]) -> Tensor:
+            # 3), 4) Mean over the samples plus lambda(Sigma) ||theta||^2.
+            loss = losses.mean() * ratio + self.penalty(theta)
             # A NaN or infinite loss shows in the mean, whatever its weight: 0 * inf is NaN.
-            finite_losses.append(DeferredFlag(torch.isfinite(loss.detach())))
+            losses_are_finite.append(DeferredFlag(torch.isfinite(loss.detach())))
             return loss
 
-        lone = count == 1 and splits(1)  # other processes have more of this batch
-        if self.meta is None or lone:
-            losses = losses_of(torch.arange(count, device=weights.device))
+        # 5) The gradient.
+        single = batch_size == 1 and can_split(1)  # other processes have more samples
+        if self.meta is None or single:
+            losses = weighted_losses(torch.arange(batch_size, device=weights.device))
             loss = objective(losses, parameters)
-            gradients = gradients_of(loss if scale is None else loss * scale, parameters)
-            with torch.no_grad():  # told apart for the report alone
-                pair = support_query(losses * part, self.query_fraction, self.generator)
+            gradients = compute_gradients(loss if scale is None else loss * scale, parameters)
+            with torch.no_grad():  # support and query loss for the report and for Sigma
+                pair = support_query_losses(losses * ratio, self.query_fraction, self.generator)
                 result = MetaGradient(gradients, *(pair + self.penalty(parameters)))
         else:
             result = self.meta.gradient(
-                losses_of,
+                weighted_losses,
                 objective,
                 weights,
                 parameters,
@@ -142,20 +147,22 @@ class BatchGradient:
                 buffers=self._buffers(),
                 generator=self.generator,
             )
-        sound = all(finite_losses)
-        device = parameters[0].device
-        # Elsewhere it would mean waiting for the backward pass.
-        if device.type == "cpu" and not watched:
-            sound = sound and all_finite([g for g in result.gradients if g is not None])
-        return result if distributed.all_agree(sound, device) else None
+        finite = all(losses_are_finite)
+        # On other devices this check would wait for the backward pass.
+        if check_gradients and device.type == "cpu":
+            finite = finite and all_finite([g for g in result.gradients if g is not None])
+        return result if distributed.all_agree(finite, device) else None
 
     @torch.no_grad()
     def _finite_rows(self, closure: Closure, index: Tensor) -> Tensor:
-        """Rows of the batch whose loss is finite at the parameters; the others are named."""
+        """Rows of the batch whose loss is finite; a warning names the other samples.
+
+        In eval mode, because batch norm would spread the NaN of one sample to all.
+        """
         with eval_mode([] if self.model is None else [self.model]):
             losses = closure(torch.arange(len(index), device=index.device))
         check_losses(losses, len(index))
-        finite = finite_samples(losses)
+        finite = finite_mask(losses)
         warn_of_samples_left_out(finite, index)
         return finite.to(index.device).nonzero().flatten()
 
