@@ -1,11 +1,13 @@
 """Pictures and tables of a run."""
 
+import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
 import numpy.typing as npt
+import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -190,6 +192,12 @@ def table(rows: Sequence[Mapping[str, str | float]]) -> str:
     ]
     lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
     return "\n".join(lines)
+
+
+def machine() -> str:
+    """What figures were measured on: processor or GPU, threads, version of torch."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+    return f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
 def printable(name: str) -> str:

@@ -1,8 +1,9 @@
-"""Ways to train on contaminated data, side by side: with the library, its parts, and its rivals.
+"""Ways to train on contaminated pictures, side by side: the library, its parts, and its rivals.
 
 Every finished run is a JSON line in ``--out``; the same command goes on where it was stopped, and
-``--shard i/n`` runs the i-th of n parts, also several at once on one file. plain, oracle, paper,
-comet and comet:<meta> are the runs of table.py, and one file serves both.
+``--shard i/n`` runs the i-th of n parts, also several at once on one file. A noise level that a
+data set has too few bad pictures for is left out, with a message. Noise 0 is the data set as it is
+on disk (KSDD2: uncurated).
 
 Differences are paired by seed (contamination, initialisation, order), with a paired t-test over
 the seeds. Gap recovered is (variant - plain) / (oracle - plain) on means of I-AUROC over the seeds
@@ -10,15 +11,12 @@ that all three have. Cost is the processor time of training and testing over tha
 median over the seeds: it leaves waiting out, but is noisy where others use the machine. Choose
 settings with seeds of 100 and up; report with the default ones.
 
-@true: the variant is given the true share of bad pictures; @0.1: it takes it to be a tenth. Patch
-memories: +top takes the mean of the highest patch scores as the detectors do, in place of the
-published score. *grid* switches weights, meta-step and penalty (1 % of the loss before training) on
-or off; *scores* fits the weights, in place of the prior, to the model's own scores or their mean
-with the prior; the loss or the mean of all patches in place of the score;
-epochs of warm-up; epochs from one fit to the next; momentum 0.5. *choices* changes single settings:
-no-exposure only leaves likely bad pictures out, one-product measures distances by what is usual in
-the set alone (``MemoryScorer(scale=inf)``), patches leaves of SimpleNet's likely bad pictures only
-the most anomalous patches out. The groups of variants: {groups}
+@true: the variant is told the true share of bad pictures; @0.1: it takes it to be a tenth. *grid*
+adds a meta-step and a penalty (1 % of the loss before training), with and without the weights.
+*scores* fits the weights, in place of the prior, to the model's own scores (own) or to their mean
+with the prior (both); +loss and +mean take the loss or the mean of all patches for the score,
++warmup4 waits for four epochs. *choices* changes single settings: no-exposure only leaves likely
+bad pictures out, false-alarm is told that a fifth is bad. The groups of variants: {groups}
 """
 
 import argparse
@@ -31,6 +29,7 @@ import numpy as np
 from ablation import CHOICES, GRID, SCORES
 from grid import (
     METHODS,
+    Benchmark,
     BySeed,
     Variant,
     add_arguments,
@@ -41,11 +40,10 @@ from grid import (
     print_tables,
     run_missing,
 )
-from memory_bank import greedy_memory, memory_bank, random_memory, soft_patch
+from matplotlib.figure import Figure
+from memory_bank import memory_bank, random_memory, soft_patch
 from rivals import filter_and_retrain, latent_outlier_exposure, trimming
-from runs import gap_recovered, paired, spread
-
-_TOP = 5
+from runs import Runs, gap_recovered, paired, spread
 
 GROUPS: dict[str, dict[str, Variant]] = {
     "base": {name: by_method(name) for name in METHODS},
@@ -56,16 +54,11 @@ GROUPS: dict[str, dict[str, Variant]] = {
         "loe-hard@0.1": latent_outlier_exposure(1.0, 0.1),
         "loe-soft@true": latent_outlier_exposure(0.5, None),
         "loe-soft@0.1": latent_outlier_exposure(0.5, 0.1),
-        "filter-iqr": filter_and_retrain("hard"),
-        "filter-trimmed": filter_and_retrain("trimmed"),
+        "filter-iqr": filter_and_retrain(),
     },
     "banks": {
         "patchcore-random": memory_bank(random_memory),
-        "patchcore-random+top": memory_bank(random_memory, _TOP),
-        "patchcore": memory_bank(greedy_memory),
-        "patchcore+top": memory_bank(greedy_memory, _TOP),
         "softpatch": memory_bank(soft_patch),
-        "softpatch+top": memory_bank(soft_patch, _TOP),
     },
     "grid": GRID,
     "scores": SCORES,
@@ -75,7 +68,7 @@ VARIANTS = {name: variant for group in GROUPS.values() for name, variant in grou
 
 
 def main() -> None:
-    """Run what is missing, then print the tables."""
+    """Run what is missing, then print the tables and draw the figure."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     parser = _parser()
     options = parser.parse_args()
@@ -90,6 +83,8 @@ def main() -> None:
     for detector, task in itertools.product(options.detectors, tasks):
         chosen = finished(bench, runs, options, detector, task, variants)
         print_tables(f"{detector}, {task}", chosen, options.noise, variants, row)
+    if options.figure:
+        draw(bench, runs, options, tasks, variants)
 
 
 def variant(name: str) -> Variant:
@@ -108,15 +103,16 @@ def _parser() -> argparse.ArgumentParser:
         description=str(__doc__).format(groups=groups),
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    add_arguments(parser, Path("runs/table.jsonl"))
+    add_arguments(parser, Path("runs/contamination.jsonl"))
     parser.add_argument("--noise", nargs="+", type=float, default=[0.0, 0.1, 0.2, 0.3, 0.4])
     parser.add_argument(
         "--variants",
         nargs="+",
         default=["base", "rivals", "banks"],
         metavar="NAME",
-        help="variants, or groups of them",
+        help="variants, groups of them, or comet:<meta> for any meta-step",
     )
+    parser.add_argument("--figure", type=Path, help="PNG of I-AUROC against contamination")
     return parser
 
 
@@ -154,6 +150,43 @@ def cost(own: BySeed, plain: BySeed) -> str:
         if clock in own[seed] and clock in plain[seed]
     ]
     return f"{np.median(ratios):.2f}" if ratios else ""
+
+
+def draw(
+    bench: Benchmark,
+    runs: Runs,
+    options: argparse.Namespace,
+    tasks: Sequence[str],
+    variants: Sequence[str],
+) -> None:
+    """I-AUROC against contamination, a panel for each detector and task."""
+    size = (0.6 + 2.6 * len(tasks), 2.4 * len(options.detectors) + 0.4)
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(
+        len(options.detectors), len(tasks), squeeze=False, sharex=True, sharey="col"
+    )
+    for detector, line in zip(options.detectors, panels, strict=True):
+        for task, axes in zip(tasks, line, strict=True):
+            chosen = finished(bench, runs, options, detector, task, variants)
+            for name in variants:
+                points = []
+                for noise in options.noise:
+                    values = [run["I-AUROC"] for run in chosen[noise, name].values()]
+                    if values:
+                        deviation = np.std(values, ddof=1) if len(values) > 1 else 0.0
+                        points.append((100 * noise, np.mean(values), deviation))
+                if points:
+                    axes.errorbar(*zip(*points, strict=True), label=name, marker="o", capsize=2)
+            axes.set_title(f"{detector}, {task}", fontsize=9)
+            axes.grid(alpha=0.3)
+            axes.spines[["top", "right"]].set_visible(False)
+    for axes in panels[-1]:
+        axes.set_xlabel("bad training pictures, %")
+    for axes in panels[:, 0]:
+        axes.set_ylabel("I-AUROC")
+    panels[0, 0].legend(frameon=False, fontsize=8)
+    options.figure.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(options.figure, dpi=150)
 
 
 if __name__ == "__main__":

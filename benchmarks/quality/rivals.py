@@ -9,7 +9,7 @@ last training found suspect.
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Literal, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from comet_meta import CoMetOptimizerWrapper, SoftConfidentWeighter
-from comet_meta.weights.rules import RuleName
 
 Pair = tuple[Tensor, Tensor]
 """Losses (B,) of pictures taken as normal, and taken as anomalous."""
@@ -181,14 +180,10 @@ def latent_outlier_exposure(label: float, rate: float | None) -> Variant:
     return run
 
 
-def filter_and_retrain(
-    rule: RuleName, contamination: float | Literal["auto"] = "auto", rounds: int = 3
-) -> Variant:
-    """Train anew without the pictures that the last training's scores make suspect.
+def filter_and_retrain(rounds: int = 3) -> Variant:
+    """Train anew without the pictures whose last scores lie above the fence of a box plot.
 
     Args:
-        rule: Weight below 1/2 is suspect: ``"hard"`` for a box plot's fence, or ``"trimmed"``.
-        contamination: Of the weighter, for ``"trimmed"``.
         rounds: Trainings in all, >= 2.
     """
 
@@ -205,7 +200,7 @@ def filter_and_retrain(
             )
             used = kept
             scores = own_scores(training.detector, experiment.rows(samples), experiment.device)
-            weighter = SoftConfidentWeighter(rule=rule, contamination=contamination)
+            weighter = SoftConfidentWeighter(rule="hard")
             weighter.fit(scores)
             kept = weighter.weights >= 0.5
         return judged(trial, training.detector) | curation_figures(
