@@ -73,8 +73,8 @@ def loss_pair(detector: Detector, features: Sequence[Tensor]) -> Pair:
     between latents and their mode; so L_a = 1 / mean(z^2), which is 1 for a typical normal picture.
     """
     if isinstance(detector, SimpleNet):
-        real, fake = detector._confidence(features)
-        return detector._hinge(real, fake), F.relu(detector.margin + real).mean(dim=1)
+        real, fake, _ = detector._confidence(features)
+        return detector._hinge(real, fake, None), F.relu(detector.margin + real).mean(dim=1)
     if isinstance(detector, FastFlow):
         scaled = detector.scaler(features)
         latents = [flow(x) for flow, x in zip(detector.flows, scaled, strict=True)]
@@ -117,7 +117,11 @@ class Exposed(nn.Module):
         """Learn what the detector must know before training."""
         self.detector.fit_statistics(levels[:-1] for levels in batches)
 
-    def losses(self, features: Sequence[Tensor]) -> Tensor:
+    def losses(
+        self,
+        features: Sequence[Tensor],
+        part_weights: Tensor | None = None,  # noqa: ARG002 - this rival has none
+    ) -> Tensor:
         """Mixed losses, shape (B,)."""
         normal, anomalous = self.pair(self.detector, features[:-1])
         y = self.labels[features[-1].flatten().long()]
