@@ -185,7 +185,8 @@ class CoMet:
         """Weighted mean of the losses of the current or last pass, divided by its weights, ().
 
         Monitor this one: the loss that is minimised falls when weights fall. Reading it waits for
-        its device. NaN before the first batch, and where all weights were 0.
+        its device. With several processes it is the mean over this one's samples. NaN before the
+        first batch, and where all weights were 0.
         """
         return self._sums[0] / self._sums[1]
 
@@ -235,8 +236,8 @@ class CoMet:
     def suspects(self, k: int | None = 20) -> Tensor:
         """The training samples that fit in least, as the model sees them now.
 
-        The set is scored for it if the model has learned since it was scored last. Training isn't
-        touched.
+        The set is scored for it if the model has learned since it was scored last: with several
+        processes, all of them have to call it. Training isn't touched.
 
         Args:
             k: How many; None for all.
@@ -257,11 +258,12 @@ class CoMet:
             self._stale = False
         elif self._seen:
             index = torch.cat([index for index, _ in self._seen])
-            scores = torch.cat([losses for _, losses in self._seen]).cpu()
+            scores = torch.cat([losses for _, losses in self._seen])
             finite = scores.isfinite()
             self._seen.clear()
-            if finite.any():
-                self.weighter.update(index[finite], scores[finite])
+            if distributed.average(finite.any().float()) == 1:  # all processes update, or none
+                finite = finite.cpu()
+                self.weighter.update(index[finite], scores.cpu()[finite])
             self.weighter.fit()
 
     def state_dict(self) -> dict[str, Any]:
