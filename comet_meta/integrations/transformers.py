@@ -12,7 +12,7 @@ from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
 from comet_meta import distributed
-from comet_meta.reduction import per_sample
+from comet_meta.losses import per_sample
 from comet_meta.weights.weighter import SoftConfidentWeighter
 
 _LOGGER = logging.getLogger(__name__)
@@ -169,7 +169,7 @@ class CoMetTrainer(Trainer):
         if (self.state.epoch or 0) >= self.warm_up - 1:
             scores = losses.detach().float()
             finite = scores.isfinite()
-            if distributed.average(finite.any().float()) == 1:  # all processes update, or none
+            if distributed.all_agree(bool(finite.any()), scores.device):  # all update, or none
                 finite = finite.cpu()
                 self.weighter.update(index[finite], scores.cpu()[finite])
         return loss

@@ -410,7 +410,7 @@ def test_comet_can_be_told_how_many_are_bad(monkeypatch):
     settings = TrainingSettings("comet", epochs=1, contamination=asked["contamination"])
     weighter = training.wrap(build(), a_data_set(), settings).weighter
     assert weighter.contamination == 0.25
-    assert (weighter.anomalous > 0.5).float().mean() == pytest.approx(0.25, abs=0.05)
+    assert (weighter.p_bad > 0.5).float().mean() == pytest.approx(0.25, abs=0.05)
 
 
 @pytest.mark.parametrize(("count", "exposed"), [(199, False), (200, True)])
