@@ -168,9 +168,10 @@ def _add_apply(parser: argparse.ArgumentParser) -> None:
 
 def _rank(options: argparse.Namespace) -> int:
     # Only here, so that --help is quick and a missing extra can be told in a sentence.
+    from comet_meta.vision.estimate import in_words
     from comet_meta.vision.files import sole_writer
     from comet_meta.vision.pixels import largest_picture
-    from comet_meta.vision.rank import RankError, RankSettings, describe, rank_folder
+    from comet_meta.vision.rank import RankError, RankSettings, rank_folder
 
     size = tuple(options.resize or _SIZE)
     if len(size) > 2:
@@ -192,7 +193,7 @@ def _rank(options: argparse.Namespace) -> int:
         ranking = rank_folder(options.folder, settings)
         with sole_writer(out):
             keep_list, report = ranking.write(out)
-    print(f"{len(ranking.paths):,} pictures. {describe(ranking)}")
+    print(f"{len(ranking.paths):,} pictures. {in_words(ranking.weighter)}")
     print(f"Look through them:  {report}")
     print(f"What to keep:       {keep_list}")
     if not ranking.unreadable:

@@ -191,7 +191,8 @@ class CoMet:
         """Weighted mean of the losses of the current or last pass: sum(w L) / sum(w), shape ().
 
         Monitor this one, because the loss that is minimised falls when weights fall. Reading it
-        waits for its device. NaN before the first batch, and where all weights are 0.
+        waits for its device. With several processes it is the mean over the samples of this one.
+        NaN before the first batch, and where all weights are 0.
         """
         return self._sums[0] / self._sums[1]
 
@@ -241,8 +242,8 @@ class CoMet:
     def suspects(self, k: int | None = 20) -> Tensor:
         """The most suspicious training samples.
 
-        The set is scored anew if the model has changed since the last scoring. The weights in
-        training don't change.
+        The set is scored anew if the model has changed since the last scoring. With several
+        processes, all of them must call this. The weights in training don't change.
 
         Args:
             k: Number of samples; None for all.
@@ -263,11 +264,12 @@ class CoMet:
             self._model_changed = False
         elif self._losses_as_scores:
             index = torch.cat([index for index, _ in self._losses_as_scores])
-            scores = torch.cat([losses for _, losses in self._losses_as_scores]).cpu()
+            scores = torch.cat([losses for _, losses in self._losses_as_scores])
             finite = scores.isfinite()
             self._losses_as_scores.clear()
-            if finite.any():
-                self.weighter.update(index[finite], scores[finite])
+            if distributed.all_agree(bool(finite.any()), scores.device):  # all update, or none
+                finite = finite.cpu()
+                self.weighter.update(index[finite], scores.cpu()[finite])
             self.weighter.fit()
 
     def state_dict(self) -> dict[str, Any]:

@@ -49,7 +49,7 @@ def write(
         from comet_meta.vision.html_report import Run, write_report
         from comet_meta.vision.images import Transform
         from comet_meta.vision.samples import Sample, Split
-        from comet_meta.vision.survey import glance
+        from comet_meta.vision.survey import survey_depth
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             f'the report needs the package {error.name}: pip install "comet-meta[vision]"',
@@ -57,7 +57,7 @@ def write(
         ) from error
 
     samples = [Sample(Path(path), None) for path in paths]
-    known = glance(Split(title, tuple(samples), (), has_masks=False))
+    known = survey_depth(Split(title, tuple(samples), (), has_masks=False))
     write_report(
         Path(file),
         Run(heading=title, subtitle=""),

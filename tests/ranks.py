@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from wrapping import wrap
 
 from comet_meta import (
+    CoMet,
     CoMetOptimizerWrapper,
     CovarianceMetaRegularizer,
     IndexedDataset,
@@ -171,6 +172,67 @@ def resumed(folder: Path) -> dict[str, Any]:
     return {"uninterrupted": uninterrupted, "resumed": outcome(comet)}
 
 
+class Every(DistributedSampler):
+    """Every sample once, in order: on one process the parts of two, batch by batch."""
+
+    def __iter__(self):
+        if dist.is_initialized():
+            return iter(range(dist.get_rank(), EVERY, 2))
+        return (i for start in range(0, EVERY, 8) for r in (0, 1) for i in whole_batch(start, r))
+
+    def __len__(self) -> int:
+        return EVERY // 2 if dist.is_initialized() else EVERY
+
+
+EVERY = 20  # samples: ten for each of two processes, in batches of 4, 4 and 2
+
+
+def whole_batch(start: int, rank: int) -> range:
+    """What process ``rank`` has of the global batch that begins with ``start``."""
+    return range(start + rank, min(start + 8, EVERY), 2)
+
+
+def one_object(
+    broken: int | None = None, scored: bool = True, lost: bool = False
+) -> dict[str, Any]:
+    """Four epochs with ``CoMet``, whose weights come from scores or from the steps' losses."""
+    model = Plain()
+    trained = DistributedDataParallel(model) if dist.is_initialized() else model
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
+    loader = DataLoader(
+        range(EVERY),
+        batch_size=4 if dist.is_initialized() else 8,
+        sampler=Every(range(EVERY), num_replicas=2, rank=0),
+    )
+    comet = CoMet(
+        loader,
+        optimizer,
+        scores=model if scored else None,
+        weighter=SoftConfidentWeighter(EVERY, contamination=0.3),
+        warm_up=2,
+    )
+    taken = []
+    for epoch in range(4):
+        for rows in comet:
+            losses = trained(rows)
+            if broken is not None and epoch == 1:
+                losses = losses * torch.ones(len(rows)).masked_fill(rows == broken, torch.nan)
+            if lost:  # whatever the second process computes
+                losses = losses.masked_fill(rows % 2 == 1, torch.nan)
+            before = model.body[0].weight.detach().clone()
+            optimizer.zero_grad()
+            comet.loss(losses).backward()
+            optimizer.step()
+            taken.append(not torch.equal(before, model.body[0].weight))
+    return {
+        "parameters": [p.detach() for p in model.parameters()],
+        "weights": comet.weighter(),
+        "taken": taken,
+        "suspects": comet.suspects(6),
+        "scores": comet.weighter.scores,
+    }
+
+
 class Plain(Model):
     """Every parameter is used: FSDP2 gathers by module."""
 
@@ -217,6 +279,11 @@ def main(folder: Path) -> None:
         "no penalty": full(Model(), UNEVEN, meta="none", regularizer=None),
         "streamed": streamed(),
         "collected": collected(),
+        "one object": one_object(),
+        "one object, losses": one_object(scored=False),
+        "one object, broken": one_object(broken=5),
+        "one object, losses, broken": one_object(broken=5, scored=False),
+        "one object, losses, lost": one_object(scored=False, lost=True),
         "resume": resumed(folder),
     }
     for name, batches in (("mldg", EVEN), ("mldg uneven", UNEVEN)):

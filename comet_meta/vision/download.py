@@ -42,7 +42,7 @@ def download(address: str, folder: Path) -> Path:
             another digest.
         BusyError: If another process downloads into the folder.
     """
-    url, digest = _parsed(address)
+    url, digest = _parse(address)
     target = folder / f"{digest[:16]}-{Path(urlsplit(url).path).name or 'file'}"
     with sole_writer(folder):
         if target.exists() and _digest(target) == digest:
@@ -60,7 +60,7 @@ def download(address: str, folder: Path) -> Path:
     return target
 
 
-def _parsed(address: str) -> tuple[str, str]:
+def _parse(address: str) -> tuple[str, str]:
     url, fragment = urldefrag(address)
     match = re.fullmatch(r"sha256=([0-9a-fA-F]{64})", fragment)
     if urlsplit(url).scheme not in _SCHEMES or not match:
@@ -85,22 +85,22 @@ def _fetch(url: str, part: Path) -> None:
     """Complete a file; several attempts, each from where the last one broke off."""
     for attempt in range(1, _ATTEMPTS + 1):
         try:
-            if _continued(url, part):
+            if _continue(url, part):
                 return
             error: Exception = EOFError("the transfer broke off")
         except urllib.error.HTTPError as refused:
             if refused.code == 416:  # more is there than the server has
                 part.unlink(missing_ok=True)
             elif refused.code < 500:
-                raise _failed(url, refused) from refused
+                raise _failure(url, refused) from refused
             error = refused
         except (OSError, HTTPException) as broken:
             error = broken
         _LOGGER.warning("attempt %d of %d: %s", attempt, _ATTEMPTS, error)
-    raise _failed(url, error) from error
+    raise _failure(url, error) from error
 
 
-def _continued(url: str, part: Path) -> bool:
+def _continue(url: str, part: Path) -> bool:
     """Whether the file is complete after reading all that came."""
     have = part.stat().st_size if part.exists() else 0
     headers = {"Range": f"bytes={have}-"} if have else {}
@@ -125,7 +125,7 @@ def _digest(file: Path) -> str:
     return digest.hexdigest()
 
 
-def _failed(url: str, error: Exception) -> DownloadError:
+def _failure(url: str, error: Exception) -> DownloadError:
     return DownloadError(
         f"can't download {url} ({error}); try again (it goes on from where it broke off), or "
         "download it by hand and pass the file"

@@ -1,37 +1,10 @@
-"""How many pictures are bad, by the weighter's account, in figures and in words."""
+"""How many pictures are bad, by the weighter's estimate, in words."""
 
 import math
-from typing import NamedTuple
 
 from comet_meta.weights.weighter import SoftConfidentWeighter
 
-_TOO_FEW = 8  # with fewer scores the weighter leaves all weights at 1
-
-
-class Contamination(NamedTuple):
-    """Share of bad samples.
-
-    Attributes:
-        estimate: In [0, 1].
-        low: Lower end of its interval; NaN where none is known.
-        high: Upper end of its interval; NaN where none is known.
-    """
-
-    estimate: float
-    low: float
-    high: float
-
-
-def estimated_contamination(weighter: SoftConfidentWeighter) -> Contamination:
-    """The share of bad samples that a weighter sees.
-
-    Args:
-        weighter: After its fit.
-
-    Returns:
-        The estimate with its interval.
-    """
-    return Contamination(*weighter.contamination_)
+_FEWEST = 8  # with fewer scores the weighter leaves all weights at 1
 
 
 def in_words(weighter: SoftConfidentWeighter, what: str = "pictures") -> str:
@@ -52,9 +25,9 @@ def in_words(weighter: SoftConfidentWeighter, what: str = "pictures") -> str:
         'At the given contamination of 10 %, 2 of 20 pictures are taken for bad.'
     """
     count = len(weighter.weights)
-    if count < _TOO_FEW:
+    if count < _FEWEST:
         return (
-            f"{count} {what} are too few to tell good from bad (it takes {_TOO_FEW}): nothing was "
+            f"{count} {what} are too few to tell good from bad (it takes {_FEWEST}): nothing was "
             "down-weighted."
         )
     suspects = int((weighter.p_bad > 0.5).sum())
@@ -64,7 +37,7 @@ def in_words(weighter: SoftConfidentWeighter, what: str = "pictures") -> str:
             f"At the given contamination of {100 * weighter.contamination:.0f} %, {suspects:,} of "
             f"{count:,} {what} are taken for bad."
         )
-    share, low, high = estimated_contamination(weighter)
+    share, low, high = weighter.contamination_
     if suspects == 0 and not low > 0:
         if weighter.has_parts and bool((weighter.part_weights() < 1).any()):
             return (
@@ -73,9 +46,12 @@ def in_words(weighter: SoftConfidentWeighter, what: str = "pictures") -> str:
             )
         if left_out == 0:
             return f"No evidence of bad {what}: nothing was down-weighted."
+        least = (
+            "the one that fits in least" if left_out == 1 else f"the {left_out:,} that fit in least"
+        )
         return (
             f"No evidence of bad {what}: none is taken for bad. As a precaution, training leaves "
-            f"out the {left_out:,} that fit in least."
+            f"out {least}."
         )
     interval = "" if math.isnan(low + high) else f" ({100 * low:.0f} to {100 * high:.0f} %)"
     amount = f"About {100 * share:.0f} %" if share >= 0.005 else "Less than 1 %"

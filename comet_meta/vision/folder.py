@@ -10,8 +10,8 @@ from comet_meta.vision.samples import (
     DatasetError,
     Sample,
     Split,
+    composed_name,
     pictures_below,
-    same_name,
 )
 
 
@@ -45,7 +45,7 @@ def load(root: Path | None, category: str) -> Split:
         DatasetError: If folder, category or pictures are missing.
     """
     folder = _checked(root)
-    if same_name(category) != same_name(_name(folder)):
+    if composed_name(category) != composed_name(_name(folder)):
         raise DatasetError(f"there's no category {category!r} in {root}; found: {_name(folder)}")
     train = tuple(Sample(path, None) for path in pictures_below(folder))
     if not train:

@@ -52,7 +52,7 @@ class Run:
     Attributes:
         heading: Names it, for instance by the category.
         subtitle: A sentence below.
-        settings: By name.
+        settings: Values of the settings by name.
         metrics: Rows of a table of figures, one for each method.
         highlights: Figures that matter most: caption and value.
         history: One entry for each epoch: values by name.

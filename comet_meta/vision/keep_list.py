@@ -69,7 +69,7 @@ def write(file: Path, rows: Iterable[Row]) -> None:
         lines.writerow(COLUMNS)
         for row in rows:
             figures = (_figure(value) for value in (row.score, row.weight, row.p_bad, row.rank))
-            lines.writerow([_spelled(row.path), *figures, "yes" if row.keep else "no"])
+            lines.writerow([_spell(row.path), *figures, "yes" if row.keep else "no"])
 
 
 def read(file: Path) -> list[tuple[str, bool]]:
@@ -131,19 +131,19 @@ def apply(
             f"{destination} lies in {source}: what is made there would be ranked with it the next "
             "time; give a folder outside"
         )
-    kept = {_below(source, path, list_file) for path, keep in decisions if keep}
-    dropped = {_below(source, path, list_file) for path, keep in decisions if not keep}
+    kept = {_path_below(source, path, list_file) for path, keep in decisions if keep}
+    dropped = {_path_below(source, path, list_file) for path, keep in decisions if not keep}
     if both := sorted(kept & dropped):
-        raise KeepListError(f"{list_file} keeps and drops {_some(both)}")
+        raise KeepListError(f"{list_file} keeps and drops {_first_few(both)}")
     if not kept:
         raise KeepListError(f"{list_file} keeps no picture")
     if missing := [path for path in sorted(kept) if not (source / path).is_file()]:
-        raise KeepListError(f"{source} lacks {_some(missing)}, which {list_file} keeps")
+        raise KeepListError(f"{source} lacks {_first_few(missing)}, which {list_file} keeps")
     taken = [path for path in sorted(kept) if os.path.lexists(destination / path)]
-    if different := [p for p in taken if not _same(source / p, destination / p)]:
+    if different := [p for p in taken if not _same_content(source / p, destination / p)]:
         raise KeepListError(
-            f"{destination} holds other files called {_some(different)}; nothing is overwritten: "
-            "give an empty folder"
+            f"{destination} holds other files called {_first_few(different)}; nothing is "
+            "overwritten: give an empty folder"
         )
     for path in sorted(kept.difference(taken)):
         target = destination / path
@@ -166,7 +166,7 @@ def _decision(file: Path, line: int, row: dict[str, str | None]) -> tuple[str, b
     return path, _KEEP[keep]
 
 
-def _below(source: Path, path: str, list_file: Path) -> Path:
+def _path_below(source: Path, path: str, list_file: Path) -> Path:
     """A picture's path below the source, also where the list has it in full."""
     found = Path(path)
     if found.is_absolute():
@@ -179,13 +179,13 @@ def _below(source: Path, path: str, list_file: Path) -> Path:
     return found
 
 
-def _same(source: Path, target: Path) -> bool:
+def _same_content(source: Path, target: Path) -> bool:
     if not target.is_file():
         return False
     return target.samefile(source) or filecmp.cmp(source, target, shallow=False)
 
 
-def _spelled(path: Path) -> str:
+def _spell(path: Path) -> str:
     """With slashes on every system, and so that no spreadsheet takes it for a formula."""
     text = PurePosixPath(path.as_posix()).as_posix()
     return f"./{text}" if text.startswith(("=", "+", "-", "@")) else text
@@ -197,6 +197,6 @@ def _figure(value: float | None) -> str:
     return str(value) if isinstance(value, int) else f"{value:.6g}"
 
 
-def _some(paths: list[Path]) -> str:
+def _first_few(paths: list[Path]) -> str:
     more = f" and {len(paths) - 5} more" if len(paths) > 5 else ""
     return ", ".join(map(str, paths[:5])) + more

@@ -102,7 +102,7 @@ class PatchGrids:
             workers.shutdown(cancel_futures=True)
         return files
 
-    def complaint(self, path: Path) -> str | None:
+    def why_unreadable(self, path: Path) -> str | None:
         """Why a picture can't be read.
 
         Args:
@@ -138,7 +138,7 @@ class PatchGrids:
             return False
         lacking = np.isnan(patches[:, 0, 0, 0])
         return all(
-            self.complaint(path) for path, lacks in zip(paths, lacking, strict=True) if lacks
+            self.why_unreadable(path) for path, lacks in zip(paths, lacking, strict=True) if lacks
         )
 
     def _patches(

@@ -1,4 +1,4 @@
-"""Who is bad? A first guess from frozen features, before any training."""
+"""Anomaly scores of the training pictures from frozen features, before any training."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -33,7 +33,7 @@ def memory_prior(
         batches: The training set's features in order, patch features as their only level
             (B, C, h, w), or the levels of a backbone.
         count: Number of pictures, >= 2.
-        scorer: With settings of one's own.
+        scorer: A scorer with other settings than the default's.
 
     Returns:
         Scores, higher = more anomalous, shape (N,). A picture whose features are not all finite
@@ -50,7 +50,7 @@ def memory_part_prior(
     Args:
         batches: As for :func:`memory_prior`.
         count: Number of pictures, >= 2.
-        scorer: With settings of one's own.
+        scorer: A scorer with other settings than the default's.
 
     Returns:
         Scores of the pictures, shape (N,), and of their patches, shape (N, rows, columns). A
@@ -58,15 +58,15 @@ def memory_part_prior(
     """
     side = grid_side(count)
     patches = torch.cat([coarse_patches(levels, side) for levels in batches])
-    whole = _whole(patches)
+    finite = _is_finite(patches)
     scaler = FeatureScaler([patches.shape[1]])
-    scaler.fit([[patches[whole]]])
-    (scaled,) = scaler([patches[whole]])
+    scaler.fit([[patches[finite]]])
+    (scaled,) = scaler([patches[finite]])
     found = (scorer or MemoryScorer()).score_parts(scaled.flatten(2).transpose(1, 2))
     scores = torch.full((len(patches),), float(found[0].max()))
     patch_scores = torch.full((len(patches), *patches.shape[2:]), float(found[1].max()))
-    scores[whole] = found[0]
-    patch_scores[whole] = found[1].unflatten(1, patches.shape[2:])
+    scores[finite] = found[0]
+    patch_scores[finite] = found[1].unflatten(1, patches.shape[2:])
     return scores, patch_scores
 
 
@@ -81,7 +81,7 @@ def streamed_prior(
     Args:
         parts: Yields the pictures' patches in order, (b, C, h, w); it is called three times.
         scratch: A folder with room for all patches; what is written there goes again.
-        scorer: With settings of one's own.
+        scorer: A scorer with other settings than the default's.
         device: Where the pictures are compared. On the CPU, memory holds no more than a part.
 
     Returns:
@@ -90,31 +90,31 @@ def streamed_prior(
     Raises:
         DatasetError: If fewer than two pictures have finite patches.
     """
-    whole = torch.cat([_whole(part) for part in parts()])
+    finite = torch.cat([_is_finite(part) for part in parts()])
     scaler = FeatureScaler([next(parts()).shape[1]])
-    scaler.fit([part[_whole(part)]] for part in parts())
+    scaler.fit([part[_is_finite(part)]] for part in parts())
     with TemporaryFile(dir=scratch) as file:
         for part in parts():
-            (scaled,) = scaler([part[_whole(part)]])
+            (scaled,) = scaler([part[_is_finite(part)]])
             rows = scaled.flatten(2).transpose(1, 2).contiguous()
             file.write(rows.numpy().tobytes())
         file.flush()  # written, not mapped for writing: a full disk is an error and no crash
-        shape = (int(whole.sum()), *rows.shape[1:])
+        shape = (int(finite.sum()), *rows.shape[1:])
         if shape[0] < 2:
             raise DatasetError(
-                f"{shape[0]} of {len(whole)} pictures have finite features; it takes 2"
+                f"{shape[0]} of {len(finite)} pictures have finite features; it takes 2"
             )
         features = torch.from_numpy(np.memmap(file, np.float32, "c", shape=shape))
-        scores = torch.full((len(whole),), torch.nan)
-        scores[whole] = (scorer or MemoryScorer())(features.to(device)).cpu()
+        scores = torch.full((len(finite),), torch.nan)
+        scores[finite] = (scorer or MemoryScorer())(features.to(device)).cpu()
     return scores
 
 
 def grid_side(count: int) -> int:
-    """How fine the prior looks at each of so many pictures: patches along either side.
+    """Patches along either side of a picture: the more pictures, the fewer.
 
     Args:
-        count: Of the pictures, >= 1.
+        count: Number of pictures, >= 1.
 
     Returns:
         At least 6.
@@ -141,6 +141,6 @@ def coarse_patches(levels: Sequence[Tensor], side: int) -> Tensor:
     return F.adaptive_avg_pool2d(level, (height, width))
 
 
-def _whole(patches: Tensor) -> Tensor:
+def _is_finite(patches: Tensor) -> Tensor:
     """Which pictures have finite patches only, (B, C, h, w) -> (B,)."""
     return patches.isfinite().flatten(1).all(dim=1)

@@ -156,7 +156,7 @@ def joint_range(found: Sequence[Extremes]) -> tuple[float, float] | None:
     Anything else goes from the lowest to the highest of the pictures' 0.1st and 99.9th percentiles.
 
     Args:
-        found: Of each deep picture.
+        found: What each deep picture says of the range.
 
     Returns:
         The lowest and the highest value, or None if no picture is deep.
@@ -192,34 +192,24 @@ def scaled(deep: Array, values: tuple[float, float]) -> Array:
     return np.where(np.isnan(result), _GROUND, result).astype(np.float32)
 
 
-class _opened:  # noqa: N801 - reads as a function
-    """A picture's file, whose faults become sentences."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._file: Image.Image | None = None
-
-    def __enter__(self) -> Image.Image:
-        try:
-            self._file = Image.open(self._path)
-        except Exception as error:
-            raise self._sentence(error) from error
-        return self._file
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if self._file is not None:
-            self._file.close()
-        if isinstance(error, Exception) and not isinstance(error, DatasetError):
-            raise self._sentence(error) from error
-
-    def _sentence(self, error: Exception) -> DatasetError:
-        if isinstance(error, Image.DecompressionBombError):
-            return DatasetError(
-                f"can't read the picture {self._path}: {error}; if you trust the file, allow its "
-                "size by --max-megapixels, otherwise replace or remove it"
-            )
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """A picture's file; whatever is wrong with it is raised as a sentence."""
+    try:
+        with Image.open(path) as file:
+            yield file
+    except DatasetError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise DatasetError(
+            f"can't read the picture {path}: {error}; if you trust the file, allow its size by "
+            "--max-megapixels, otherwise replace or remove it"
+        ) from error
+    except Exception as error:
         reason = str(error) or type(error).__name__
-        return DatasetError(f"can't read the picture {self._path}: {reason}; replace or remove it")
+        raise DatasetError(
+            f"can't read the picture {path}: {reason}; replace or remove it"
+        ) from error
 
 
 def _decoded(file: Image.Image) -> tuple[Image.Image, Image.Transpose | None]:

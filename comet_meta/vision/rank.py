@@ -1,18 +1,17 @@
-"""Rank a folder of pictures: who is bad, from frozen features alone."""
+"""Rank the pictures of a folder, the most suspect first, from frozen features alone."""
 
 import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from comet_meta.vision import folder as plain_folder
 from comet_meta.vision.backbones import DEFAULT_BACKBONE, load_backbone
-from comet_meta.vision.estimate import in_words
 from comet_meta.vision.features import PatchFeatures
 from comet_meta.vision.files import cache_folder, sole_writer
 from comet_meta.vision.html_report import Run, write_report
@@ -21,7 +20,7 @@ from comet_meta.vision.keep_list import Row, write
 from comet_meta.vision.patch_grids import PatchGrids
 from comet_meta.vision.picture_prior import grid_side, streamed_prior
 from comet_meta.vision.samples import Sample, Split
-from comet_meta.vision.survey import glance
+from comet_meta.vision.survey import survey_depth
 from comet_meta.weights.prior import MemoryScorer
 from comet_meta.weights.weighter import SoftConfidentWeighter
 
@@ -40,7 +39,7 @@ class RankSettings:
         device: Where to compute.
         size: Height and width in pixels that the pictures are brought to; padded, not stretched.
         batch_size: Pictures at a time.
-        seed: Of the random memories.
+        seed: Seed of the random memories.
         contamination: Share of bad pictures, in [0, 0.5), where it is known; else ``"auto"``.
         keep_going: Whether pictures that can't be read are left out instead of refused.
     """
@@ -90,10 +89,11 @@ class Ranking:
     def rows(self) -> list[Row]:
         """The lines of the keep list: most suspect first, unreadable pictures last."""
         weighter = self.weighter
+        scores = cast("Tensor", weighter.prior)
         return [
             Row(
                 self.paths[i].relative_to(self.folder),
-                float(_prior(weighter)[i]),
+                float(scores[i]),
                 float(weighter.weights[i]),
                 float(weighter.p_bad[i]),
                 rank,
@@ -160,7 +160,7 @@ def rank_folder(folder: Path, settings: RankSettings) -> Ranking:
     split = _pictures(folder)
     paths = [sample.path for sample in split.train]
     extractor = PatchFeatures(load_backbone(settings.backbone, settings.weights))
-    transform = glance(split).scaled(Transform(settings.size, keep_aspect=True))
+    transform = survey_depth(split).scaled(Transform(settings.size, keep_aspect=True))
     cache = feature_cache(folder)
     with sole_writer(cache):
         grids = PatchGrids(
@@ -173,9 +173,11 @@ def rank_folder(folder: Path, settings: RankSettings) -> Ranking:
         )
         files = grids.compute(paths)
         known = torch.cat([~part.isnan().flatten(1).all(dim=1) for part in grids.read(files)])
-        complaints = {i: grids.complaint(paths[i]) for i in _where(~known)}
-        unreadable = {i: Unreadable(paths[i], c) for i, c in complaints.items() if c is not None}
-        _check(folder, len(paths), list(unreadable.values()), settings.keep_going)
+        unreadable = {}
+        for i in (~known).nonzero().flatten().tolist():
+            if reason := grids.why_unreadable(paths[i]):
+                unreadable[i] = Unreadable(paths[i], reason)
+        _check_readable(folder, len(paths), list(unreadable.values()), settings.keep_going)
         prior = streamed_prior(
             lambda: grids.read(files), cache, MemoryScorer(seed=settings.seed), settings.device
         )
@@ -191,11 +193,6 @@ def rank_folder(folder: Path, settings: RankSettings) -> Ranking:
         settings,
         transform,
     )
-
-
-def describe(ranking: Ranking) -> str:
-    """What came out, in words."""
-    return in_words(ranking.weighter)
 
 
 def _pictures(folder: Path) -> Split:
@@ -214,7 +211,9 @@ def _pictures(folder: Path) -> Split:
     return replace(split, train=tuple(samples))
 
 
-def _check(folder: Path, count: int, unreadable: Sequence[Unreadable], keep_going: bool) -> None:
+def _check_readable(
+    folder: Path, count: int, unreadable: Sequence[Unreadable], keep_going: bool
+) -> None:
     if not unreadable:
         return
     reasons = "".join(f"\n  {one.reason}" for one in unreadable)
@@ -235,11 +234,3 @@ def feature_cache(folder: Path) -> Path:
     """Where the features of a folder's pictures are kept."""
     name = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16]
     return cache_folder() / "rank" / name
-
-
-def _prior(weighter: SoftConfidentWeighter) -> Tensor:
-    return weighter.scores if weighter.prior is None else weighter.prior
-
-
-def _where(mask: Tensor) -> list[int]:
-    return [int(i) for i in mask.nonzero().flatten()]

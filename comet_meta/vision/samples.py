@@ -19,7 +19,7 @@ _DRAWN = re.compile(r"(plain|oracle|paper|comet)_(weights|maps|suspects|suspect_
 # Registered by Pillow, but no pictures, or read only with the help of other programs or systems.
 _NOT_READ = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "PDF", "WMF"}
 # Made by storage devices, systems and viewers beside the pictures that people put there.
-_NOT_THEIRS = {
+_SYSTEM_FOLDERS = {
     *("@eadir", "#recycle", "@recycle", "$recycle.bin", "lost+found", "__macosx", "__pycache__"),
     *("system volume information", "thumbnails", "thumbs", "thumbnail", "_thumbs", "_thumbnails"),
 }
@@ -119,7 +119,7 @@ def subfolders(folder: Path, *, outputs: bool = False) -> list[Path]:
         for path in folder.iterdir()
         if path.is_dir()
         and not path.name.startswith(".")
-        and path.name.casefold() not in _NOT_THEIRS
+        and path.name.casefold() not in _SYSTEM_FOLDERS
         and (outputs or not is_output(path))
     )
 
@@ -139,7 +139,7 @@ def pictures_below(folder: Path) -> list[Path]:
         DatasetError: If one is a link to a file that isn't there.
     """
     others: Counter[str] = Counter()
-    found = _below(folder, set(), others)
+    found = _pictures_in(folder, set(), others)
     if others:
         kinds = ", ".join(f"{count} {kind}" for kind, count in others.most_common(5))
         _LOGGER.warning(
@@ -158,7 +158,7 @@ def is_output(folder: Path) -> bool:
     return isinstance(content, dict) and {"settings", "methods"} <= set(content)
 
 
-def same_name(name: str) -> str:
+def composed_name(name: str) -> str:
     """A name by which files of one name find each other, whatever form their accents have.
 
     Args:
@@ -168,13 +168,13 @@ def same_name(name: str) -> str:
         Its composed form.
 
     Example:
-        >>> same_name("u\u0308ber") == same_name("\u00fcber")
+        >>> composed_name("u\u0308ber") == composed_name("\u00fcber")
         True
     """
     return unicodedata.normalize("NFC", name)
 
 
-def named(paths: Iterable[Path], name: str) -> Path | None:
+def find_by_name(paths: Iterable[Path], name: str) -> Path | None:
     """The one of some paths that has a name, in any form of accents and, failing that, any case.
 
     Args:
@@ -185,14 +185,14 @@ def named(paths: Iterable[Path], name: str) -> Path | None:
         The path, or None.
     """
     candidates = list(paths)
-    for form in (same_name, lambda text: same_name(text).casefold()):
+    for form in (composed_name, lambda text: composed_name(text).casefold()):
         for path in candidates:
             if form(path.name) == form(name):
                 return path
     return None
 
 
-def _below(folder: Path, seen: set[Path], others: Counter[str]) -> list[Path]:
+def _pictures_in(folder: Path, seen: set[Path], others: Counter[str]) -> list[Path]:
     if folder.resolve() in seen:
         return []
     seen.add(folder.resolve())
@@ -204,4 +204,7 @@ def _below(folder: Path, seen: set[Path], others: Counter[str]) -> list[Path]:
             and path.suffix.lower() not in suffixes()
         ):
             others[path.suffix.lower() or "without an ending"] += 1
-    return [*own, *(path for inner in subfolders(folder) for path in _below(inner, seen, others))]
+    return [
+        *own,
+        *(path for inner in subfolders(folder) for path in _pictures_in(inner, seen, others)),
+    ]

@@ -1,4 +1,4 @@
-"""A look at all pictures before the first of them is used: damage, depth, pages."""
+"""Check all pictures before the first is used: damage, depth, number of pages."""
 
 import logging
 import os
@@ -24,7 +24,7 @@ from comet_meta.vision.pixels import (
 from comet_meta.vision.samples import DatasetError, Sample, Split
 
 _LOGGER = logging.getLogger(__name__)
-_NAMED = 20
+_MOST_NAMED = 20
 
 
 class _Found(NamedTuple):
@@ -68,9 +68,9 @@ class Survey:
         if len(sentences) == 1:
             raise DatasetError(f"{sentences[0]}, or go on without it by --keep-going")
         if sentences:
-            lines = [f"  {sentence}" for sentence in sentences[:_NAMED]]
-            if len(sentences) > _NAMED:
-                lines.append(f"  and {len(sentences) - _NAMED} more")
+            lines = [f"  {sentence}" for sentence in sentences[:_MOST_NAMED]]
+            if len(sentences) > _MOST_NAMED:
+                lines.append(f"  and {len(sentences) - _MOST_NAMED} more")
             raise DatasetError(
                 "\n".join([f"{len(sentences)} pictures can't be used:", *lines])
                 + "\n--keep-going goes on without them"
@@ -90,13 +90,14 @@ def survey(split: Split) -> Survey:
     Returns:
         What was found. Only training pictures decide on the range.
     """
-    return _summed_up(split, _of_all(_look, split))
+    return _summarise(split, _inspect_all(_inspect, split))
 
 
-def glance(split: Split) -> Survey:
-    """Read every picture's head once, and in full only those of more than 8 bits a channel.
+def survey_depth(split: Split) -> Survey:
+    """Find the range of values of the pictures of more than 8 bits a channel.
 
-    Much quicker than :func:`survey`, and says the same in the log, but finds no damaged pictures.
+    Only these are read in full, of others the head alone. So it is much quicker than
+    :func:`survey`. It says the same in the log, but finds no damaged pictures.
 
     Args:
         split: The pictures.
@@ -104,16 +105,16 @@ def glance(split: Split) -> Survey:
     Returns:
         The range of the values; no faults.
     """
-    return _summed_up(split, _of_all(_glance, split))
+    return _summarise(split, _inspect_all(_inspect_head, split))
 
 
-def _of_all(look: Callable[[Sample], _Found], split: Split) -> dict[Sample, _Found]:
+def _inspect_all(inspect: Callable[[Sample], _Found], split: Split) -> dict[Sample, _Found]:
     samples = (*split.train, *split.test)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
-        return dict(zip(samples, threads.map(look, samples), strict=True))
+        return dict(zip(samples, threads.map(inspect, samples), strict=True))
 
 
-def _summed_up(split: Split, found: dict[Sample, _Found]) -> Survey:
+def _summarise(split: Split, found: dict[Sample, _Found]) -> Survey:
     """What was found, and the log of it."""
     depths = [each.depth for s in split.train if (each := found[s]).depth is not None]
     deep = sum(each.depth is not None for each in found.values())
@@ -142,7 +143,7 @@ def _summed_up(split: Split, found: dict[Sample, _Found]) -> Survey:
     return Survey(faults, values)
 
 
-def _look(sample: Sample) -> _Found:
+def _inspect(sample: Sample) -> _Found:
     try:
         picture = read_picture(sample.path)
         check_mask(sample, picture.size)
@@ -151,7 +152,7 @@ def _look(sample: Sample) -> _Found:
         return _Found(str(error) or f"{sample.path}: {type(error).__name__}")
 
 
-def _glance(sample: Sample) -> _Found:
+def _inspect_head(sample: Sample) -> _Found:
     try:
         picture = read_picture(sample.path) if has_more_than_8_bits(sample.path) else None
         return _found(sample.path, picture)

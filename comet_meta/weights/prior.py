@@ -115,8 +115,7 @@ class MemoryScorer:
 
         Returns:
             Anomaly scores of the samples, shape (N,), and of their patches, shape (N, P): the
-            distances that the samples' scores are means of, averaged over the memories. Both
-            float32, on the features' device.
+            distances of step 2, averaged over the memories. Both float32, on the features' device.
 
         Raises:
             TypeError: If the features aren't floating-point.
@@ -140,11 +139,12 @@ class MemoryScorer:
         count, patches, _ = features.shape
         # A copy in the memory would make a sample look normal: draw among different samples.
         sums = _random_sums(features.flatten(1))
-        group, different = _groups(sums)
+        group, different = _group_by(sums)
         if len(different) == 1:
             zeros = torch.zeros(count, patches, device=features.device)
             return zeros[:, 0], zeros
-        by_content = sums[different, 0].argsort()  # the same in whatever order the samples come
+        # In an order that depends on the features alone, not on the order of the samples.
+        by_content = sums[different, 0].argsort()
         size = min(max(1, round(self.fraction * len(different))), len(different) - 1)
         # Distances of features that are far from 0 lose precision: centre them.
         centre = features.mean(dim=(0, 1), dtype=torch.float64).to(torch.float32)
@@ -163,7 +163,8 @@ class MemoryScorer:
             outside = (~is_inside[group]).nonzero().flatten()
             memory = self._memory(features, different[inside], generator) - centre
             distances = self._distances(features, outside, memory, centre)
-            highest = distances.topk(min(self.top_patches, patches), dim=1).values
+            relative = self._relative(distances)
+            highest = relative.topk(min(self.top_patches, patches), dim=1).values
             totals[outside] += highest.mean(dim=1)
             patch_totals[outside] += distances
             seen[outside] += 1
@@ -194,10 +195,10 @@ class MemoryScorer:
     def _distances(
         self, features: Tensor, samples: Tensor, memory: Tensor, centre: Tensor
     ) -> Tensor:
-        """Relative distances (S, P) of some samples' patches to a centred memory (M, C)."""
+        """Distances (S, P) of some samples' patches to a centred memory (M, C)."""
         patches = features.shape[1]
         chunk = max(1, _CHUNK_VALUES // (patches * len(memory)))
-        distances = torch.cat(
+        return torch.cat(
             [
                 self._nearest(features[part].flatten(0, 1).float() - centre, memory).reshape(
                     -1, patches
@@ -205,6 +206,10 @@ class MemoryScorer:
                 for part in torch.split(samples, chunk)
             ]
         )
+
+    def _relative(self, distances: Tensor) -> Tensor:
+        """Distances (S, P) by those that are usual in the sample and in the set, see step 3."""
+        patches = distances.shape[1]
         if patches == 1:
             return distances
         own = distances.kthvalue(max(1, 3 * patches // 4), dim=1, keepdim=True).values
@@ -389,13 +394,13 @@ def group_equal_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
         >>> group_equal_rows(torch.tensor([[1.0, 2.0], [3.0, 4.0], [1.0, 2.0]]))
         (tensor([0, 1, 0]), tensor([0, 1]))
     """
-    return _groups(_random_sums(rows))
+    return _group_by(_random_sums(rows))
 
 
 def _random_sums(rows: Tensor) -> Tensor:
-    """Two random sums of each row in double precision, (N, C) -> (N, 2).
+    """Two random weighted sums of each row in double precision, (N, C) -> (N, 2).
 
-    They are equal for equal rows, and in practice for no others.
+    They are equal for equal rows, and in practice only for these.
     """
     generator = torch.Generator().manual_seed(0)
     weights = torch.randn(2, rows.shape[1], dtype=torch.float64, generator=generator)
@@ -409,8 +414,8 @@ def _random_sums(rows: Tensor) -> Tensor:
     )
 
 
-def _groups(sums: Tensor) -> tuple[Tensor, Tensor]:
-    """What :func:`group_equal_rows` returns, from the rows' random sums (N, 2)."""
+def _group_by(sums: Tensor) -> tuple[Tensor, Tensor]:
+    """What :func:`group_equal_rows` returns, from the random sums of the rows, (N, 2)."""
     group: Tensor = torch.unique(sums, dim=0, return_inverse=True)[1]
     positions = torch.arange(len(sums), device=sums.device)
     first = torch.full((int(group.max()) + 1,), len(sums), device=sums.device)

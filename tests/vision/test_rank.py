@@ -21,7 +21,7 @@ from PIL import Image
 from comet_meta import MemoryScorer, SoftConfidentWeighter, cli
 from comet_meta.vision import keep_list, patch_grids, rank
 from comet_meta.vision.backbones import load_backbone
-from comet_meta.vision.estimate import estimated_contamination, in_words
+from comet_meta.vision.estimate import in_words
 from comet_meta.vision.features import PatchFeatures
 from comet_meta.vision.images import Transform, load_image, load_values
 from comet_meta.vision.patch_grids import PatchGrids
@@ -422,7 +422,7 @@ def test_words_with_evidence():
     weighter = SoftConfidentWeighter(400)
     good = torch.erfinv(torch.linspace(-0.99, 0.99, 360))
     weighter.fit(torch.cat([good, torch.linspace(6, 8, 40)]))
-    estimate, low, high = estimated_contamination(weighter)
+    estimate, low, high = weighter.contamination_
     suspects = int((weighter.p_bad > 0.5).sum())
     assert 0.05 < low <= estimate <= 0.1
     assert in_words(weighter, "parts") == (

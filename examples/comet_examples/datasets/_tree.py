@@ -11,10 +11,10 @@ from comet_meta.vision.samples import (
     DatasetError,
     Sample,
     Split,
+    composed_name,
+    find_by_name,
     image_files,
-    named,
     pictures_below,
-    same_name,
     subfolders,
 )
 
@@ -82,7 +82,7 @@ def load_tree(
         DatasetError: If category, split or a mask is missing, or ``good`` names no folder.
     """
     found = tree_categories(root, dataset)
-    folder = None if root is None else named(subfolders(root, outputs=True), category)
+    folder = None if root is None else find_by_name(subfolders(root, outputs=True), category)
     if folder is None or folder.name not in found:
         raise DatasetError(f"there's no category {category!r} in {root}; found: {', '.join(found)}")
     known = {_word(name) for name in good}
@@ -107,7 +107,7 @@ def load_tree(
                 _LOGGER.info("%s: taken for good pictures", kind)
             test += [Sample(path, 0) for path in pictures_below(kind)]
             continue
-        truth = (has_masks and named(subfolders(parts["ground_truth"]), kind.name)) or (
+        truth = (has_masks and find_by_name(subfolders(parts["ground_truth"]), kind.name)) or (
             parts["ground_truth"] / kind.name
         )
         masks = _Masks(truth, mask_suffixes)
@@ -140,7 +140,7 @@ class _Masks:
         by_stem: dict[str, list[Path]] = {}
         for path in pictures_below(truth) if truth.is_dir() else []:
             self._by_place[_place(path, truth)] = path
-            by_stem.setdefault(same_name(path.stem), []).append(path)
+            by_stem.setdefault(composed_name(path.stem), []).append(path)
         # A name that is there twice tells nothing.
         self._by_stem = {stem: found[0] for stem, found in by_stem.items() if len(found) == 1}
 
@@ -148,7 +148,7 @@ class _Masks:
         """The mask in the same place below its folder, or else the only one of that name."""
         *below, stem = _place(picture, kind)
         for suffix in self._suffixes:
-            name = same_name(stem + suffix)
+            name = composed_name(stem + suffix)
             found = self._by_place.get((*below, name)) or self._by_stem.get(name)
             if found is not None:
                 return found
@@ -156,7 +156,7 @@ class _Masks:
 
 
 def _place(path: Path, folder: Path) -> tuple[str, ...]:
-    return tuple(map(same_name, (*path.parent.relative_to(folder).parts, path.stem)))
+    return tuple(map(composed_name, (*path.parent.relative_to(folder).parts, path.stem)))
 
 
 def _training(folder: Path, known: set[str], dataset: str) -> list[Sample]:
@@ -194,11 +194,11 @@ def _is_good(name: str, known: set[str]) -> bool:
 
 def _word(name: str) -> str:
     """A folder's name in lower case, without spaces, dots, hyphens and underscores."""
-    return "".join(c for c in same_name(name).casefold() if c.isalnum())
+    return "".join(c for c in composed_name(name).casefold() if c.isalnum())
 
 
 def _part(folder: Path, name: str) -> Path:
-    return named(subfolders(folder), name) or folder / name
+    return find_by_name(subfolders(folder), name) or folder / name
 
 
 def _is_category(folder: Path) -> bool:

@@ -15,7 +15,7 @@ learning, Computers in Industry 2021.
 from pathlib import Path
 
 from comet_meta.vision.images import has_defect
-from comet_meta.vision.samples import DatasetError, Sample, Split, image_files, same_name
+from comet_meta.vision.samples import DatasetError, Sample, Split, composed_name, image_files
 
 _CATEGORY = "ksdd2"
 _MASK = "_GT"
@@ -76,7 +76,7 @@ def _samples(folder: Path) -> tuple[Sample, ...]:
         raise DatasetError(f"there's no folder {folder}; KSDD2's layout has train and test in it")
     files = [path for path in image_files(folder) if not path.stem.endswith(_STRAY)]
     masks = {
-        same_name(path.stem.removesuffix(_MASK)): path
+        composed_name(path.stem.removesuffix(_MASK)): path
         for path in files
         if path.stem.endswith(_MASK)
     }
@@ -84,16 +84,16 @@ def _samples(folder: Path) -> tuple[Sample, ...]:
     if not pictures:
         raise DatasetError(f"{folder} holds no picture")
     for path in pictures:
-        if same_name(path.stem) not in masks:
+        if composed_name(path.stem) not in masks:
             raise DatasetError(
                 f"{path} has no mask: expected {path.stem}{_MASK}.png beside it, black if the "
                 "picture is normal"
             )
-    known = {same_name(path.stem) for path in pictures}
+    known = {composed_name(path.stem) for path in pictures}
     for stem, mask in masks.items():
         if stem not in known:
             raise DatasetError(f"the mask {mask} has no picture: expected {stem}.png beside it")
-    return tuple(_sample(path, masks[same_name(path.stem)]) for path in pictures)
+    return tuple(_sample(path, masks[composed_name(path.stem)]) for path in pictures)
 
 
 def _sample(path: Path, mask: Path) -> Sample:
