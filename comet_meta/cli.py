@@ -81,9 +81,9 @@ def _add_rank(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Rank the pictures of a folder, and of the folders in it, by how little each looks like "
         "the others. Writes keep.csv, a list of what to keep, and report.html, a page to look "
-        "through. No picture is changed. Exit status: 0 done, 1 done without the pictures that can't be "
-        "read (--keep-going), 2 wrong arguments or data, 130 interrupted; the same command then "
-        "goes on from there."
+        "through. No picture is changed. Exit status: 0 done, 1 done without the pictures that "
+        "can't be read (--keep-going), 2 wrong arguments or data, 130 interrupted; then the same "
+        "command goes on from there."
     )
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="folder of pictures")
     parser.add_argument(
