@@ -29,23 +29,23 @@ Array = npt.NDArray[Any]
 class CoMetDetector(BaseDetector):  # type: ignore[misc]
     """A PyOD deep detector that trusts each training row as far as its score allows.
 
-    The detector's own code trains it. ``AutoEncoder`` and ``VAE`` have a criterion that is called
-    with one row per sample: its losses are weighted. Loss and optimizer of ``DeepSVDD`` and
-    ``AE1SVM`` are out of reach: their rows are drawn by confidence. With weights that are all 1
-    they train to the same bits as PyOD alone.
+    The detector's own code trains it. ``AutoEncoder`` and ``VAE`` have a criterion, whose losses
+    are weighted row by row. ``DeepSVDD`` and ``AE1SVM`` compute loss and optimizer inside one
+    method, so their rows are drawn by confidence instead. With weights that are all 1, all four
+    train to the same bits as PyOD alone.
 
-    The scores that weights are made of are the detector's own, once an epoch. The KL term of a
-    ``VAE`` is limited to ``capacity`` row by row, where PyOD limits its mean.
+    The weights follow the detector's own scores, once an epoch. The KL term of a ``VAE`` is limited
+    to ``capacity`` row by row, where PyOD limits its mean.
 
     Args:
         detector: An untrained PyOD detector; a clone of it is fitted.
         contamination: Share of the rows that ``labels_`` and ``threshold_`` take for outliers, in
-            (0, 0.5]. None: the detector's own. It says nothing to the weights, which are found from
-            the scores.
-        weighter: Confidence in each row; by default one with the default rule. It is copied, so
-            that ``fit`` can be called again.
-        warm_up: Epochs before the first weights, >= 1: they mean nothing before the detector has
-            learned something.
+            (0, 0.5]. None: the detector's own. The weights don't depend on it: pass ``weighter``
+            with a ``contamination`` for that.
+        weighter: Weights of the rows; by default one with the default rule. It is copied, so that
+            ``fit`` can be called again.
+        warm_up: Number of epochs before the first fit of the weights, >= 1. Scores of an untrained
+            detector mean nothing.
 
     Attributes:
         detector_: The fitted detector.
@@ -184,7 +184,8 @@ def _fit_drawn(
 
     sampler = ConfidenceSampler(weights, len(rows))
     if isinstance(detector, DeepSVDD):
-        # DeepSVDD makes the loader within its fit: a fit in which DataLoader means another one.
+        # DeepSVDD makes its loader inside fit. Run a copy of fit in which the name DataLoader
+        # stands for a loader with our sampler.
         fit = type(detector).fit
 
         def loader_of(dataset: Any, batch_size: int, shuffle: bool) -> DataLoader[Any]:  # noqa: ARG001

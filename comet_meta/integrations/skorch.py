@@ -24,11 +24,11 @@ class CoMetCallback(Callback):  # type: ignore[misc]
     Args:
         scores: Anomaly scores of a batch, (net, batch) -> (B,), the module in eval mode. By default
             the criterion's losses.
-        weighter: Confidence in each sample; by default one with the default rule.
-        warm_up: Epochs before the first weights, >= 1.
+        weighter: Weights of the samples; by default one with the default rule.
+        warm_up: Number of epochs before the first fit of the weights, >= 1.
 
     Attributes:
-        comet: The object that knows the data, from the start of training on:
+        comet: The :class:`~comet_meta.CoMet` object, from the start of training on:
             ``callback.comet.suspects()``. Positions are those in the training part if the net
             splits a validation part off; pass ``train_split=None`` to train on all.
 

@@ -44,12 +44,12 @@ class WithPositions(Dataset[dict[str, Any]]):
         return len(self.dataset)
 
     def __getitem__(self, position: int) -> dict[str, Any]:
-        """The sample and where it stands."""
+        """The sample with its position."""
         return {**self.dataset[position], KEY: position}
 
 
 class CoMetTrainer(Trainer):
-    """A Trainer that trusts each training sample as far as its losses allow.
+    """A Trainer that weighs each training sample by its losses so far.
 
     The model returns its losses by sample, ``{"losses": ...}``, of any shape that
     :func:`comet_meta.per_sample` takes. The losses of the training steps serve as anomaly scores,
@@ -59,8 +59,8 @@ class CoMetTrainer(Trainer):
 
     Args:
         *args: Arguments of the Trainer.
-        weighter: Confidence in each sample; by default one with the default rule.
-        warm_up: Epochs before the first weights, >= 1.
+        weighter: Weights of the samples; by default one with the default rule.
+        warm_up: Number of epochs before the first fit of the weights, >= 1.
         **kwargs: Further arguments of the Trainer.
 
     Attributes:
