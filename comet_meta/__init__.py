@@ -4,10 +4,11 @@ from typing import TYPE_CHECKING, Any
 
 from comet_meta.comet import CoMet
 from comet_meta.data import IndexedDataset, collect_scores
-from comet_meta.optimizer import CoMetOptimizerWrapper, StepReport
+from comet_meta.losses import per_sample
+from comet_meta.optimizer import CoMetOptimizerWrapper
 from comet_meta.penalty import CovarianceMetaRegularizer
-from comet_meta.reduction import per_sample
 from comet_meta.sampler import ConfidenceSampler
+from comet_meta.step_report import StepReport
 from comet_meta.weights.prior import MemoryScorer, RowScorer
 from comet_meta.weights.weighter import SoftConfidentWeighter
 
@@ -33,7 +34,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import meta-steps only where somebody asks for one: a plain step does without."""
+    """Import MetaStep on first use, so that a plain step needs nothing of ``meta``."""
     if name == "MetaStep":
         from comet_meta.meta.step import MetaStep
 

@@ -1,6 +1,6 @@
-"""The few collectives that the method needs; without a process group they do nothing.
+"""Communication between processes; without a process group nothing is sent.
 
-All of them run over the default group and must be reached by all of its processes.
+Every function that sends uses the default group, and all its processes must call it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,18 +24,18 @@ def rank() -> int:
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether the processes hold a part of the tensor each (a DTensor, as FSDP2 makes them)."""
+    """Whether each process holds a part of the tensor (a DTensor, as FSDP2 makes them)."""
     return hasattr(tensor, "full_tensor")
 
 
-def local(tensor: Tensor) -> Tensor:
-    """This process's part of a sharded tensor, on the same memory; other tensors as they are."""
+def local_part(tensor: Tensor) -> Tensor:
+    """This process's part of a sharded tensor, on the same memory; other tensors unchanged."""
     part: Tensor = tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
     return part
 
 
-def sharded_like(part: Tensor, tensor: Tensor) -> Tensor:
-    """The inverse of :func:`local`: a part as a tensor that is sharded as another one is."""
+def shard_like(part: Tensor, tensor: Tensor) -> Tensor:
+    """The inverse of :func:`local_part`: make a part a tensor sharded like another one."""
     if not is_sharded(tensor):
         return part
     from torch.distributed.tensor import DTensor
@@ -50,7 +50,7 @@ def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
     """Sum of the squares of all elements of some tensors, plain or sharded; differentiable.
 
     Args:
-        tensors: Of any shapes, on one device; those that are sharded, on one mesh.
+        tensors: Tensors of any shapes on one device; the sharded ones on one mesh.
 
     Returns:
         The sum, shape (), the same on every process.
@@ -63,13 +63,13 @@ def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
 
         first = cast("DTensor", sharded[0])
         placements = [Partial() if p.is_shard() else Replicate() for p in first.placements]
-        part = torch.stack([local(tensor).square().sum() for tensor in sharded]).sum()
+        part = torch.stack([local_part(tensor).square().sum() for tensor in sharded]).sum()
         plain.append(DTensor.from_local(part, first.device_mesh, placements).full_tensor())
     return torch.stack(plain).sum()
 
 
-def agreed_seed(seed: int) -> int:
-    """The first process's seed, on every process."""
+def seed_of_first_process(seed: int) -> int:
+    """Send the first process's seed to every process."""
     if world_size() == 1:
         return seed
     seeds = [seed]
@@ -77,14 +77,14 @@ def agreed_seed(seed: int) -> int:
     return seeds[0]
 
 
-def own_generator(shared: torch.Generator) -> torch.Generator:
-    """Random numbers of this process alone, from a generator that all processes have alike.
+def process_generator(shared: torch.Generator) -> torch.Generator:
+    """A generator for this process alone, seeded from one that is equal on all processes.
 
-    The shared one advances by one draw whatever the process does with its own: the processes stay
-    in step, and the state that one of them saves is the state of all.
+    The shared generator advances by one draw, however many numbers a process draws from its own.
+    So the shared state stays equal on all processes, and one process can save it for all.
 
     Args:
-        shared: In the same state on every process.
+        shared: A generator in the same state on every process.
 
     Returns:
         A generator that differs by process; ``shared`` itself without a process group.
@@ -95,31 +95,32 @@ def own_generator(shared: torch.Generator) -> torch.Generator:
     return torch.Generator().manual_seed(seed + rank())
 
 
-def share(rows: Tensor | int, device: torch.device) -> Tensor | float:
-    """This process's part of the joined batch, times the number of processes.
+def batch_size_ratio(batch_size: Tensor | int, device: torch.device) -> Tensor | float:
+    """This process's batch size over the mean batch size of all processes.
 
-    Frameworks average gradients over processes. Where the batches are of unequal size, a mean over
-    the local rows has to be multiplied by this to make that average the mean over all rows.
+    Frameworks average gradients over processes. If the batches differ in size, each process
+    multiplies its mean loss by this ratio: the average over processes then is the mean over all
+    samples.
 
     Args:
-        rows: Number of rows of this process, B >= 0, shape ().
-        device: Where the result is needed.
+        batch_size: Number of samples of this process, >= 0, shape ().
+        device: The device of the result.
 
     Returns:
-        B over the mean B of all processes, shape (); 1 without a process group.
+        The ratio, shape (); 1 without a process group.
     """
     if world_size() == 1:
         return 1.0
-    total = torch.as_tensor(rows, dtype=torch.float32, device=device).clone()
+    total = torch.as_tensor(batch_size, dtype=torch.float32, device=device).clone()
     dist.all_reduce(total)
-    return rows * world_size() / total.clamp_min(1)
+    return batch_size * world_size() / total.clamp_min(1)
 
 
 def average(tensor: Tensor) -> Tensor:
     """Mean of a tensor over all processes.
 
     Args:
-        tensor: Of one shape on every process.
+        tensor: A tensor of the same shape on every process.
 
     Returns:
         The mean, the same on every process; the tensor itself without a process group.
@@ -131,17 +132,28 @@ def average(tensor: Tensor) -> Tensor:
     return total / world_size()
 
 
-@torch.no_grad()
-def average_gradients(parameters: Sequence[Tensor], share: Tensor | float = 1.0) -> None:
-    """Replace every ``.grad`` by its mean over all processes.
-
-    The hooks of DistributedDataParallel don't fire under ``torch.autograd.grad``, with which
-    meta-gradients are computed.
+def all_agree(flag: bool, device: torch.device) -> bool:
+    """Whether a flag is true on every process, so that all processes decide alike.
 
     Args:
-        parameters: The same on every process. One that has no gradient on any of them keeps none.
-            Sharded ones are left alone: their gradients come averaged.
-        share: What this process's gradients count for, as :func:`share` has it.
+        flag: This process's flag.
+        device: The device that messages between the processes use.
+    """
+    if world_size() == 1:
+        return flag
+    return bool(average(torch.tensor(float(flag), device=device)) == 1)
+
+
+@torch.no_grad()
+def average_gradients(parameters: Sequence[Tensor], ratio: Tensor | float = 1.0) -> None:
+    """Replace every ``.grad`` by its mean over all processes.
+
+    Needed for meta-gradients, where the hooks of DistributedDataParallel don't run.
+
+    Args:
+        parameters: The same parameters on every process. A parameter without a gradient on all
+            processes keeps none. Sharded parameters are left alone: FSDP2 averages their gradients.
+        ratio: :func:`batch_size_ratio` of this process.
     """
     parameters = [parameter for parameter in parameters if not is_sharded(parameter)]
     if world_size() == 1 or not parameters:
@@ -151,21 +163,21 @@ def average_gradients(parameters: Sequence[Tensor], share: Tensor | float = 1.0)
     used = used.to(parameters[0].device)
     dist.all_reduce(used)
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    torch._foreach_mul_(gradients, share / world_size())
+    torch._foreach_mul_(gradients, ratio / world_size())
     for bucket in _buckets(gradients):
         flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
         dist.all_reduce(flat)
         parts = torch.split(flat, [gradient.numel() for gradient in bucket])
         shaped = [part.view_as(gradient) for part, gradient in zip(parts, bucket, strict=True)]
         torch._foreach_copy_(bucket, shaped)
-    if any(missing):  # only then is it worth waiting for the device
+    if any(missing):  # reading `used` waits for the device
         found = zip(parameters, gradients, used.tolist(), strict=True)
         for parameter, gradient, count in found:
             parameter.grad = gradient if count else None
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Tensors of one dtype and device together, in groups of some 25 MB."""
+    """Group tensors by dtype and device, in buckets of about 25 MB."""
     kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     for tensor in tensors:
         kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor)
@@ -182,10 +194,10 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def merge_by_index(values: Tensor) -> Tensor:
-    """Fill each process's gaps with the values that the others have.
+    """Fill each process's missing values with those of the other processes.
 
     Args:
-        values: One for each sample, shape (N,), NaN where this process has none.
+        values: One value per sample, shape (N,), NaN where this process has none.
 
     Returns:
         The values (N,), the same on every process; the mean where several had one.
@@ -200,12 +212,13 @@ def merge_by_index(values: Tensor) -> Tensor:
     return torch.where(count > 0, total / count, torch.nan)
 
 
-def join_batches(index: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
-    """The batches of all processes, one behind the other.
+def gather_batches(index: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Join the batches of all processes.
 
     Args:
-        index: Positions of this process's samples, int64 of shape (B,); B may differ by process.
-        scores: Their scores, shape (B,).
+        index: Positions of this process's samples in the data set, int64, shape (B,); B may
+            differ by process.
+        scores: Scores of these samples, shape (B,).
 
     Returns:
         Positions and scores of the joined batch, the same on every process.
@@ -227,5 +240,5 @@ def join_batches(index: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _wire(device: torch.device) -> torch.device:
-    """Where a tensor has to lie to be sent: NCCL alone can't send from the CPU."""
+    """The device from which a tensor can be sent: NCCL can't send from the CPU."""
     return torch.device("cuda") if dist.get_backend() == "nccl" else device

@@ -1,8 +1,4 @@
-"""Gradients in and out of ``.grad``.
-
-They add up there, as those of backward passes do: that takes no copy of them, neither in memory nor
-in time. What ``.grad`` held before is set aside meanwhile.
-"""
+"""Compute gradients and add them up in ``.grad``, where backward passes need no copy of them."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,12 +13,12 @@ Gradients = list[Tensor]
 
 
 class MetaGradient(NamedTuple):
-    """The gradient of a batch and the losses on the way; of a meta-step, averaged over tasks.
+    """The gradient of a batch with its support and query loss, averaged over tasks.
 
     Attributes:
-        gradients: One for each parameter, in its shape; None for a parameter that no loss used.
-        support_loss: Objective of the support rows before the inner steps, shape ().
-        query_loss: Objective of the query rows after them, shape ().
+        gradients: One per parameter, in its shape; None for a parameter that no loss used.
+        support_loss: Objective of the support samples before the inner steps, shape ().
+        query_loss: Objective of the query samples after the inner steps, shape ().
     """
 
     gradients: list[Tensor | None]
@@ -30,38 +26,39 @@ class MetaGradient(NamedTuple):
     query_loss: Tensor
 
 
-def gradients_of(loss: Tensor, parameters: Sequence[Tensor]) -> list[Tensor | None]:
-    """Gradients of a loss, apart from what ``.grad`` holds.
+def compute_gradients(loss: Tensor, parameters: Sequence[Tensor]) -> list[Tensor | None]:
+    """The gradients of a loss; ``.grad`` stays as it is.
 
-    Other than those of ``torch.autograd.grad``, they can be added to in place: no two of them are
-    one tensor, and none has a stride of 0.
+    Unlike the gradients of ``torch.autograd.grad``, these can be changed in place: no two of them
+    share memory, and none has a stride of 0.
 
     Args:
         loss: Shape ().
         parameters: Leaf tensors that require grad.
 
     Returns:
-        One for each parameter; None for one that the loss doesn't use.
+        One gradient per parameter; None for a parameter that the loss doesn't use.
     """
-    with empty_gradients(parameters):
+    with set_gradients_aside(parameters):
         backward(loss, parameters)
         return [parameter.grad for parameter in parameters]
 
 
 def backward(loss: Tensor, parameters: Sequence[Tensor]) -> None:
-    """Add the gradients of a loss to ``.grad``, where possible of these parameters alone."""
-    # FSDP2 computes with gathered copies; its hooks bring their gradients back to the shards.
+    """Add the gradients of a loss to ``.grad`` of these parameters."""
+    # FSDP2 computes with gathered copies of the parameters; its hooks scatter their gradients.
     gathered = is_sharded(parameters[0])
     torch.autograd.backward(loss, inputs=None if gathered else list(parameters))
 
 
 @torch.no_grad()
 def add_gradients(parameters: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
-    """Add to ``.grad``.
+    """Add gradients to ``.grad``.
 
     Args:
         parameters: Leaf tensors.
-        gradients: One for each, or None; they become ``.grad``, without a copy, where there's none.
+        gradients: One gradient per parameter, or None. Where there is no ``.grad``, the gradient
+            becomes it, without a copy.
     """
     held, more = [], []
     for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -77,8 +74,8 @@ def add_gradients(parameters: Sequence[Tensor], gradients: Sequence[Tensor | Non
 
 
 @contextmanager
-def empty_gradients(parameters: Sequence[Tensor]) -> Iterator[None]:
-    """Set ``.grad`` aside, and put it back on leaving."""
+def set_gradients_aside(parameters: Sequence[Tensor]) -> Iterator[None]:
+    """Remove ``.grad`` inside the body, and put it back on leaving."""
     held = [parameter.grad for parameter in parameters]
     for parameter in parameters:
         parameter.grad = None
@@ -89,8 +86,8 @@ def empty_gradients(parameters: Sequence[Tensor]) -> Iterator[None]:
             parameter.grad = gradient
 
 
-def filled(found: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> Gradients:
-    """Gradients, 0 for what wasn't used."""
+def zeros_for_none(found: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> Gradients:
+    """Replace None, the gradient of an unused parameter, by zeros."""
     if any(gradient is not None and gradient.is_sparse for gradient in found):
         raise TypeError(
             "a parameter has a sparse gradient, which inner steps can't take; use meta='none', or "
@@ -102,13 +99,13 @@ def filled(found: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> Grad
     ]
 
 
-def unscaled(gradients: Gradients, scale: Tensor) -> tuple[Gradients, Tensor]:
-    """Gradients over ``scale``, and whether all are finite, shape (); 0 where not."""
+def unscale(gradients: Gradients, scale: Tensor) -> tuple[Gradients, Tensor]:
+    """Divide gradients by ``scale``; zeros if one isn't finite. Also returns whether all are."""
     divided = torch._foreach_div(gradients, scale)
     finite = torch.stack(torch._foreach_norm(divided)).isfinite().all()
     return [gradient.masked_fill(~finite, 0) for gradient in divided], finite
 
 
-def real(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Complex tensors as pairs of real ones, on the same memory; the others as they are."""
+def as_real(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """View complex tensors as pairs of real numbers, on the same memory; others unchanged."""
     return [torch.view_as_real(x) if x.is_complex() else x for x in tensors]

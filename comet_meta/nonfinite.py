@@ -1,39 +1,36 @@
-"""What becomes of samples whose loss is NaN or infinite, and of steps that fail."""
+"""The guard against NaN and infinite values: samples are left out, steps are skipped."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from comet_meta import distributed
-from comet_meta.restore import copies, copy_values
 
 _LOGGER = logging.getLogger(__name__)
-_NAMED = 8
+_MAX_NAMED = 8
 _ADVICE = "look at these samples, lower the learning rate, or leave autocast for the loss"
 
 
-class Look:
-    """A look at a flag that doesn't stall the device that computes it.
+class DeferredFlag:
+    """A flag that a device computes and that is read later, without stopping the device.
 
-    Reading a value means waiting until the device has got to it. The copy is queued at once, so a
-    look that is read later waits only for what was queued before it: for a loss the forward pass,
-    while the backward pass behind it keeps the device busy.
+    Reading a value on the host waits until the device has computed it. Here the copy to the host is
+    queued at once. Reading it later waits only for the work queued before the copy: for a loss this
+    is the forward pass, and the backward pass keeps the device busy meanwhile.
 
     Args:
-        flag: Of any device, bool of shape ().
+        flag: Bool of shape (), on any device.
 
     Example:
-        >>> bool(Look(torch.tensor(True)))
+        >>> bool(DeferredFlag(torch.tensor(True)))
         True
     """
 
     def __init__(self, flag: Tensor) -> None:
-        # Only CUDA lets the host know when a copy that doesn't block is complete.
+        # Only CUDA tells the host when a non-blocking copy is complete.
         self._flag = flag.detach().to("cpu", non_blocking=flag.is_cuda)
         self._copied: torch.cuda.Event | None = None
         if flag.is_cuda:
@@ -49,71 +46,72 @@ class Look:
 class _Batch(NamedTuple):
     finite: Tensor  # (B,)
     samples: Tensor | None  # (B,)
-    clean: Look
-    losses: Tensor | None  # of training and validation part, (2,)
+    all_finite: DeferredFlag
+    losses: Tensor | None  # mean training and validation loss, (2,)
 
 
-class LossWatch:
-    """Account of the losses that went into the objective since the last step."""
+class StepGuard:
+    """Decides whether the next step can be taken, from the batches since the last one."""
 
     def __init__(self) -> None:
-        self._unread: list[_Batch] = []
-        self._dropped = False
-        self._usable = False
+        self._unchecked: list[_Batch] = []
+        self._any_left_out = False
+        self._any_usable = False
 
-    def add(self, finite: Tensor, index: Tensor | None, losses: Tensor | None) -> None:
-        """Note a batch.
+    def record_batch(self, finite: Tensor, index: Tensor | None, losses: Tensor | None) -> None:
+        """Record a batch; its losses are checked later, by :meth:`check_batches`.
 
         Args:
             finite: Which of its losses are finite, shape (B,).
             index: Positions of its samples in the data set, shape (B,), where known.
             losses: Mean losses of its training and validation part, shape (2,), where needed.
         """
-        clean = distributed.average(finite.all().float()) == 1
-        self._unread.append(_Batch(finite, index, Look(clean), losses))
+        all_finite = distributed.average(finite.all().float()) == 1
+        self._unchecked.append(_Batch(finite, index, DeferredFlag(all_finite), losses))
 
-    def read(self) -> list[Tensor]:
-        """Look at the batches not looked at yet, and name their samples that were dropped.
+    def check_batches(self) -> list[Tensor]:
+        """Check the batches recorded since the last call; warn of samples that were left out.
 
         Returns:
-            For each batch without such a sample the losses that it was added with.
+            For each batch whose losses are all finite, the losses (2,) that it was recorded with.
         """
-        unread, self._unread = self._unread, []
-        observed = []
-        for batch in unread:
-            if batch.clean:
-                self._usable = True
+        unchecked, self._unchecked = self._unchecked, []
+        pairs = []
+        for batch in unchecked:
+            if batch.all_finite:
+                self._any_usable = True
                 if batch.losses is not None:
-                    observed.append(batch.losses)
+                    pairs.append(batch.losses)
                 continue
-            warn_of_dropped(batch.finite, batch.samples)
-            self._dropped = True
-            self._usable |= not everywhere(not bool(batch.finite.any()), batch.finite.device)
-        return observed
+            warn_of_samples_left_out(batch.finite, batch.samples)
+            self._any_left_out = True
+            none_finite = not bool(batch.finite.any())
+            self._any_usable |= not distributed.all_agree(none_finite, batch.finite.device)
+        return pairs
 
-    def note(self, *, usable: bool) -> None:
-        """Note a batch whose gradient was added, or couldn't be."""
-        self._dropped |= not usable
-        self._usable |= usable
+    def record_gradient(self, *, usable: bool) -> None:
+        """Record whether a batch had a gradient that could be added."""
+        self._any_left_out |= not usable
+        self._any_usable |= usable
 
     def forbids_step(self, parameters: Sequence[Tensor]) -> bool:
-        """Whether the gradients can't be used; starts a new account.
+        """Whether the gradients can't be used. The record starts anew.
 
         Args:
-            parameters: With the gradients that were made of the batches.
+            parameters: The trained parameters, with the gradients of the batches in ``.grad``.
         """
-        dropped, usable = self._dropped, self._usable
-        self._dropped = self._usable = False
-        if not dropped:
+        left_out, usable = self._any_left_out, self._any_usable
+        self._any_left_out = self._any_usable = False
+        if not left_out:
             return False
         if not usable:
-            check_parameters(parameters)
+            check_parameters_finite(parameters)
             _LOGGER.warning("step skipped: none of its losses could be used")
             return True
         gradients = [p.grad for p in parameters if p.grad is not None]
-        if everywhere(all_finite(gradients), parameters[0].device):
+        if distributed.all_agree(all_finite(gradients), parameters[0].device):
             return False
-        check_parameters(parameters)
+        check_parameters_finite(parameters)
         _LOGGER.warning(
             "step skipped: although they were left out, these samples made the gradients NaN or "
             "infinite (as a NaN in a picture does); step(closure, index) learns from the others "
@@ -126,31 +124,24 @@ def all_finite(tensors: Sequence[Tensor]) -> bool:
     """Whether no tensor has an entry that is NaN or infinite; waits for their device.
 
     Args:
-        tensors: Of any shapes and floating-point or complex dtypes, also sparse or distributed (of
-            which the part on this process counts).
+        tensors: Any shapes, floating-point or complex dtypes, also sparse or distributed (then the
+            part on this process is checked).
 
     Example:
         >>> all_finite([torch.tensor([1e30])]), all_finite([torch.tensor([torch.nan])])
         (True, False)
     """
-    parts = [_local(tensor.detach()) for tensor in tensors]
+    parts = [_stored_values(tensor.detach()) for tensor in tensors]
     if not parts:
         return True
     norms = torch.stack([norm.float() for norm in torch._foreach_norm(parts)])
     if bool(norms.isfinite().all()):
         return True
-    # Squares overflow where the entries themselves needn't.
+    # The squares in a norm can overflow although the entries are finite.
     return all(bool(part.isfinite().all()) for part in parts)
 
 
-def everywhere(flag: bool, device: torch.device) -> bool:
-    """Whether a flag is set in every process, so that all of them decide alike."""
-    if distributed.world_size() == 1:
-        return flag
-    return bool(distributed.average(torch.tensor(float(flag), device=device)) == 1)
-
-
-def warn_of_dropped(finite: Tensor, index: Tensor | None) -> None:
+def warn_of_samples_left_out(finite: Tensor, index: Tensor | None) -> None:
     """Name the samples whose loss isn't finite.
 
     Args:
@@ -159,10 +150,10 @@ def warn_of_dropped(finite: Tensor, index: Tensor | None) -> None:
     """
     rows = (~finite).nonzero().flatten().cpu()
     if not len(rows):
-        return  # those of another process
-    where = f"rows {_some(rows)} of the batch"
+        return  # the sample is in another process's batch
+    where = f"rows {_listed(rows)} of the batch"
     if index is not None:
-        where = f"samples {_some(index.cpu()[rows])}"
+        where = f"samples {_listed(index.cpu()[rows])}"
     _LOGGER.warning(
         "%d of %d losses are NaN or infinite and left out: %s; %s",
         len(rows),
@@ -172,21 +163,21 @@ def warn_of_dropped(finite: Tensor, index: Tensor | None) -> None:
     )
 
 
-def warn_of_left_out(reason: str) -> None:
-    """Say why a batch isn't learned from."""
+def warn_of_batch_left_out(reason: str) -> None:
+    """Warn that a batch is left out, with the reason."""
     _LOGGER.warning("batch left out: %s", reason)
 
 
-def check_parameters(parameters: Sequence[Tensor]) -> None:
-    """Refuse to go on with a model that is lost.
+def check_parameters_finite(parameters: Sequence[Tensor]) -> None:
+    """Check that the parameters are finite, without which no step can be taken.
 
     Args:
-        parameters: All that are trained.
+        parameters: All trained parameters.
 
     Raises:
-        ValueError: If they are NaN or infinite, so that no step could be taken any more.
+        ValueError: If one of them is NaN or infinite.
     """
-    if not everywhere(all_finite(parameters), parameters[0].device):
+    if not distributed.all_agree(all_finite(parameters), parameters[0].device):
         raise ValueError(
             "the model's parameters are NaN or infinite, so no step can be taken any more; go back "
             "to the last checkpoint and lower the learning rate, clip the gradients, or leave "
@@ -194,54 +185,14 @@ def check_parameters(parameters: Sequence[Tensor]) -> None:
         )
 
 
-@contextmanager
-def undone_on_error(
-    generator: torch.Generator, buffers: Sequence[Tensor]
-) -> Iterator[Callable[[], None]]:
-    """Give random state and buffers their values back if the body raises.
-
-    Args:
-        generator: Source of random numbers that the body draws from.
-        buffers: Tensors that the body changes in place.
-
-    Yields:
-        A function that gives the buffers their values back at any time.
-    """
-    state = generator.get_state()
-    undo = partial(copy_values, buffers, copies(buffers))
-
-    try:
-        yield undo
-    except BaseException:
-        generator.set_state(state)
-        undo()
-        raise
-
-
-@contextmanager
-def evaluating(model: nn.Module | None) -> Iterator[None]:
-    """Have a model in eval mode, where batch norm doesn't spread one sample's NaN to all.
-
-    Args:
-        model: The model; None for nothing.
-    """
-    modes = [] if model is None else [(module, module.training) for module in model.modules()]
-    if model is not None:
-        model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-def _local(tensor: Tensor) -> Tensor:
+def _stored_values(tensor: Tensor) -> Tensor:
+    """The values that this process holds of a sparse or distributed tensor."""
     if tensor.layout != torch.strided:
         return tensor.coalesce().values()
     to_local: Callable[[], Tensor] | None = getattr(tensor, "to_local", None)
     return tensor if to_local is None else to_local()
 
 
-def _some(positions: Tensor) -> str:
+def _listed(positions: Tensor) -> str:
     listed: list[int] = positions.tolist()
-    return str(listed) if len(listed) <= _NAMED else f"{listed[:_NAMED]} and others"
+    return str(listed) if len(listed) <= _MAX_NAMED else f"{listed[:_MAX_NAMED]} and others"

@@ -1,4 +1,4 @@
-"""Model uncertainty: an L2 penalty driven by the covariance of training and validation loss."""
+"""Model uncertainty: an L2 penalty whose strength follows training and validation loss."""
 
 import math
 from collections.abc import Iterable
@@ -20,19 +20,20 @@ def loss_covariance(pairs: Tensor, valid: Tensor | None = None) -> Tensor:
         valid: Which of the pairs count, bool of shape (W,); all of them by default.
 
     Returns:
-        Sigma (2, 2), symmetric and positive semi-definite. A loss that doesn't vary has variance 0
-        in it; with fewer than two pairs it is 0.
+        Sigma, shape (2, 2), symmetric and positive semi-definite. The variance of a loss that
+        doesn't vary is 0. With fewer than two pairs Sigma is 0.
 
     Example:
         >>> loss_covariance(torch.tensor([[1.0, 2.0], [2.0, 4.0], [3.0, 6.0]]))
         tensor([[1., 1.],
                 [1., 1.]])
     """
+    # z = (pair - mean) / deviation; Sigma = z^T z / (W - 1)
     mask = pairs.new_ones(len(pairs), 1) if valid is None else valid.to(pairs.dtype).unsqueeze(1)
     degrees = (mask.sum() - 1).clamp_min(1)
     centred = (pairs - (pairs * mask).sum(dim=0) / mask.sum().clamp_min(1)) * mask
     deviation = (centred.square().sum(dim=0) / degrees).sqrt()
-    # Below rounding error of the losses themselves, a variation is no variation.
+    # A deviation below the rounding error of the losses counts as 0.
     tiny = 4 * torch.finfo(pairs.dtype).eps * (pairs * mask).abs().sum(dim=0)
     z = torch.where(deviation > tiny, centred / deviation, 0.0)
     return z.T @ z / degrees
@@ -58,8 +59,8 @@ def model_uncertainty(covariance: Tensor) -> Tensor:
 class _SquaredNorm(torch.autograd.Function):
     """||theta||^2 of a list of tensors, shape ().
 
-    It reads the parameters once and writes their gradient once, where autograd's own rules take
-    several passes over memory. Twice differentiable everywhere, also at 0, as MAML needs it.
+    It reads the parameters once and writes their gradient once; autograd's rules take several
+    passes over memory. It is twice differentiable everywhere, also at 0, as MAML needs it.
     """
 
     @staticmethod
@@ -69,7 +70,7 @@ class _SquaredNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
-        # No foreach: torch can't differentiate its product with a tensor once more.
+        # No foreach: torch can't differentiate foreach products twice.
         factor = 2 * gradient
         return tuple(parameter * factor for parameter in ctx.saved_tensors)
 
@@ -77,26 +78,30 @@ class _SquaredNorm(torch.autograd.Function):
 class CovarianceMetaRegularizer(nn.Module):
     """The penalty lambda(Sigma) * ||theta||^2 of confident meta-learning.
 
-    Sigma is the covariance of the training and the validation loss over the last ``window`` steps,
-    each z-normalised over the window, and lambda(Sigma) = strength * (1 + gamma * d(Sigma)) with
-    d of :func:`model_uncertainty`. The losses must come from disjoint samples. The state is a
-    buffer: it moves with ``.to(device)`` and is saved by ``state_dict``.
+    1. Sigma is the covariance of training and validation loss over the last ``window`` steps, each
+       z-normalised over the window. The two losses must come from disjoint samples.
+    2. d(Sigma) is the model uncertainty, see :func:`model_uncertainty`.
+    3. lambda(Sigma) = lambda_0 * (1 + gamma * d(Sigma)).
 
-    Because the pairs are z-normalised, det Sigma is 1 - r^2 for a correlation r of the two losses,
-    so lambda stays within [strength, strength * (1 + 0.15 * gamma)]: highest where training and
-    validation loss part ways, lowest where they move together.
+    Because the pairs are z-normalised, det Sigma = 1 - r^2, where r is the correlation of the two
+    losses. So lambda stays within [lambda_0, lambda_0 * (1 + 0.15 * gamma)]: lowest where training
+    and validation loss move together.
+
+    The loss pairs are a buffer: they move with ``.to(device)`` and are saved by ``state_dict``.
 
     Args:
-        strength: lambda_0 >= 0, the penalty where the uncertainty is 0 (paper: 0.005).
-        gamma: How much uncertainty raises the penalty, >= 0 (paper: 0.5).
+        base_strength: lambda_0, >= 0: the strength of the penalty without uncertainty (paper:
+            0.005).
+        gamma: How much uncertainty raises the strength, >= 0 (paper: 0.5).
         window: Number of recent loss pairs, >= 2 (public code: 5).
-        exclude_1d: Leave out parameters of fewer than two dimensions (biases, norm layers).
+        exclude_1d: Whether to leave out parameters with fewer than two dimensions (biases, norm
+            layers).
 
     Raises:
         ValueError: If an argument is out of range.
 
     Example:
-        >>> regularizer = CovarianceMetaRegularizer(strength=0.1, gamma=0.5, window=3)
+        >>> regularizer = CovarianceMetaRegularizer(base_strength=0.1, gamma=0.5, window=3)
         >>> for train_loss, validation_loss in [(1.0, 1.0), (0.5, 0.8), (0.2, 0.9)]:
         ...     regularizer.update(torch.tensor(train_loss), torch.tensor(validation_loss))
         >>> regularizer.covariance.shape
@@ -114,19 +119,19 @@ class CovarianceMetaRegularizer(nn.Module):
 
     def __init__(
         self,
-        strength: float = 0.005,
+        base_strength: float = 0.005,
         gamma: float = 0.5,
         window: int = 5,
         *,
         exclude_1d: bool = False,
     ) -> None:
         super().__init__()
-        for name, value in (("strength", strength), ("gamma", gamma)):
+        for name, value in (("base_strength", base_strength), ("gamma", gamma)):
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{name} is {value}; expected a finite number >= 0")
         if window < 2:
             raise ValueError(f"window is {window}; expected at least 2 loss pairs for a covariance")
-        self.base_strength = strength
+        self.base_strength = base_strength
         self.gamma = gamma
         self.window = window
         self.exclude_1d = exclude_1d
@@ -141,13 +146,13 @@ class CovarianceMetaRegularizer(nn.Module):
             validation_loss: Loss on other samples, shape ().
 
         Raises:
-            ValueError: If a loss on the CPU is NaN or infinite (elsewhere looking at it would mean
-                waiting for the device; the optimizer wrapper checks the losses themselves).
+            ValueError: If a loss on the CPU is NaN or infinite. On other devices this check would
+                wait for the device, so it is left to the optimizer wrapper.
         """
         pair = torch.stack([train_loss.detach().float(), validation_loss.detach().float()])
         if pair.device.type == "cpu" and not torch.isfinite(pair).all():
             raise ValueError(f"training and validation loss are {pair.tolist()}; expected finite")
-        # Roll instead of a ring pointer: no host-side position to keep in step with the buffer.
+        # Shift the window by one, so that no position has to be kept on the host.
         self.pairs.copy_(self.pairs.roll(-1, dims=0))
         self.pairs[-1].copy_(pair.reshape(2))
         self.count.add_(1)
@@ -155,12 +160,12 @@ class CovarianceMetaRegularizer(nn.Module):
     @property
     def covariance(self) -> Tensor:
         """Sigma (2, 2) over the current window; 0 before the second pair."""
-        filled = torch.arange(self.window, 0, -1, device=self.pairs.device) <= self.count
-        return loss_covariance(self.pairs, filled)
+        valid = torch.arange(self.window, 0, -1, device=self.pairs.device) <= self.count
+        return loss_covariance(self.pairs, valid)
 
     @property
     def strength(self) -> Tensor:
-        """lambda(Sigma), shape (), in [strength, strength * (1 + gamma)]."""
+        """lambda(Sigma), shape (), in [lambda_0, lambda_0 * (1 + gamma)]."""
         return self.base_strength * (1 + self.gamma * model_uncertainty(self.covariance))
 
     def penalty(self, parameters: Iterable[Tensor], strength: Tensor | None = None) -> Tensor:
@@ -168,7 +173,7 @@ class CovarianceMetaRegularizer(nn.Module):
 
         Args:
             parameters: The tensors to penalise, of any shapes, on one device.
-            strength: lambda(Sigma) where it is at hand, shape ().
+            strength: lambda(Sigma) if already computed, shape ().
 
         Returns:
             The penalty, differentiable in the parameters. 0 where there are none.
@@ -182,4 +187,4 @@ class CovarianceMetaRegularizer(nn.Module):
 
     def extra_repr(self) -> str:
         """The settings, for ``repr``."""
-        return f"strength={self.base_strength}, gamma={self.gamma}, window={self.window}"
+        return f"base_strength={self.base_strength}, gamma={self.gamma}, window={self.window}"

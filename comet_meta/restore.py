@@ -1,15 +1,18 @@
-"""Values of tensors set aside and brought back."""
+"""Context managers that put things back: tensors, buffers after an error, modes, random numbers."""
 
-from collections.abc import Iterator, Sequence
+import random
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @contextmanager
-def restored(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Give the tensors their values back on leaving, also by an exception.
+def restore_on_exit(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Restore the tensors' values on leaving, also after an exception.
 
     Args:
         tensors: Tensors that the body changes in place.
@@ -17,15 +20,72 @@ def restored(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     Yields:
         Copies of the values on entry.
     """
-    saved = copies(tensors)
+    saved = copy_tensors(tensors)
     try:
         yield saved
     finally:
         copy_values(tensors, saved)
 
 
-def copies(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Copies of some tensors, without a graph."""
+@contextmanager
+def undo_on_error(
+    generator: torch.Generator, buffers: Sequence[Tensor]
+) -> Iterator[Callable[[], None]]:
+    """Restore random state and buffers if the body raises.
+
+    Args:
+        generator: Source of random numbers that the body draws from.
+        buffers: Tensors that the body changes in place.
+
+    Yields:
+        A function that restores the buffers at any time.
+    """
+    state = generator.get_state()
+    undo = partial(copy_values, buffers, copy_tensors(buffers))
+    try:
+        yield undo
+    except BaseException:
+        generator.set_state(state)
+        undo()
+        raise
+
+
+@contextmanager
+def eval_mode(models: Sequence[nn.Module]) -> Iterator[None]:
+    """Set models to eval mode; on leaving, each module gets the mode that it had.
+
+    Args:
+        models: The models; a frozen part that was in eval mode stays in it.
+    """
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def same_random_numbers(models: Sequence[nn.Module] = ()) -> Iterator[None]:
+    """Restore the random state on leaving: torch (CPU, the models' CUDA devices), NumPy, Python.
+
+    Args:
+        models: The models that the body uses.
+    """
+    devices = {p.device.index for model in models for p in model.parameters() if p.is_cuda}
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    try:
+        with torch.random.fork_rng(sorted(devices)):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
+
+
+def copy_tensors(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Copy tensors, without their graph."""
     new = [torch.empty_like(tensor, requires_grad=False) for tensor in tensors]
     copy_values(new, tensors)
     return new
@@ -33,8 +93,8 @@ def copies(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 @torch.no_grad()
 def copy_values(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-    """Give each target the values of its source, in place."""
+    """Copy the values of each source into its target, in place."""
     if targets:
         torch._foreach_copy_(list(targets), list(sources))
-        # Inside autocast, torch keeps low-precision copies of the weights: they are stale now.
+        # Inside autocast, torch caches low-precision copies of the parameters, now out of date.
         torch.clear_autocast_cache()

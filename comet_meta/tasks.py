@@ -1,4 +1,4 @@
-"""Cutting a batch into tasks of support and query rows."""
+"""Split a batch into tasks, and each task into support and query."""
 
 from typing import NamedTuple
 
@@ -9,11 +9,11 @@ from comet_meta import distributed
 
 
 class Task(NamedTuple):
-    """Disjoint rows of one batch.
+    """Two disjoint sets of rows of one batch.
 
     Attributes:
-        support: Rows that the inner steps learn from, shape (S,), S >= 1.
-        query: Rows that judge the adapted parameters, shape (Q,), Q >= 1.
+        support: Rows of the samples for the inner steps, shape (S,), S >= 1.
+        query: Rows of the samples for the loss after the inner steps, shape (Q,), Q >= 1.
     """
 
     support: Tensor
@@ -26,20 +26,20 @@ def split_tasks(
     query_fraction: float,
     generator: torch.Generator | None = None,
 ) -> list[Task]:
-    """Deal the rows of a batch into tasks and cut each into support and query.
+    """Split the rows of a batch at random into tasks with support and query.
 
     Args:
-        batch_size: Number of rows B >= 2.
-        tasks: Number of tasks >= 1; a batch of fewer than two rows a task is dealt into fewer.
-        query_fraction: Share of a task's rows that goes to the query, in (0, 1); both parts get at
-            least one row.
+        batch_size: Number of samples B >= 2.
+        tasks: Number of tasks >= 1; fewer if there would be fewer than two samples per task.
+        query_fraction: Fraction of a task's samples in its query, in (0, 1). Support and query get
+            at least one sample each.
         generator: Source of the random order.
 
     Returns:
         The tasks. Every row is in exactly one part of one task.
 
     Raises:
-        ValueError: If there are fewer than two rows.
+        ValueError: If there are fewer than two samples.
 
     Example:
         >>> [(len(task.support), len(task.query)) for task in split_tasks(10, 2, 0.3)]
@@ -51,34 +51,36 @@ def split_tasks(
             "the DataLoader, a larger batch, or meta='none'"
         )
     order = torch.randperm(batch_size, generator=generator)
-    dealt = []
+    split = []
     for rows in order.tensor_split(min(tasks, batch_size // 2)):
         queries = min(max(round(query_fraction * len(rows)), 1), len(rows) - 1)
-        dealt.append(Task(support=rows[queries:], query=rows[:queries]))
-    return dealt
+        split.append(Task(support=rows[queries:], query=rows[:queries]))
+    return split
 
 
-def splits(batch_size: int) -> bool:
-    """Whether a batch, joined over all processes, has rows for support and query.
+def can_split(batch_size: int) -> bool:
+    """Whether the batch, joined over all processes, has samples for support and query.
 
     Args:
-        batch_size: Number of rows of this process.
+        batch_size: Number of samples of this process.
     """
     return batch_size > 1 or distributed.world_size() > 1
 
 
-def support_query(losses: Tensor, query_fraction: float, generator: torch.Generator) -> Tensor:
-    """Mean loss of a random support and query part.
+def support_query_losses(
+    losses: Tensor, query_fraction: float, generator: torch.Generator
+) -> Tensor:
+    """Mean losses of a random support and query.
 
     Args:
-        losses: Shape (B,).
-        query_fraction: Share of the rows that goes to the query, in (0, 1).
+        losses: Per-sample losses, shape (B,).
+        query_fraction: Fraction of the samples in the query, in (0, 1).
         generator: Source of the random order, in the same state on every process.
 
     Returns:
-        The two means, shape (2,); twice the loss if there's only one.
+        Support and query loss, shape (2,); the same loss twice if B is 1.
     """
-    generator = distributed.own_generator(generator)
+    generator = distributed.process_generator(generator)
     if len(losses) == 1:
         return losses.expand(2)
     ((support, query),) = split_tasks(len(losses), 1, query_fraction, generator)

@@ -173,7 +173,7 @@ WEIGHTER = {
         "3 scores and 8 indices",
     ),
     "window": (lambda: CovarianceMetaRegularizer(window=1), "at least 2 loss pairs"),
-    "strength": (lambda: CovarianceMetaRegularizer(-0.1), "strength is -0.1"),
+    "strength": (lambda: CovarianceMetaRegularizer(-0.1), "base_strength is -0.1"),
     "gamma": (lambda: CovarianceMetaRegularizer(gamma=float("nan")), "gamma is nan"),
 }
 

@@ -7,7 +7,12 @@ import torch
 from torch import nn
 
 from comet_meta import CoMetOptimizerWrapper, CovarianceMetaRegularizer, SoftConfidentWeighter
-from comet_meta.weights.rules import estimate, hard_weights, ratio_weights, trimmed_weights
+from comet_meta.weights.rules import (
+    estimate_contamination,
+    hard_weights,
+    ratio_weights,
+    trimmed_weights,
+)
 
 MODES = ("none", "mldg", "fomaml", "maml", "reptile")
 DATA = torch.randn(16, 4, generator=torch.Generator().manual_seed(0))
@@ -16,7 +21,7 @@ DATA = torch.randn(16, 4, generator=torch.Generator().manual_seed(0))
 def weighter_of(weights: list[float], anomalous: list[float]) -> SoftConfidentWeighter:
     weighter = SoftConfidentWeighter(len(weights))
     weighter.weights.copy_(torch.tensor(weights))
-    weighter.anomalous.copy_(torch.tensor(anomalous))
+    weighter.p_bad.copy_(torch.tensor(anomalous))
     return weighter
 
 
@@ -118,19 +123,19 @@ def test_only_proven_samples_are_taken_for_bad():
     generator = torch.Generator().manual_seed(0)
     scores = torch.cat([torch.randn(360, generator=generator), torch.linspace(8, 10, 40)])
     soft = trimmed_weights(scores)
-    low = estimate(scores).low
+    low = estimate_contamination(scores).low
     # Next to nobody but the bad ones is called bad, and as many are as the scores prove.
     assert low > 0.05
-    assert float(soft.anomalous.sum()) == pytest.approx(400 * low, abs=1e-3)
-    assert float(soft.anomalous[360:].mean()) > 0.5
-    assert float(soft.anomalous[:360].sum()) < 0.1
+    assert float(soft.p_bad.sum()) == pytest.approx(400 * low, abs=1e-3)
+    assert float(soft.p_bad[360:].mean()) > 0.5
+    assert float(soft.p_bad[:360].sum()) < 0.1
 
 
 def test_the_twentieth_left_out_without_evidence_is_not_taken_for_bad():
     scores = torch.randn(400, generator=torch.Generator().manual_seed(0))
     soft = trimmed_weights(scores)
     assert float((1 - soft.weights).sum()) == pytest.approx(20, abs=1e-3)
-    assert soft.anomalous.tolist() == [0] * 400
+    assert soft.p_bad.tolist() == [0] * 400
 
 
 def test_of_a_given_share_that_is_taken_for_bad_and_a_twentieth_more_left_out():
@@ -138,7 +143,7 @@ def test_of_a_given_share_that_is_taken_for_bad_and_a_twentieth_more_left_out():
     normal = torch.randn(280, generator=generator)
     scores = torch.cat([normal, 1.8 + 1.4 * torch.randn(120, generator=generator)])
     soft = trimmed_weights(scores, contamination=0.3)
-    left_out, exposed = 1 - soft.weights, soft.anomalous
+    left_out, exposed = 1 - soft.weights, soft.p_bad
     assert float(exposed.sum()) == pytest.approx(120, abs=1e-3)
     assert float(left_out.sum()) == pytest.approx(140, abs=1e-3)
     assert bool((exposed <= left_out + 1e-6).all())
@@ -154,21 +159,21 @@ def test_the_other_rules_take_for_bad_what_weights_lack():
     scores = torch.cat([torch.randn(90, generator=generator), torch.full((10,), 9.0)])
     for rule in (hard_weights, ratio_weights):
         found = rule(scores.abs())
-        assert torch.equal(found.anomalous, 1 - found.weights)
+        assert torch.equal(found.p_bad, 1 - found.weights)
 
 
 def test_a_weighter_keeps_and_restores_probabilities():
     scores = torch.cat([torch.linspace(0, 1, 50), torch.full((5,), 9.0)])
     weighter = SoftConfidentWeighter(contamination=5 / 55)
     weighter.fit(scores)
-    assert float(weighter.anomalous[50:].min()) > 0.9
-    assert float(weighter.anomalous[:50].max()) < 0.5
+    assert float(weighter.p_bad[50:].min()) > 0.9
+    assert float(weighter.p_bad[:50].max()) < 0.5
     restored = SoftConfidentWeighter()
     restored.load_state_dict(weighter.state_dict())
-    assert torch.equal(restored.anomalous, weighter.anomalous)
+    assert torch.equal(restored.p_bad, weighter.p_bad)
     unseen = SoftConfidentWeighter(60, contamination=5 / 55)
     unseen.update(torch.arange(55), scores)
     unseen.fit()
-    assert torch.equal(unseen.anomalous[:55], weighter.anomalous)
-    assert unseen.anomalous[55:].tolist() == [0] * 5
-    assert SoftConfidentWeighter(3).anomalous.tolist() == [0, 0, 0]
+    assert torch.equal(unseen.p_bad[:55], weighter.p_bad)
+    assert unseen.p_bad[55:].tolist() == [0] * 5
+    assert SoftConfidentWeighter(3).p_bad.tolist() == [0, 0, 0]

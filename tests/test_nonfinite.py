@@ -13,7 +13,8 @@ from torch import nn
 from wrapping import wrap
 
 from comet_meta import CoMetOptimizerWrapper, CovarianceMetaRegularizer, SoftConfidentWeighter
-from comet_meta.nonfinite import Look, all_finite, undone_on_error
+from comet_meta.nonfinite import DeferredFlag, all_finite
+from comet_meta.restore import undo_on_error
 
 MODES = ("none", "mldg", "fomaml", "maml", "reptile")
 INDEX = torch.arange(100, 112)
@@ -243,7 +244,7 @@ def test_running_out_of_memory_in_the_backward_pass_leaves_everything_as_it_was(
 def test_what_earlier_batches_left_in_the_gradients_survives_a_later_ones_fault(meta):
     model = network(norm=True)
     optimizer = wrapped(model, meta=meta)
-    optimizer.backward(lambda rows: losses_of(model, DATA[rows]), INDEX, share=1 / 3)
+    optimizer.backward(lambda rows: losses_of(model, DATA[rows]), INDEX, factor=1 / 3)
     held = [p.grad for p in model.parameters()]
     before = [gradient.clone() for gradient in held]
 
@@ -252,9 +253,9 @@ def test_what_earlier_batches_left_in_the_gradients_survives_a_later_ones_fault(
         raise CameraError
 
     with pytest.raises(CameraError):
-        optimizer.backward(falls_over, INDEX, share=1 / 3)
+        optimizer.backward(falls_over, INDEX, factor=1 / 3)
     report = optimizer.backward(
-        lambda rows: losses_of(model, DATA[rows]) * torch.nan, INDEX, share=1 / 3
+        lambda rows: losses_of(model, DATA[rows]) * torch.nan, INDEX, factor=1 / 3
     )
     assert report.dropped == 12
     for parameter, gradient, value in zip(model.parameters(), held, before, strict=True):
@@ -464,18 +465,18 @@ def test_processes_drop_and_skip_together(tmp_path):
 # The parts.
 
 
-def test_a_look_is_the_flag():
-    assert Look(torch.tensor(True))
-    assert not Look(torch.tensor(False))
+def test_deferred_flag_is_the_flag():
+    assert DeferredFlag(torch.tensor(True))
+    assert not DeferredFlag(torch.tensor(False))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_look_reads_what_the_device_computes():
+def test_deferred_flag_reads_what_the_device_computes():
     values = torch.zeros(8, device="cuda")
-    look = Look(torch.isfinite(values).all())
+    flag = DeferredFlag(torch.isfinite(values).all())
     values.fill_(torch.nan)  # queued behind it
-    assert look
-    assert not Look(torch.isfinite(values).all())
+    assert flag
+    assert not DeferredFlag(torch.isfinite(values).all())
 
 
 @pytest.mark.parametrize(
@@ -504,7 +505,7 @@ def test_all_finite(tensor, finite):
 def test_undone_on_error_keeps_what_a_good_body_did():
     generator, buffer = torch.Generator().manual_seed(1), torch.zeros(2)
     before = generator.get_state()
-    with undone_on_error(generator, [buffer]):
+    with undo_on_error(generator, [buffer]):
         torch.rand(1, generator=generator)
         buffer.add_(1)
     assert buffer.tolist() == [1, 1]

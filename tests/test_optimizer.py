@@ -71,7 +71,7 @@ def test_the_objective_by_hand():
     optimizer = wrap(
         torch.optim.SGD([theta], lr=1.0),
         weighter=weighter,
-        regularizer=CovarianceMetaRegularizer(strength=0.1, gamma=0.0),
+        regularizer=CovarianceMetaRegularizer(base_strength=0.1, gamma=0.0),
     )
     # Samples 4 and 7 have weights 0.75 and 0: (0.75 * 2 + 0 * 100) / 2 + 0.1 * 9.
     objective = optimizer.objective(torch.tensor([2.0, 100.0]), torch.tensor([4, 7]))
@@ -136,7 +136,7 @@ def test_support_and_query_rows_are_disjoint_in_every_step():
 def test_the_regularizer_watches_disjoint_samples():
     # The loss of sample i is 2^i, so a sum of losses names the samples in it.
     theta = torch.ones(1, requires_grad=True)
-    regularizer = CovarianceMetaRegularizer(strength=0.0)
+    regularizer = CovarianceMetaRegularizer(base_strength=0.0)
     seen = []
     regularizer.update = lambda train, validation: seen.append((train, validation))
     optimizer = wrap(torch.optim.SGD([theta], lr=0.0), regularizer=regularizer, meta="none")
@@ -156,7 +156,7 @@ def test_training_lowers_the_loss(meta):
     optimizer = wrap(
         torch.optim.AdamW(model.parameters(), lr=1e-2),
         weighter=SoftConfidentWeighter(32),
-        regularizer=CovarianceMetaRegularizer(strength=1e-4),
+        regularizer=CovarianceMetaRegularizer(base_strength=1e-4),
         meta=meta,
         model=model,
     )
@@ -306,7 +306,7 @@ def micro_batches(optimizer, model, batches, **options):
         optimizer.backward(
             lambda rows, index=index: losses_of(model, DATA[index][rows]),
             index,
-            share=1 / len(batches),
+            factor=1 / len(batches),
             **options,
         )
     return [p.grad.clone() for p in model.parameters()]

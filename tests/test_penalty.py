@@ -31,7 +31,7 @@ def test_sigma_equals_numpy():
 
 def test_lambda_by_hand():
     # z of (1, 2, 3) is (-1, 0, 1) and of (1, 3, 2) is (-1, 1, 0): r = 1/2, det = 1 - 1/4 = 3/4.
-    regularizer = CovarianceMetaRegularizer(strength=0.1, gamma=0.5, window=3)
+    regularizer = CovarianceMetaRegularizer(base_strength=0.1, gamma=0.5, window=3)
     for pair in [(9.0, 9.0), (1.0, 1.0), (2.0, 3.0), (3.0, 2.0)]:  # the first leaves the window
         regularizer.update(torch.tensor(pair[0]), torch.tensor(pair[1]))
     torch.testing.assert_close(regularizer.covariance, torch.tensor([[1.0, 0.5], [0.5, 1.0]]))
@@ -40,12 +40,12 @@ def test_lambda_by_hand():
 
 
 def test_the_penalty_by_hand():
-    regularizer = CovarianceMetaRegularizer(strength=0.5, gamma=0.0)
+    regularizer = CovarianceMetaRegularizer(base_strength=0.5, gamma=0.0)
     parameters = [torch.tensor([[3.0, 4.0]], requires_grad=True), torch.tensor([2.0])]
     assert regularizer.penalty(parameters).item() == pytest.approx(0.5 * (9 + 16 + 4))
     regularizer.penalty(parameters).backward()
     torch.testing.assert_close(parameters[0].grad, torch.tensor([[3.0, 4.0]]))  # 2 * 0.5 * theta
-    without_biases = CovarianceMetaRegularizer(strength=0.5, gamma=0.0, exclude_1d=True)
+    without_biases = CovarianceMetaRegularizer(base_strength=0.5, gamma=0.0, exclude_1d=True)
     assert without_biases.penalty(parameters).item() == pytest.approx(0.5 * 25)
     assert float(without_biases.penalty([])) == 0
     assert float(without_biases.penalty(parameters, torch.tensor(2.0))) == pytest.approx(2 * 25)
@@ -62,7 +62,7 @@ def test_uncertainty_is_bounded_and_monotone_in_det_sigma(a, b):
 
 
 def test_strength_starts_at_its_base_and_stays_bounded():
-    regularizer = CovarianceMetaRegularizer(strength=0.005, gamma=0.5)
+    regularizer = CovarianceMetaRegularizer(base_strength=0.005, gamma=0.5)
     assert float(regularizer.strength) == pytest.approx(0.005, rel=1e-6)
     generator = torch.Generator().manual_seed(0)
     for _ in range(50):
@@ -71,7 +71,7 @@ def test_strength_starts_at_its_base_and_stays_bounded():
 
 
 def test_the_penalty_by_hand_and_its_derivatives():
-    regularizer = CovarianceMetaRegularizer(strength=0.5, gamma=0.0)
+    regularizer = CovarianceMetaRegularizer(base_strength=0.5, gamma=0.0)
     a = torch.tensor([[1.0, -2.0]], dtype=torch.float64, requires_grad=True)
     b = torch.zeros(2, dtype=torch.float64, requires_grad=True)  # a norm has no gradient here
     penalty = regularizer.penalty([a, b])
@@ -147,8 +147,8 @@ def test_the_defaults_are_the_papers():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"strength": -1.0}, "strength is -1.0; expected a finite number >= 0"),
-        ({"strength": math.inf}, "strength is inf; expected"),
+        ({"base_strength": -1.0}, "base_strength is -1.0; expected a finite number >= 0"),
+        ({"base_strength": math.inf}, "base_strength is inf; expected"),
         ({"gamma": -0.5}, "gamma is -0.5; expected"),
         ({"gamma": math.nan}, "gamma is nan; expected"),
         ({"window": 1}, "window is 1; expected at least 2 loss pairs"),
@@ -187,4 +187,4 @@ def test_losses_of_any_type_and_of_one_element_are_taken():
 
 def test_the_settings_show():
     shown = repr(CovarianceMetaRegularizer(0.25, 0.75, 3))
-    assert shown == "CovarianceMetaRegularizer(strength=0.25, gamma=0.75, window=3)"
+    assert shown == "CovarianceMetaRegularizer(base_strength=0.25, gamma=0.75, window=3)"

@@ -10,14 +10,14 @@ from sklearn.neighbors import NearestNeighbors
 
 from comet_meta import MemoryScorer
 from comet_meta.weights import prior as memory_module
-from comet_meta.weights.rules import standardized, trimmed_weights
+from comet_meta.weights.rules import standardize, trimmed_weights
 
 
 def test_two_samples_judge_each_other_by_hand():
     # Each is scored against the other: nearest distances of the patches (0, 0) and (3, 4) to the
     # other's patches are 1 and 4 (to (0, 1) and (3, 0)), their two highest average 2.5.
     features = torch.tensor([[[0.0, 0.0], [3.0, 4.0]], [[0.0, 1.0], [3.0, 0.0]]])
-    scores = MemoryScorer(draws=1, share=0.5, top=2)(features)
+    scores = MemoryScorer(draws=1, fraction=0.5, top_patches=2)(features)
     # The other way: (0, 1) is 1 from (0, 0), (3, 0) is 3 from (0, 0).
     assert scores.tolist() == pytest.approx([2.5, 2.0])
 
@@ -25,7 +25,7 @@ def test_two_samples_judge_each_other_by_hand():
 def test_scores_equal_an_independent_nearest_neighbour_search():
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(12, 5, 3, generator=generator)
-    scorer = MemoryScorer(draws=1, share=0.5, top=3, scale=1.5, seed=4)
+    scorer = MemoryScorer(draws=1, fraction=0.5, top_patches=3, scale=1.5, seed=4)
     choices = torch.Generator().manual_seed(4)
     totals, seen = np.zeros(12), np.zeros(12)
     while (seen == 0).any():
@@ -79,13 +79,13 @@ def test_a_rare_variant_keeps_its_weight_and_bad_samples_of_both_lose_theirs(sha
         torch.randn(int(bad.sum()), 3, 8, generator=generator), dim=2
     )
     # Of the twentieth that is bad, and no more: those left out on top are good in any case.
-    weights = 1 - trimmed_weights(MemoryScorer()(features), 0.05).anomalous
+    weights = 1 - trimmed_weights(MemoryScorer()(features), 0.05).p_bad
     assert weights[variant & ~bad].mean() > 0.9
     assert weights[~variant & ~bad].mean() > 0.9
     assert weights[bad].mean() < 0.2
     # By the set's usual distance alone the variant would stand out further.
     scaled, plain = MemoryScorer()(features), MemoryScorer(scale=math.inf)(features)
-    by_either = [standardized(scores)[variant & ~bad].mean() for scores in (scaled, plain)]
+    by_either = [standardize(scores)[variant & ~bad].mean() for scores in (scaled, plain)]
     assert by_either[0] < by_either[1]
 
 
@@ -97,7 +97,7 @@ def test_copies_of_one_picture_are_no_division_by_zero():
 
 
 def test_a_single_patch_scores_its_distance():
-    assert MemoryScorer(share=0.5)(torch.tensor([[0.0], [3.0]])).tolist() == [3, 3]
+    assert MemoryScorer(fraction=0.5)(torch.tensor([[0.0], [3.0]])).tolist() == [3, 3]
 
 
 def test_a_memory_holds_no_more_patches_than_it_may(monkeypatch):
@@ -141,7 +141,14 @@ def test_bad_features_get_a_sentence(features, error, message):
 
 @pytest.mark.parametrize(
     "option",
-    [{"draws": 0}, {"share": 0.0}, {"share": 1.0}, {"top": 0}, {"scale": 0}, {"max_patches": 0}],
+    [
+        {"draws": 0},
+        {"fraction": 0.0},
+        {"fraction": 1.0},
+        {"top_patches": 0},
+        {"scale": 0},
+        {"max_patches": 0},
+    ],
 )
 def test_bad_settings_get_a_sentence(option):
     with pytest.raises(ValueError, match=f"{next(iter(option))} is"):

@@ -17,11 +17,11 @@ from comet_meta.weights.contamination import (
     NO_EVIDENCE,
     Contamination,
     _removable,
-    contamination,
+    count_values,
     excess,
-    summary,
+    proven_contamination,
 )
-from comet_meta.weights.rules import Weighting, estimate, standardized, trimmed_weights
+from comet_meta.weights.rules import Weighting, estimate_contamination, standardize, trimmed_weights
 
 TWENTIETH = 0.05
 
@@ -155,7 +155,7 @@ def test_a_million_clean_scores_lose_no_more_than_a_tenth(kind, integers):
 
 
 def found_in(count: int, share: float, far: float) -> list[Contamination]:
-    return [estimate(with_bad(count, share, far, seed)) for seed in range(100)]
+    return [estimate_contamination(with_bad(count, share, far, seed)) for seed in range(100)]
 
 
 @pytest.mark.parametrize(
@@ -183,7 +183,7 @@ def test_more_samples_prove_more():
     lows = []
     for each in quantiles:
         bad = 5 + each[:: len(each) // (len(each) // 9)]
-        lows.append(estimate(torch.cat([torch.special.ndtri(each), bad])).low)
+        lows.append(estimate_contamination(torch.cat([torch.special.ndtri(each), bad])).low)
     assert lows == sorted(lows)
     assert lows[0] < lows[1] < lows[2] < 0.11
 
@@ -195,7 +195,9 @@ def test_the_sentence_has_the_figures():
 
 
 def test_without_evidence_there_is_no_upper_bound():
-    estimate_, low, high = estimate(torch.randn(200, generator=torch.Generator().manual_seed(0)))
+    estimate_, low, high = estimate_contamination(
+        torch.randn(200, generator=torch.Generator().manual_seed(0))
+    )
     assert (estimate_, low) == (0, 0)
     assert math.isnan(high)
 
@@ -216,11 +218,11 @@ sets = st.builds(
 @given(scores=sets, seed=st.integers(0, 99))
 def test_a_permutation_changes_nothing(scores, seed):
     order = torch.randperm(len(scores), generator=torch.Generator().manual_seed(seed))
-    assert str(estimate(scores[order])) == str(estimate(scores))
-    assert estimate(scores[order])[:2] == estimate(scores)[:2]
+    assert str(estimate_contamination(scores[order])) == str(estimate_contamination(scores))
+    assert estimate_contamination(scores[order])[:2] == estimate_contamination(scores)[:2]
     moved, kept = trimmed_weights(scores[order]), trimmed_weights(scores)
     assert torch.equal(moved.weights, kept.weights[order])
-    assert torch.equal(moved.anomalous, kept.anomalous[order])
+    assert torch.equal(moved.p_bad, kept.p_bad[order])
 
 
 @settings(max_examples=40, deadline=None)
@@ -231,7 +233,7 @@ def test_a_permutation_changes_nothing(scores, seed):
 )
 def test_offset_and_scale_change_nothing(scores, scale, shift):
     moved = scale * (scores + shift)
-    assert estimate(moved)[:2] == estimate(scores)[:2]
+    assert estimate_contamination(moved)[:2] == estimate_contamination(scores)[:2]
     assert torch.equal(trimmed_weights(moved).weights, trimmed_weights(scores).weights)
 
 
@@ -239,24 +241,26 @@ def test_offset_and_scale_change_nothing(scores, scale, shift):
 @given(scores=sets, scale=st.floats(1e-6, 1e6), shift=st.floats(-1e3, 1e3))
 def test_offset_and_scale_with_rounding_change_next_to_nothing(scores, scale, shift):
     moved = scale * (scores + shift)
-    assert estimate(moved).low == pytest.approx(estimate(scores).low, abs=1e-4)
+    assert estimate_contamination(moved).low == pytest.approx(
+        estimate_contamination(scores).low, abs=1e-4
+    )
 
 
 @pytest.mark.parametrize(("share", "far"), [(0.0, 0.0), (0.1, 5.0), (0.3, 6.0)])
 def test_a_histogram_of_many_scores_tells_what_the_scores_tell(monkeypatch, share, far):
     scores = with_bad(20_000, share, far, seed=0)
     scores[-1] = 1e6  # one stray score must not make all others share a bin
-    binned, weights = estimate(scores), trimmed_weights(scores).weights
+    binned, weights = estimate_contamination(scores), trimmed_weights(scores).weights
     monkeypatch.setattr("comet_meta.weights.contamination.EXACT_SAMPLES", 10**6)
-    assert binned.low == pytest.approx(estimate(scores).low, abs=0.005)
-    assert binned.estimate == pytest.approx(estimate(scores).estimate, abs=0.005)
+    assert binned.low == pytest.approx(estimate_contamination(scores).low, abs=0.005)
+    assert binned.estimate == pytest.approx(estimate_contamination(scores).estimate, abs=0.005)
     assert (binned.low > 0.5 * share) == (share > 0)
     assert float((weights - trimmed_weights(scores).weights).abs().mean()) < 0.005
 
 
 def test_a_histogram_counts_every_score_close_to_its_value():
-    x = standardized(torch.randn(20_000, generator=torch.Generator().manual_seed(0)).double())
-    values, counts = summary(x)
+    x = standardize(torch.randn(20_000, generator=torch.Generator().manual_seed(0)).double())
+    values, counts = count_values(x)
     assert values.dtype == counts.dtype == torch.float64
     assert len(values) < 8193 < len(x)
     assert counts.sum() == len(x)
@@ -274,12 +278,12 @@ def removed(weighting: Weighting) -> float:
 @settings(max_examples=60, deadline=None)
 @given(scores=sets)
 def test_by_default_what_is_proven_and_a_twentieth_is_left_out(scores):
-    low, count = estimate(scores).low, len(scores)
+    low, count = estimate_contamination(scores).low, len(scores)
     found = trimmed_weights(scores)
     assert removed(found) <= (low + TWENTIETH) * count + 1
     assert removed(found) == pytest.approx(min(low + TWENTIETH, 0.5) * count, abs=1e-6)
-    assert float(found.anomalous.sum()) == pytest.approx(low * count, abs=1e-6)
-    assert bool((found.anomalous <= 1 - found.weights + 1e-12).all())
+    assert float(found.p_bad.sum()) == pytest.approx(low * count, abs=1e-6)
+    assert bool((found.p_bad <= 1 - found.weights + 1e-12).all())
 
 
 @settings(max_examples=60, deadline=None)
@@ -287,8 +291,8 @@ def test_by_default_what_is_proven_and_a_twentieth_is_left_out(scores):
 def test_of_a_given_share_that_and_a_twentieth_is_left_out(scores, share):
     found, count = trimmed_weights(scores, share), len(scores)
     assert removed(found) == pytest.approx((share + TWENTIETH) * count, abs=1e-6)
-    assert float(found.anomalous.sum()) == pytest.approx(share * count, abs=1e-6)
-    assert bool((found.anomalous <= 1 - found.weights + 1e-12).all())
+    assert float(found.p_bad.sum()) == pytest.approx(share * count, abs=1e-6)
+    assert bool((found.p_bad <= 1 - found.weights + 1e-12).all())
 
 
 @settings(max_examples=20, deadline=None)
@@ -296,7 +300,7 @@ def test_of_a_given_share_that_and_a_twentieth_is_left_out(scores, share):
 def test_a_contamination_of_zero_leaves_nobody_out(scores):
     found = trimmed_weights(scores, 0.0)
     assert torch.equal(found.weights, torch.ones_like(scores))
-    assert torch.equal(found.anomalous, torch.zeros_like(scores))
+    assert torch.equal(found.p_bad, torch.zeros_like(scores))
     assert found.threshold == scores.max()
 
 
@@ -313,7 +317,7 @@ def test_weights_by_rank_by_hand():
     assert weights[25:].tolist() == [1] * 75
     assert weights[15:25].tolist() == pytest.approx([0.05 + 0.1 * k for k in range(10)])
     # P(bad) of the same by the 0.15 alone: 1 up to 11.25, 0 from 18.75 on.
-    bad = trimmed_weights(scores, 0.15).anomalous.flip(0)
+    bad = trimmed_weights(scores, 0.15).p_bad.flip(0)
     assert bad[:11].tolist() == pytest.approx([1] * 11)
     assert float(bad[15]) == pytest.approx((18.75 - 15.5) / 7.5)
     assert bad[19:].tolist() == [0] * 81
@@ -338,13 +342,13 @@ TIED: dict[str, list[float]] = {
 def test_tied_scores_share_what_is_left_out_and_prove_nothing(kind):
     scores = torch.tensor(TIED[kind], dtype=torch.float64)
     found = trimmed_weights(scores)
-    assert estimate(scores).low == 0
+    assert estimate_contamination(scores).low == 0
     assert removed(found) == pytest.approx(TWENTIETH * len(scores))
     for value in scores.unique():
         assert len(found.weights[scores == value].unique()) == 1
     # More samples are tied at the top than may be left out: none of them has lost all weight.
     assert float(found.weights.min()) > 0.4
-    assert float(found.anomalous.max()) == 0
+    assert float(found.p_bad.max()) == 0
 
 
 @pytest.mark.parametrize("share", [0.05, 0.2, 0.4])
@@ -353,7 +357,7 @@ def test_tied_scores_lose_a_given_share_and_no_more(kind, share):
     scores = torch.tensor(TIED[kind], dtype=torch.float64)
     found = trimmed_weights(scores, share)
     assert removed(found) == pytest.approx((share + TWENTIETH) * len(scores))
-    assert float(found.anomalous.sum()) == pytest.approx(share * len(scores))
+    assert float(found.p_bad.sum()) == pytest.approx(share * len(scores))
 
 
 @settings(max_examples=80, deadline=None)
@@ -362,7 +366,7 @@ def test_tied_scores_lose_a_given_share_and_no_more(kind, share):
 )
 def test_no_scores_lose_more_than_is_proven_and_a_twentieth(values):
     scores = torch.tensor(values, dtype=torch.float64)
-    found, low = trimmed_weights(scores), estimate(scores).low
+    found, low = trimmed_weights(scores), estimate_contamination(scores).low
     assert removed(found) <= (low + TWENTIETH) * len(scores) + 1e-6
     assert bool(((found.weights >= 0) & (found.weights <= 1)).all())
     assert bool((found.weights[scores.argsort()].diff() <= 1e-12).all())
@@ -370,7 +374,7 @@ def test_no_scores_lose_more_than_is_proven_and_a_twentieth(values):
 
 def test_half_of_the_scores_at_zero_as_of_a_rectifier_prove_nothing():
     scores = torch.from_numpy(np.random.default_rng(0).normal(size=1000)).relu()
-    assert estimate(scores).low == 0
+    assert estimate_contamination(scores).low == 0
     assert removed(trimmed_weights(scores)) == pytest.approx(50)
 
 
@@ -389,13 +393,13 @@ def test_equal_or_fewer_than_eight_scores_tell_nothing(scores):
     weighter = SoftConfidentWeighter(len(scores))
     weighter.fit(scores)
     assert weighter().tolist() == [1] * len(scores)
-    assert weighter.anomalous.tolist() == [0] * len(scores)
+    assert weighter.p_bad.tolist() == [0] * len(scores)
     assert str(weighter.contamination_) == "no evidence of bad samples"
 
 
 def test_fewer_than_three_values_prove_nothing():
     values, counts = torch.tensor([[-1.0, 5.0], [90.0, 10.0]]).double()
-    assert contamination(values, counts) is NO_EVIDENCE
+    assert proven_contamination(values, counts) is NO_EVIDENCE
 
 
 # The weighter.
@@ -406,18 +410,18 @@ def test_the_weighter_says_what_the_scores_prove_whatever_it_was_told():
     told = SoftConfidentWeighter(1000, contamination=0.3)
     for weighter in (SoftConfidentWeighter(1000), told, SoftConfidentWeighter(1000, rule="hard")):
         weighter.fit(scores)
-        assert weighter.contamination_ == estimate(scores.float())
+        assert weighter.contamination_ == estimate_contamination(scores.float())
         assert 0.1 < weighter.contamination_.low < 0.2
     assert float(told().mean()) == pytest.approx(0.65, abs=1e-4)
-    assert float(told.anomalous.mean()) == pytest.approx(0.3, abs=1e-4)
+    assert float(told.p_bad.mean()) == pytest.approx(0.3, abs=1e-4)
 
 
 def test_the_evidence_is_read_from_the_prior_and_from_the_samples_that_have_scores():
     prior = with_bad(1000, 0.1, 6.0, seed=0).float()
     weighter = SoftConfidentWeighter(prior=prior)
     weighter.fit(torch.randn(1000, generator=torch.Generator().manual_seed(0)))
-    assert weighter.contamination_ == estimate(prior)
+    assert weighter.contamination_ == estimate_contamination(prior)
     streaming = SoftConfidentWeighter(1500)
     streaming.update(torch.arange(1000), prior)
-    assert streaming.contamination_ == estimate(prior)
+    assert streaming.contamination_ == estimate_contamination(prior)
     assert weighter.contamination_.low > 0

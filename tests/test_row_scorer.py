@@ -6,7 +6,7 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from comet_meta import RowScorer
-from comet_meta.weights.prior import copies
+from comet_meta.weights.prior import group_equal_rows
 
 
 def rows(seed: int = 0, count: int = 200, columns: int = 6) -> torch.Tensor:
@@ -60,7 +60,7 @@ def test_a_row_is_not_explained_by_its_copy():
 
 def test_copies_are_numbered_by_their_first_rows():
     table = rows(count=5)[[0, 1, 0, 2, 1, 3]]
-    group, first = copies(table)
+    group, first = group_equal_rows(table)
     assert group.tolist() == [0, 1, 0, 2, 1, 3]
     assert first.tolist() == [0, 1, 3, 5]
 

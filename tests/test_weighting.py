@@ -8,13 +8,14 @@ from hypothesis import strategies as st
 
 from comet_meta import SoftConfidentWeighter
 from comet_meta.weights.rules import (
-    TRIMMED,
-    estimate,
+    ALWAYS_LEFT_OUT,
+    Weighting,
+    estimate_contamination,
     hard_weights,
     iqr_threshold,
     quantile,
     ratio_weights,
-    standardized,
+    standardize,
     trimmed_weights,
 )
 
@@ -105,15 +106,17 @@ def test_the_trimmed_weights_equal_an_independent_count_of_ranks():
     generator = np.random.default_rng(0)
     scores = np.concatenate([generator.normal(0, 1, 400), generator.uniform(8, 12, 60)])
     tensor = torch.from_numpy(scores)
-    low = estimate(tensor).low
+    low = estimate_contamination(tensor).low
     assert 0.05 < low < 60 / 460
     for weighting, bad in (
         (trimmed_weights(tensor), low),
         (trimmed_weights(tensor, 0.3), 0.3),
     ):
-        np.testing.assert_allclose(weighting.weights, ramp(scores, bad + TRIMMED), atol=1e-4)
-        np.testing.assert_allclose(weighting.anomalous, 1 - ramp(scores, bad), atol=1e-4)
-        trusted = scores[ramp(scores, bad + TRIMMED) >= 0.5]
+        np.testing.assert_allclose(
+            weighting.weights, ramp(scores, bad + ALWAYS_LEFT_OUT), atol=1e-4
+        )
+        np.testing.assert_allclose(weighting.p_bad, 1 - ramp(scores, bad), atol=1e-4)
+        trusted = scores[ramp(scores, bad + ALWAYS_LEFT_OUT) >= 0.5]
         assert float(weighting.threshold) == trusted.max()
 
 
@@ -274,18 +277,18 @@ def test_prior_and_scores_count_alike_by_hand():
     weighter.fit(scores)
     # Prior: deviations from 2 are 2 1 0 1 2 0 0 0 6, mean 12 / 9; scores: from 20, 28 / 9.
     expected = (prior - 2) / (12 / 9) / 2 + (scores - 20) / (28 / 9) / 2
-    torch.testing.assert_close(weighter.suspicion(), expected)
+    torch.testing.assert_close(weighter.ranking_scores(), expected)
 
 
 def test_weights_of_a_prior_stay_and_the_ranking_learns():
     prior = torch.cat([torch.linspace(0, 1, 40), torch.tensor([8.0, 9.0])])
     weighter = SoftConfidentWeighter(prior=prior)
-    before = weighter(), weighter.anomalous.clone(), weighter.threshold.clone()
+    before = weighter(), weighter.p_bad.clone(), weighter.threshold.clone()
     assert weighter.ranking(2).tolist() == [41, 40]
     scores = torch.zeros(42)
     scores[[3, 40]] = torch.tensor([100.0, 50.0])
     weighter.fit(scores)
-    after = weighter(), weighter.anomalous, weighter.threshold
+    after = weighter(), weighter.p_bad, weighter.threshold
     for old, new in zip(before, after, strict=True):
         assert torch.equal(old, new)
     assert weighter.ranking(2).tolist() == [3, 40]
@@ -294,10 +297,10 @@ def test_weights_of_a_prior_stay_and_the_ranking_learns():
 def test_samples_without_a_score_are_judged_by_their_prior():
     prior = torch.arange(20.0)
     weighter = SoftConfidentWeighter(prior=prior)
-    alone = weighter.suspicion()
+    alone = weighter.ranking_scores()
     weighter.update(torch.arange(10), torch.arange(10.0))
-    assert torch.equal(weighter.suspicion()[10:], alone[10:])
-    assert not torch.equal(weighter.suspicion()[:10], alone[:10])
+    assert torch.equal(weighter.ranking_scores()[10:], alone[10:])
+    assert not torch.equal(weighter.ranking_scores()[:10], alone[:10])
 
 
 def test_the_prior_is_saved_and_restored():
@@ -305,7 +308,7 @@ def test_the_prior_is_saved_and_restored():
     saved.fit(torch.randn(30))
     restored = SoftConfidentWeighter(prior=torch.zeros(30))
     restored.load_state_dict(saved.state_dict())
-    assert torch.equal(restored.suspicion(), saved.suspicion())
+    assert torch.equal(restored.ranking_scores(), saved.ranking_scores())
 
 
 def test_a_prior_that_does_not_fit_gets_a_sentence():
@@ -342,8 +345,8 @@ def test_few_good_samples_are_left_out_where_bad_ones_stand_apart():
     soft = trimmed_weights(torch.cat([normal, torch.linspace(8, 12, 200)]))
     assert soft.weights[:1800].mean() > 0.95
     assert soft.weights[1800:].mean() < 0.1
-    assert soft.anomalous[:1800].mean() < 0.01
-    assert soft.anomalous[1800:].mean() > 0.7
+    assert soft.p_bad[:1800].mean() < 0.01
+    assert soft.p_bad[1800:].mean() > 0.7
 
 
 def test_a_histogram_of_many_scores_gives_the_weights_of_the_scores_themselves(monkeypatch):
@@ -352,12 +355,12 @@ def test_a_histogram_of_many_scores_gives_the_weights_of_the_scores_themselves(m
     scores[:2000] += 5
     scores[0] = 1e6  # one stray score must not make all others share a bin
     binned = trimmed_weights(scores)
-    assert 0.05 < float(binned.anomalous.mean()) < 0.1
+    assert 0.05 < float(binned.p_bad.mean()) < 0.1
     monkeypatch.setattr("comet_meta.weights.contamination.EXACT_SAMPLES", 10**6)
     exact = trimmed_weights(scores)
     # As many are left out, but for a few in a thousand; who is at the edge may gain or lose.
     assert float((binned.weights - exact.weights).abs().mean()) < 0.003
-    assert float((binned.anomalous - exact.anomalous).abs().mean()) < 0.003
+    assert float((binned.p_bad - exact.p_bad).abs().mean()) < 0.003
 
 
 OUTLIER = torch.tensor([1.0, 2.0, 1.5, 1.2, 9.0, 1.1, 1.7, 1.3, 1.6, 1.4])
@@ -367,7 +370,7 @@ def test_rules_answer_in_the_type_of_the_scores():
     for rule in (hard_weights, ratio_weights, trimmed_weights):
         weighting = rule(OUTLIER.double())
         assert {part.dtype for part in weighting} == {torch.float64}
-        assert torch.equal(weighting.anomalous, 1 - weighting.weights) or rule is trimmed_weights
+        assert torch.equal(weighting.p_bad, 1 - weighting.weights) or rule is trimmed_weights
 
 
 def test_the_fence_is_as_wide_as_asked_for():
@@ -390,7 +393,7 @@ def test_the_lower_fence_is_as_wide_too():
 
 
 def test_standardized_scores_that_are_equal_are_zero():
-    assert standardized(torch.full((5,), 7.0)).tolist() == [0] * 5
+    assert standardize(torch.full((5,), 7.0)).tolist() == [0] * 5
 
 
 def test_weights_change_once_as_many_scores_have_come_as_there_are_samples():
@@ -500,9 +503,37 @@ def test_the_threshold_of_a_rule_is_the_highest_score_that_is_trusted_by_half():
     assert float(weighter.threshold) == 2
 
 
+def test_a_rule_may_give_the_full_result():
+    p_bad = torch.linspace(0, 0.3, 10)
+    weighter = SoftConfidentWeighter(
+        10, rule=lambda s: Weighting((s < 5).float(), torch.tensor([4.0]), p_bad)
+    )
+    weighter.fit(OUTLIER)
+    assert weighter.weights.tolist() == (OUTLIER < 5).float().tolist()
+    assert torch.equal(weighter.p_bad, p_bad)
+    assert float(weighter.threshold) == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weights": torch.ones(3)}, "expected one weight in"),
+        ({"weights": torch.full((10,), 1.5)}, "expected one weight in"),
+        ({"p_bad": torch.full((10,), -0.1)}, r"expected one P\(bad\) in"),
+        ({"p_bad": torch.zeros(9)}, r"expected one P\(bad\) in"),
+        ({"threshold": torch.tensor(torch.nan)}, "returned the threshold"),
+        ({"threshold": torch.ones(2)}, "returned the threshold"),
+    ],
+)
+def test_a_rule_whose_full_result_is_wrong_is_refused(change, message):
+    good = Weighting(torch.ones(10), torch.tensor(1.0), torch.zeros(10))
+    with pytest.raises(ValueError, match=message):
+        fitted(OUTLIER, lambda s: good._replace(**change))
+
+
 def test_a_streamed_batch_is_what_all_processes_bring_together(monkeypatch):
     monkeypatch.setattr(
-        "comet_meta.weights.weighter.distributed.join_batches",
+        "comet_meta.weights.weighter.distributed.gather_batches",
         lambda index, scores: (torch.cat([index, index + 4]), torch.cat([scores, -scores])),
     )
     weighter = SoftConfidentWeighter(8)
@@ -533,7 +564,7 @@ def test_a_small_prior_goes_with_its_own_number_of_samples():
     weighter = SoftConfidentWeighter(10, prior=prior)
     assert weighter.prior.dtype == torch.float32
     assert not weighter.prior.requires_grad
-    assert torch.equal(weighter.suspicion(), standardized(prior.detach().float()))
+    assert torch.equal(weighter.ranking_scores(), standardize(prior.detach().float()))
 
 
 def test_the_bounds_of_the_settings():

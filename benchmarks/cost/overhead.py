@@ -30,7 +30,7 @@ from comet_meta import (
     MetaStep,
     SoftConfidentWeighter,
 )
-from comet_meta.batch import MetaMode
+from comet_meta.meta.step import MetaMode
 from comet_meta.tasks import split_tasks
 
 Step = Callable[[], object]

@@ -18,9 +18,9 @@ from comet_meta import (
     CovarianceMetaRegularizer,
     SoftConfidentWeighter,
 )
-from comet_meta.batch import MetaMode
+from comet_meta.meta.step import MetaMode
 from comet_meta.vision.picture_prior import memory_prior
-from comet_meta.weights.rules import standardized
+from comet_meta.weights.rules import standardize
 
 _PENALTY = 0.01
 
@@ -117,11 +117,11 @@ def scored(
     def optimizer_for(
         detector: Detector, data: FeatureRows, _: TrainingSettings
     ) -> CoMetOptimizerWrapper:
-        memory = standardized(memory_prior(data.batches(), len(data))) if prior else None
+        memory = standardize(memory_prior(data.batches(), len(data))) if prior else None
 
         def source() -> Tensor:
             own = _scores(detector, data, score or _score)
-            return own if memory is None else (standardized(own) + memory) / 2
+            return own if memory is None else (standardize(own) + memory) / 2
 
         weighter = TimedWeighter(len(data), start=start, source=source)
         if memory is not None:

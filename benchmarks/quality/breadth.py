@@ -280,7 +280,7 @@ def judged(task: Task, detector: str, method: str) -> Figures:
         weights = weighter.weights.numpy()
         figures |= {"mean weight": float(weights.mean()), "proven": weighter.contamination_.low}
         if task.bad.any():
-            suspicion = weighter.suspicion().nan_to_num(nan=0).numpy()
+            suspicion = weighter.ranking_scores().nan_to_num(nan=0).numpy()
             figures["ranking AUROC"] = float(roc_auc_score(task.bad, suspicion))
     return figures
 

@@ -23,7 +23,7 @@ from comet_examples.training import Method, TrainingSettings, Wrap, wrap
 from runs import Figures, Runs, spread
 
 from comet_meta import SoftConfidentWeighter
-from comet_meta.batch import MetaMode
+from comet_meta.meta.step import MetaMode
 from comet_meta.vision.backbones import DEFAULT_BACKBONE, load_backbone
 from comet_meta.vision.features import FeatureStore
 
@@ -91,7 +91,7 @@ def weighting_figures(weighter: SoftConfidentWeighter, bad: Array) -> Figures:
         own = curation_metrics(weighter.scores.numpy(), bad)
         figures |= {f"curation {key}": value for key, value in own.items()}
     figures |= curation_figures(weighter.weights.numpy(), bad)
-    if weighter.suspicion().isfinite().all():
+    if weighter.ranking_scores().isfinite().all():
         order = weighter.ranking().numpy()
         suspicion = np.empty(len(order))
         suspicion[order] = np.arange(len(order))[::-1]

@@ -171,7 +171,7 @@ def figures(
     result = {
         "weight of the others": float(weights[~bad & ~minor].mean()),
         "of the variant": float(weights[~bad & minor].mean()),
-        "its P(bad)": float(weighter.anomalous[~bad & minor].mean()),
+        "its P(bad)": float(weighter.p_bad[~bad & minor].mean()),
     }
     if bad.any():
         result["of the bad"] = float(weights[bad].mean())

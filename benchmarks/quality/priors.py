@@ -22,7 +22,7 @@ from torch import Tensor
 from comet_meta import SoftConfidentWeighter
 from comet_meta.vision.backbones import DEFAULT_BACKBONE
 from comet_meta.vision.picture_prior import memory_prior
-from comet_meta.weights.rules import estimate
+from comet_meta.weights.rules import estimate_contamination
 
 # From rows of four independent normal numbers.
 _CLEAN: dict[str, Callable[[Tensor], Tensor]] = {
@@ -62,7 +62,8 @@ def false_alarms(kind: str, size: int, draws: int = 200) -> dict[str, str | floa
     """How often there seem to be bad samples among so many clean ones, and how many then."""
     generator = torch.Generator().manual_seed(0)
     lows = [
-        estimate(_CLEAN[kind](torch.randn(size, 4, generator=generator))).low for _ in range(draws)
+        estimate_contamination(_CLEAN[kind](torch.randn(size, 4, generator=generator))).low
+        for _ in range(draws)
     ]
     alarms = [low for low in lows if low > 0]
     return {
@@ -98,7 +99,7 @@ def figures(bench: Benchmark, task: str, noise: float, seed: int) -> dict[str, f
     for kind, chosen in {"good": ~bad, "bad": bad}.items():
         if chosen.any():
             result[f"weight of {kind}"] = float(weighter.weights[chosen].mean())
-            result[f"P(bad) of {kind}"] = float(weighter.anomalous[chosen].mean())
+            result[f"P(bad) of {kind}"] = float(weighter.p_bad[chosen].mean())
     if bad.any():
         result["AUROC"] = curation_metrics(prior.numpy(), bad.numpy())["AUROC"]
     return result

@@ -173,7 +173,7 @@ class CoMetCallback(lightning.CoMetCallback):
         """Rows of the batch that stay, each with the probability that its weight is, shape (K,)."""
         comet, weighter = self._started()
         weights: Tensor = weighter(index)
-        generator = distributed.own_generator(comet.generator)
+        generator = distributed.process_generator(comet.generator)
         weights = weights.cpu()
         rows = (torch.rand(len(weights), generator=generator) < weights).nonzero().flatten()
         if not len(rows) and distributed.world_size() > 1:  # every process has to take its step

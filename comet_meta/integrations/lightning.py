@@ -17,11 +17,10 @@ from comet_meta import (
     SoftConfidentWeighter,
     collect_scores,
 )
-from comet_meta.batch import MetaMode
 from comet_meta.integrations._batches import collate_pairs, take_rows, training_loader
 
 if TYPE_CHECKING:
-    from comet_meta import MetaStep
+    from comet_meta.meta.step import MetaMode, MetaStep
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer

@@ -18,7 +18,8 @@ from torch.utils.data import BatchSampler, DataLoader
 from typing_extensions import Self, override
 
 from comet_meta.comet import CoMet
-from comet_meta.loaders import eval_mode, same_random_numbers, with_batches
+from comet_meta.loaders import with_batches
+from comet_meta.restore import eval_mode, same_random_numbers
 from comet_meta.sampler import ConfidenceSampler
 from comet_meta.weights.weighter import SoftConfidentWeighter
 

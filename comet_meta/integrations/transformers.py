@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import Trainer
 
-from comet_meta.reduction import per_sample
+from comet_meta.losses import per_sample
 from comet_meta.weights.weighter import SoftConfidentWeighter
 
 KEY = "sample_index"

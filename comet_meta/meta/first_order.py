@@ -1,4 +1,4 @@
-"""The meta-step: inner steps on the support rows, the meta-gradient from the query rows."""
+"""Meta-gradients of first order: inner steps without a graph, in place."""
 
 from collections.abc import Callable, Sequence
 from typing import Literal
@@ -7,25 +7,25 @@ import torch
 from torch import Tensor
 from torch.optim.adam import adam
 
-from comet_meta.distributed import is_sharded, local, sharded_like
+from comet_meta.distributed import is_sharded, local_part, shard_like
 from comet_meta.gradients import (
     Gradients,
     MetaGradient,
     add_gradients,
+    as_real,
     backward,
-    empty_gradients,
-    filled,
-    gradients_of,
-    real,
-    unscaled,
+    compute_gradients,
+    set_gradients_aside,
+    unscale,
+    zeros_for_none,
 )
-from comet_meta.restore import copies, copy_values, restored
+from comet_meta.restore import copy_tensors, copy_values, restore_on_exit
 from comet_meta.tasks import Task
 
 InnerOptimizer = Literal["sgd", "adam"]
 FirstOrderMode = Literal["fomaml", "mldg", "reptile"]
 Objective = Callable[[Tensor], Tensor]
-"""The loss of some rows of the batch: rows (R,) -> scalar, at the parameters' current values."""
+"""The objective of some rows of the batch: rows (R,) -> scalar, at the current parameters."""
 
 
 def first_order(
@@ -42,81 +42,83 @@ def first_order(
 ) -> MetaGradient:
     """Meta-gradient without derivatives of the inner steps.
 
-    With theta' the parameters after the inner steps:
+    theta are the parameters before the inner steps, theta' those after them. The gradient is, as a
+    mean over tasks:
 
-    - ``"fomaml"``: gradient of the query rows at theta' (first-order MAML, Finn et al. 2017).
-    - ``"mldg"``: gradients of the support rows at theta and of the query rows at theta', in
-      proportion to their numbers (Li et al. 2018): the whole batch is learned from, and as
-      inner_lr goes to 0 it becomes the plain gradient of the batch.
+    - ``"fomaml"``: the gradient of the query loss at theta' (first-order MAML, Finn et al. 2017).
+    - ``"mldg"``: the gradients of the support loss at theta and of the query loss at theta', in
+      proportion to their numbers of samples (Li et al. 2018). All samples of the batch count, and
+      as inner_lr goes to 0 it becomes the plain gradient of the batch.
     - ``"reptile"``: (theta - theta') / (inner_lr * inner_steps), the mean direction of the inner
-      steps (Nichol et al. 2018); the query rows are judged, not learned from.
+      steps (Nichol et al. 2018). The query loss is only reported.
 
-    Each is a gradient to descend along.
+    An optimizer descends along it, as along any gradient.
 
     Args:
-        objective: Loss of some rows, shape (), at the parameters' current values.
-        parameters: Leaf tensors that require grad. They are moved and put back, bit for bit.
+        objective: Objective of some rows, shape (), at the current parameters.
+        parameters: Leaf tensors that require grad. They are changed and restored, bit for bit.
         tasks: Support and query rows.
         mode: Which of the gradients above.
         inner: Rule of the inner steps.
-        inner_lr: Their step size > 0.
-        inner_steps: Their number >= 1.
-        buffers: Module buffers that ``objective`` changes (batch norm). They keep what the first
-            pass, at theta, made of them; the later passes leave no trace.
-        scale: What the gradient is multiplied by, shape (), > 0: losses are multiplied before
-            their backward pass, so that float16 gradients don't underflow, and inner steps divide
-            by it again. If a gradient of theirs overflows, the meta-gradient isn't finite either.
+        inner_lr: Step size of the inner steps, > 0.
+        inner_steps: Number of inner steps, >= 1.
+        buffers: Module buffers that ``objective`` changes (batch norm). They keep the values after
+            the first pass, at theta; later passes don't change them.
+        scale: Factor on the gradient, shape (), > 0. Losses are multiplied by it before their
+            backward pass, so that float16 gradients don't underflow; inner steps divide by it. If
+            a gradient of an inner step overflows, the meta-gradient is NaN.
 
     Returns:
-        The gradients and the losses, averaged over tasks; the losses unscaled.
+        Gradients, support and query loss, averaged over tasks; the losses without the scale.
     """
     losses = []
     after_first_pass: list[Tensor] = []
-    values = [local(parameter.detach()) for parameter in parameters]
-    with empty_gradients(parameters), restored(values) as origin, restored(buffers):
+    values = [local_part(parameter.detach()) for parameter in parameters]
+    with (
+        set_gradients_aside(parameters),
+        restore_on_exit(values) as theta,
+        restore_on_exit(buffers),
+    ):
         for number, task in enumerate(tasks):
             if number > 0:
-                copy_values(values, origin)
-            query_share = len(task.query) / (len(task.support) + len(task.query))
-            descent = _Descent(parameters, values, inner, inner_lr, scale)
+                copy_values(values, theta)
+            query_fraction = len(task.query) / (len(task.support) + len(task.query))
+            steps = _InnerSteps(parameters, values, inner, inner_lr, scale)
+            # 5b) Inner steps on the support loss, from theta to theta'.
             for k in range(inner_steps):
                 support_loss = objective(task.support)
                 if k == 0:
                     losses.append(support_loss.detach())
-                    after_first_pass = after_first_pass or copies(buffers)
+                    after_first_pass = after_first_pass or copy_tensors(buffers)
                 if k == 0 and mode == "mldg":
-                    descent(support_loss, keep=(1 - query_share) / len(tasks))
+                    steps.take(support_loss, outer_factor=(1 - query_fraction) / len(tasks))
                 else:
-                    descent(support_loss)
-            factor = descent.verdict / len(tasks)
+                    steps.take(support_loss)
+            # 5c) The query loss at theta'.  5d) Add the outer gradient to .grad.
+            outer_scale = steps.outer_scale / len(tasks)
             if mode == "reptile":
-                # FSDP2 puts gathered parameters away only in a backward pass.
-                gathered = is_sharded(parameters[0])
-                with torch.set_grad_enabled(gathered):
-                    query_loss = objective(task.query)
-                if gathered:
-                    gradients_of(query_loss, parameters)
+                query_loss = _loss_alone(objective, task.query, parameters)
                 with torch.no_grad():
-                    moved = torch._foreach_sub(origin, values)
-                    torch._foreach_mul_(moved, factor / (inner_lr * inner_steps))
-                    whole = [sharded_like(m, p) for m, p in zip(moved, parameters, strict=True)]
-                    add_gradients(parameters, _where_used(whole, descent.used))
+                    direction = torch._foreach_sub(theta, values)
+                    torch._foreach_mul_(direction, outer_scale / (inner_lr * inner_steps))
+                    whole = [shard_like(d, p) for d, p in zip(direction, parameters, strict=True)]
+                    add_gradients(parameters, steps.of_used_parameters(whole))
             else:
                 query_loss = objective(task.query)
-                share = query_share if mode == "mldg" else 1
-                backward(query_loss * (factor * share), parameters)
+                outer_factor = query_fraction if mode == "mldg" else 1
+                backward(query_loss * (outer_scale * outer_factor), parameters)
             losses.append(query_loss.detach())
         gradients: list[Tensor | None] = [parameter.grad for parameter in parameters]
+    # theta is restored here.
     copy_values(buffers, after_first_pass)
-    return MetaGradient(gradients, *mean_losses(losses))
+    return MetaGradient(gradients, *mean_over_tasks(losses))
 
 
-class _Descent:
-    """The inner steps of a task, on the parameters in place.
+class _InnerSteps:
+    """The inner steps of a task: they change the parameters in place.
 
     Attributes:
-        used: Which of the parameters had a gradient so far.
-        verdict: ``scale`` (1 where there is none), NaN once a gradient has overflowed.
+        outer_scale: ``scale`` (1 where there is none); NaN after a gradient has overflowed.
     """
 
     def __init__(
@@ -127,59 +129,67 @@ class _Descent:
         inner_lr: float,
         scale: Tensor | None,
     ) -> None:
-        self.used = [False] * len(parameters)
-        self.verdict: Tensor | float = 1.0 if scale is None else scale
+        self.outer_scale: Tensor | float = 1.0 if scale is None else scale
+        self._used = [False] * len(parameters)
         self._parameters = list(parameters)
-        self._values = values  # this process's part of them
+        self._values = values  # this process's part of the parameters
         self._lr = inner_lr
         self._scale = scale
-        self._adam = _AdamState(values) if inner == "adam" else None
+        self._adam = _Adam(values) if inner == "adam" else None
 
-    def __call__(self, loss: Tensor, keep: float = 0.0) -> None:
-        """Take a step, and add ``keep`` times the scaled gradient to ``.grad``."""
-        factor = keep or 1.0
+    def take(self, loss: Tensor, outer_factor: float = 0.0) -> None:
+        """Take a step; add ``outer_factor`` times its scaled gradient to ``.grad``."""
+        # One backward pass for both: the gradient comes out times this factor.
+        factor = outer_factor or 1.0
         scaled = loss * factor if self._scale is None else loss * (self._scale * factor)
-        found = gradients_of(scaled, self._parameters)
-        self.used = [
-            used or gradient is not None for used, gradient in zip(self.used, found, strict=True)
+        found = compute_gradients(scaled, self._parameters)
+        self._used = [
+            used or gradient is not None for used, gradient in zip(self._used, found, strict=True)
         ]
-        parts = [None if gradient is None else local(gradient) for gradient in found]
-        self._move(filled(parts, self._values), factor)
-        if keep:
+        parts = [None if gradient is None else local_part(gradient) for gradient in found]
+        self._move(zeros_for_none(parts, self._values), factor)
+        if outer_factor:
             add_gradients(self._parameters, found)
 
+    def of_used_parameters(self, gradients: Sequence[Tensor]) -> list[Tensor | None]:
+        """Gradients, None for parameters that no inner step has used."""
+        return [g if used else None for g, used in zip(gradients, self._used, strict=True)]
+
     def _move(self, gradients: Gradients, factor: float) -> None:
+        """Move the parameters along gradients that were multiplied by scale and factor."""
         if self._scale is not None:
-            gradients, finite = unscaled(gradients, self._scale * factor)
-            self.verdict = torch.where(finite, self.verdict, torch.nan)
+            gradients, finite = unscale(gradients, self._scale * factor)
+            self.outer_scale = torch.where(finite, self.outer_scale, torch.nan)
             factor = 1.0
         if self._adam is None:
+            # theta - inner_lr * gradient
             torch._foreach_add_(self._values, gradients, alpha=-self._lr / factor)
         else:
             if factor != 1:
                 gradients = list(torch._foreach_div(gradients, factor))
             self._adam.step(self._values, gradients, self._lr)
-        # Inside autocast, torch keeps low-precision copies of the weights: they are stale now.
+        # Inside autocast, torch caches low-precision copies of the parameters, now out of date.
         torch.clear_autocast_cache()
 
 
-class _AdamState:
-    """torch's own Adam, on gradients that aren't in ``.grad``."""
+class _Adam:
+    """torch's own Adam with its default settings, for gradients that aren't in ``.grad``."""
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
-        self._mean = [torch.zeros_like(parameter) for parameter in real(parameters)]
-        self._square = [torch.zeros_like(parameter) for parameter in real(parameters)]
+        self._mean = [torch.zeros_like(parameter) for parameter in as_real(parameters)]
+        self._square = [torch.zeros_like(parameter) for parameter in as_real(parameters)]
         self._fused = all(parameter.device.type in ("cpu", "cuda") for parameter in parameters)
-        # Where torch has no fused kernel, it reads the number of steps: that must be on the CPU.
+        # Without a fused kernel, torch reads the number of steps on the CPU.
         self._steps = [
             torch.zeros((), device=parameter.device if self._fused else "cpu")
             for parameter in parameters
         ]
 
     def step(self, parameters: list[Tensor], gradients: Gradients, lr: float) -> None:
+        """Change the parameters in place."""
         adam(
-            real(parameters),
-            real(gradients),
+            as_real(parameters),
+            as_real(gradients),
             self._mean,
             self._square,
             [],
@@ -196,10 +206,17 @@ class _AdamState:
         )
 
 
-def _where_used(gradients: Sequence[Tensor], used: Sequence[bool]) -> list[Tensor | None]:
-    return [g if was_used else None for g, was_used in zip(gradients, used, strict=True)]
+def _loss_alone(objective: Objective, rows: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+    """The objective of some rows, without its gradient."""
+    # FSDP2 frees gathered parameters only in a backward pass, so there must be one.
+    gathered = is_sharded(parameters[0])
+    with torch.set_grad_enabled(gathered):
+        loss = objective(rows)
+    if gathered:
+        compute_gradients(loss, parameters)
+    return loss
 
 
-def mean_losses(losses: Sequence[Tensor]) -> Tensor:
-    """Support and query losses in turn, averaged over tasks, shape (2,)."""
+def mean_over_tasks(losses: Sequence[Tensor]) -> Tensor:
+    """Mean support and query loss, shape (2,), of losses that alternate between the two."""
     return torch.stack(list(losses)).view(-1, 2).mean(dim=0)

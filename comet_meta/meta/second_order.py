@@ -1,4 +1,4 @@
-"""The meta-gradient of second order: through the inner steps."""
+"""The meta-gradient of second order: derivatives through the inner steps (MAML)."""
 
 from collections.abc import Callable, Sequence
 
@@ -6,9 +6,16 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from comet_meta.gradients import Gradients, MetaGradient, empty_gradients, filled, real, unscaled
-from comet_meta.meta.first_order import InnerOptimizer, mean_losses
-from comet_meta.restore import copies, copy_values, restored
+from comet_meta.gradients import (
+    Gradients,
+    MetaGradient,
+    as_real,
+    set_gradients_aside,
+    unscale,
+    zeros_for_none,
+)
+from comet_meta.meta.first_order import InnerOptimizer, mean_over_tasks
+from comet_meta.restore import copy_tensors, copy_values, restore_on_exit
 from comet_meta.tasks import Task
 
 
@@ -23,9 +30,9 @@ class AdamDirection:
         self._square: Gradients = []
 
     def __call__(self, gradients: Gradients) -> Gradients:
-        """Bias-corrected mean over bias-corrected root mean square, one for each gradient."""
+        """Adam's direction: mean / (root of mean square + eps), both bias-corrected."""
         given = gradients
-        gradients = real(given)
+        gradients = as_real(given)
         self._steps += 1
         first, second = self._betas
         squares = torch._foreach_mul(gradients, gradients)
@@ -37,7 +44,7 @@ class AdamDirection:
             self._square = list(torch._foreach_lerp(self._square, squares, 1 - second))
         mean = torch._foreach_div(self._mean, 1 - first**self._steps)
         square = torch._foreach_div(self._square, 1 - second**self._steps)
-        # The clamp keeps the derivative of the root finite where a gradient is exactly 0.
+        # The clamp keeps the derivative of the root finite where a gradient is 0.
         root = torch._foreach_sqrt(torch._foreach_clamp_min(square, self._eps**2))
         directions = torch._foreach_div(mean, torch._foreach_add(root, self._eps))
         return [
@@ -58,22 +65,22 @@ def second_order(
     inner_steps: int,
     scale: Tensor | None = None,
 ) -> MetaGradient:
-    """Gradient of the query loss through the inner steps.
+    """Gradient of the query loss at theta' with respect to theta, through the inner steps.
 
     Args:
-        closure: Per-sample losses of some rows, rows (R,) -> (R,), by way of ``model``.
+        closure: Weighted losses of some rows, rows (R,) -> (R,), computed with ``model``.
         objective: (losses (R,), parameters) -> scalar.
         model: The module whose parameters are replaced while ``closure`` runs.
         parameters: Leaf tensors that require grad, all of them parameters of ``model``.
         tasks: Support and query rows.
         inner: Rule of the inner steps.
-        inner_lr: Their step size > 0.
-        inner_steps: Their number >= 1.
-        scale: As for :func:`first_order`.
+        inner_lr: Step size of the inner steps, > 0.
+        inner_steps: Number of inner steps, >= 1.
+        scale: As for :func:`~comet_meta.meta.first_order.first_order`.
 
     Returns:
-        The gradients and the losses, averaged over tasks; the losses unscaled. The model's own
-        parameters never change; its buffers keep what the first pass, at theta, made of them.
+        Gradients, support and query loss, averaged over tasks; the losses without the scale. The
+        model's parameters don't change. Its buffers keep the values after the first pass, at theta.
 
     Raises:
         ValueError: If a parameter isn't one of the model's.
@@ -81,48 +88,54 @@ def second_order(
     Source: Finn, Abbeel, Levine: Model-Agnostic Meta-Learning for Fast Adaptation of Deep Networks,
     ICML 2017.
     """
-    harness = _ClosureModule(model, closure)
-    names = _names(harness, parameters)
+    closure_module = _ClosureModule(model, closure)
+    names = _names(closure_module, parameters)
     buffers = list(model.buffers())
     losses = []
     after_first_pass: list[Tensor] = []
 
     def loss_at(values: Sequence[Tensor], rows: Tensor) -> Tensor:
         replaced = dict(zip(names, values, strict=True))
-        losses: Tensor = functional_call(harness, replaced, (rows,), tie_weights=True)
+        losses: Tensor = functional_call(closure_module, replaced, (rows,), tie_weights=True)
         return objective(losses, values)
 
-    with empty_gradients(parameters), restored(buffers):
+    with set_gradients_aside(parameters), restore_on_exit(buffers):
         for task in tasks:
             direction = AdamDirection() if inner == "adam" else list
-            fast = list(parameters)
-            factor: Tensor | float = 1.0 if scale is None else scale
+            theta = list(parameters)
+            outer_scale: Tensor | float = 1.0 if scale is None else scale
+            # 5b) Inner steps on the support loss, from theta to theta', with their graph.
             for k in range(inner_steps):
-                loss = loss_at(fast, task.support)
+                loss = loss_at(theta, task.support)
                 if k == 0:
                     losses.append(loss.detach())
-                    after_first_pass = after_first_pass or copies(buffers)
+                    after_first_pass = after_first_pass or copy_tensors(buffers)
                 found = torch.autograd.grad(
                     loss if scale is None else loss * scale,
-                    fast,
+                    theta,
                     create_graph=True,
                     allow_unused=True,
                 )
-                gradients = filled(found, fast)
+                gradients = zeros_for_none(found, theta)
                 if scale is not None:
-                    gradients, finite = unscaled(gradients, scale)
-                    factor = torch.where(finite, factor, torch.nan)
-                fast = list(torch._foreach_add(fast, direction(gradients), alpha=-inner_lr))
-            query_loss = loss_at(fast, task.query)
+                    gradients, finite = unscale(gradients, scale)
+                    outer_scale = torch.where(finite, outer_scale, torch.nan)
+                # theta - inner_lr * direction
+                theta = list(torch._foreach_add(theta, direction(gradients), alpha=-inner_lr))
+            # 5c) The query loss at theta'.
+            query_loss = loss_at(theta, task.query)
             losses.append(query_loss.detach())
-            torch.autograd.backward(query_loss * (factor / len(tasks)), inputs=list(parameters))
+            # 5d) Its gradient with respect to the parameters before the inner steps.
+            torch.autograd.backward(
+                query_loss * (outer_scale / len(tasks)), inputs=list(parameters)
+            )
         summed: list[Tensor | None] = [parameter.grad for parameter in parameters]
     copy_values(buffers, after_first_pass)
-    return MetaGradient(summed, *mean_losses(losses))
+    return MetaGradient(summed, *mean_over_tasks(losses))
 
 
 class _ClosureModule(nn.Module):
-    """Lets ``functional_call`` reach a model that a closure uses."""
+    """A module whose forward is a closure, so that ``functional_call`` can replace parameters."""
 
     def __init__(self, model: nn.Module, closure: Callable[[Tensor], Tensor]) -> None:
         super().__init__()

@@ -1,41 +1,44 @@
-"""The settings of a meta-step, and the step itself."""
+"""The settings of a meta-step, and its gradient."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
 from comet_meta import distributed
-from comet_meta.batch import MetaMode
 from comet_meta.gradients import MetaGradient
 from comet_meta.losses import Closure
 from comet_meta.meta.first_order import InnerOptimizer, first_order
 from comet_meta.meta.second_order import second_order
 from comet_meta.tasks import Task, split_tasks
 
+MetaMode = Literal["none", "mldg", "fomaml", "maml", "reptile"]
+
 
 @dataclass(frozen=True)
 class MetaStep:
-    """What ``step(closure, index)`` does with a batch.
+    """The settings of a meta-step.
 
-    A batch is dealt into tasks, and each task's samples into a support and a query part. Inner
-    steps on the support loss lead from the parameters theta to theta'; the query loss is taken at
-    theta'. The string that names the mode stands for ``MetaStep(mode)``.
+    (a) The batch is split into tasks, and each task into support and query. (b) Inner steps on the
+    support loss lead from the parameters theta to theta'. (c) The query loss is taken at theta'.
+    (d) The outer gradient combines the two, depending on the mode.
+
+    ``meta="mldg"`` is short for ``meta=MetaStep("mldg")``.
 
     Args:
         mode: ``"mldg"`` (support gradient at theta and query gradient at theta' together),
             ``"fomaml"`` (query gradient at theta'), ``"maml"`` (query gradient through the inner
             steps; needs the wrapper's ``model``), ``"reptile"`` (mean direction of the inner
-            steps), or ``"none"`` (the gradient of the whole batch, no inner steps). See
-            :func:`comet_meta.meta.first_order.first_order`.
+            steps), or ``"none"`` (gradient of the whole batch, no inner steps). See
+            :func:`~comet_meta.meta.first_order.first_order`.
         inner_lr: Step size of the inner steps, > 0.
         inner_steps: Number of inner steps, >= 1.
-        inner_optimizer: ``"sgd"`` or ``"adam"`` (fresh in every task, as in the paper's code).
-        query_fraction: Fraction of a task's samples in its query part, in (0, 1). Without inner
-            steps: of the batch's samples whose loss counts as validation loss for the regularizer.
-        tasks: Number of tasks that a batch is dealt into, >= 1.
+        inner_optimizer: ``"sgd"`` or ``"adam"`` (new in every task, as in the paper's code).
+        query_fraction: Fraction of a task's samples in the query, in (0, 1). With ``"none"``, the
+            fraction of the batch whose loss counts as validation loss for the regularizer.
+        tasks: Number of tasks per batch, >= 1.
 
     Raises:
         ValueError: If a setting is out of range.
@@ -73,7 +76,7 @@ class MetaStep:
 
     def gradient(
         self,
-        losses_of: Closure,
+        weighted_losses: Closure,
         objective: Callable[[Tensor, Sequence[Tensor]], Tensor],
         weights: Tensor,
         parameters: list[Tensor],
@@ -83,24 +86,24 @@ class MetaStep:
         buffers: Sequence[Tensor],
         generator: torch.Generator,
     ) -> MetaGradient:
-        """The gradient of a batch: inner steps on support rows, the outer gradient from query rows.
+        """The meta-gradient of a batch.
 
         Args:
-            losses_of: From rows of the batch (R,) to their weighted losses (R,).
+            weighted_losses: From rows of the batch (R,) to their weighted losses (R,).
             objective: (losses (R,), parameters) -> scalar.
-            weights: Of the batch's losses, shape (2, B).
+            weights: Weights of the batch's losses, shape (2, B).
             parameters: Leaf tensors that require grad.
-            scale: What the gradient is multiplied by, shape (), > 0.
+            scale: Factor on the gradient, shape (), > 0.
             model: The module that closures use; needed for ``"maml"``.
-            buffers: Its buffers, which the inner passes must not change.
+            buffers: Its buffers, which the inner steps must not change.
             generator: Source of the random split, in the same state on every process.
 
         Returns:
-            The gradients and the losses, averaged over tasks.
+            Gradients, support and query loss, averaged over tasks.
         """
-        generator = distributed.own_generator(generator)
+        generator = distributed.process_generator(generator)
+        # 5a) Tasks of support and query. A non-blocking copy doesn't wait for the device.
         tasks = [
-            # Not to wait for the device, which a copy of ordinary memory otherwise does.
             Task(*(rows.to(weights.device, non_blocking=True) for rows in task))
             for task in split_tasks(weights.shape[1], self.tasks, self.query_fraction, generator)
         ]
@@ -112,9 +115,9 @@ class MetaStep:
         }
         if self.mode == "maml":
             module = cast("nn.Module", model)
-            return second_order(losses_of, objective, module, parameters, tasks, **inner)
+            return second_order(weighted_losses, objective, module, parameters, tasks, **inner)
         return first_order(
-            lambda rows: objective(losses_of(rows), parameters),
+            lambda rows: objective(weighted_losses(rows), parameters),
             parameters,
             tasks,
             mode=cast("Any", self.mode),

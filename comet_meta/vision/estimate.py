@@ -57,7 +57,7 @@ def in_words(weighter: SoftConfidentWeighter, what: str = "pictures") -> str:
             f"{count} {what} are too few to tell good from bad (it takes {_TOO_FEW}): nothing was "
             "down-weighted."
         )
-    suspects = int((weighter.anomalous > 0.5).sum())
+    suspects = int((weighter.p_bad > 0.5).sum())
     left_out = int((weighter.weights < 0.5).sum())
     if weighter.contamination != "auto":
         return (

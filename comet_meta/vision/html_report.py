@@ -100,7 +100,7 @@ def write_report(
     # Before a model has scored anything, the prior is all there is to show.
     prior_alone = weighter.prior is not None and bool(weighter.scores.isnan().all())
     scores = weighter.prior if weighter.prior is not None and prior_alone else weighter.scores
-    suspicion = scores if prior_alone else weighter.suspicion()
+    suspicion = scores if prior_alone else weighter.ranking_scores()
     in_units_of_threshold = prior_alone or weighter.prior is None
     order = weighter.ranking().tolist()
     ranked = [samples[i] for i in order]
@@ -124,7 +124,7 @@ def write_report(
             "kind": _KINDS[sample.label],
             "defect": sample.defect,
             "weight": _number(weighter.weights[i]),
-            "anomalous": _number(weighter.anomalous[i]),
+            "anomalous": _number(weighter.p_bad[i]),
             "score": _number(scores[i]),
             "suspicion": _number(suspicion[i]),
             "image": image,

@@ -92,9 +92,9 @@ class Ranking:
                 self.paths[i].relative_to(self.folder),
                 float(_prior(weighter)[i]),
                 float(weighter.weights[i]),
-                float(weighter.anomalous[i]),
+                float(weighter.p_bad[i]),
                 rank,
-                keep=float(weighter.anomalous[i]) <= 0.5,
+                keep=float(weighter.p_bad[i]) <= 0.5,
             )
             for rank, i in enumerate(weighter.ranking().tolist(), start=1)
         ] + [

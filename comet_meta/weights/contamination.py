@@ -60,12 +60,12 @@ class Contamination(NamedTuple):
 NO_EVIDENCE = Contamination(0.0, 0.0, float("nan"))
 
 
-def contamination(values: Tensor, counts: Tensor) -> Contamination:
+def proven_contamination(values: Tensor, counts: Tensor) -> Contamination:
     """The share of bad samples that the scores prove.
 
     Args:
         values: Ascending scores without offset and scale, shape (M,), in double precision
-            (:func:`summary`).
+            (:func:`count_values`).
         counts: How often each occurs, shape (M,).
 
     Returns:
@@ -73,9 +73,9 @@ def contamination(values: Tensor, counts: Tensor) -> Contamination:
 
     Example:
         >>> normal, bad = torch.linspace(-2, 2, 360), torch.linspace(6, 7, 40)
-        >>> str(contamination(*summary(torch.cat([normal, bad]))))
+        >>> str(proven_contamination(*count_values(torch.cat([normal, bad]))))
         'about 9 % (8 to 9 %) of the samples look bad'
-        >>> str(contamination(*summary(torch.linspace(-0.99, 0.99, 400).erfinv())))
+        >>> str(proven_contamination(*count_values(torch.linspace(-0.99, 0.99, 400).erfinv())))
         'no evidence of bad samples'
     """
     if len(values) < 3:
@@ -180,7 +180,7 @@ def _interpolated(x: Tensor, xs: Tensor, ys: Tensor) -> Tensor:
     return torch.lerp(y0, y1, position)
 
 
-def summary(x: Tensor) -> tuple[Tensor, Tensor]:
+def count_values(x: Tensor) -> tuple[Tensor, Tensor]:
     """The values among some scores and how often they occur.
 
     Args:

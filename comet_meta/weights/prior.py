@@ -1,7 +1,7 @@
-"""A first guess at the bad training samples from frozen features, before any training.
+"""Priors: anomaly scores of the training set from frozen features, before any training.
 
-:class:`MemoryScorer` is for pictures, with features of their patches; :class:`RowScorer` for tables
-and embeddings, with one row a sample.
+:class:`MemoryScorer` is for pictures, with features of their patches. :class:`RowScorer` is for
+tables and embeddings, with one row per sample.
 """
 
 import math
@@ -10,37 +10,39 @@ import torch
 from torch import Tensor
 
 _CHUNK_VALUES = 2**25
-_MOST_WHITENED = 2048  # columns; the work grows with their cube
+_MAX_WHITENED_COLUMNS = 2048  # the work grows with their cube
 
 
 class MemoryScorer:
-    """Anomaly scores of the training set by distance to what other training samples look like.
+    """Anomaly scores of the training set: distances between the samples' frozen features.
 
-    A sample's patches are compared with a memory: all patches of a random share of the *other*
-    samples. A patch's distance is that to its nearest neighbour in the memory, a sample's the mean
-    of its highest, averaged over several memories. No memory holds the scored sample, so none
-    explains itself away; a bad sample needs another one like it in most memories to look normal.
+    1. A memory holds all patches of a random part of the *other* samples.
+    2. A patch's distance is the distance to its nearest neighbour in the memory.
+    3. A rare variant of the product is far from most memories in all of its patches; a defect is
+       far in a few. So distances are divided by m + scale * M: m is the upper quartile of the
+       sample's own distances, M the median of m over all samples.
+    4. A sample's score is the mean of its highest distances, averaged over several memories.
 
-    A rare variant of the product is far from most memories too, but in all of its patches, where a
-    defect shows in some. So distances are divided by m + scale * M: m is the upper quartile
-    over the sample's own patches, M the median of m over samples. What counts is how far a sample's
-    strange patches stand out from its others.
+    No memory holds the scored sample or a copy of it. A bad sample therefore looks normal only if
+    most memories hold another one like it.
 
     Use the scores as the ``prior`` of a :class:`~comet_meta.SoftConfidentWeighter`. A few dozen
-    patches a sample are enough: average finer ones first.
+    patches per sample are enough: average finer ones first.
 
     Args:
-        draws: Memories. More of them lower the variance of the scores; time grows alike.
-        share: Share of the samples in each memory, in (0, 1). Small memories miss rare normal
+        draws: Number of memories, >= 1. More memories lower the variance of the scores; the time
+            grows in proportion.
+        fraction: Fraction of the samples in each memory, in (0, 1). Small memories miss rare normal
             variants, large ones hold more bad samples.
-        top: Patch distances that are averaged, >= 1; all where a sample has fewer.
-        scale: How much a sample's distances are measured by those usual in the set, and not by its
-            own, > 0. ``math.inf``: by the former alone. That finds a little more in folders of one
-            product, but takes a variant of less than a third of the samples for bad. Of no effect
-            with one patch a sample.
-        max_patches: Most patches in a memory; a random choice of them where there are more. Bounds
-            the time, which is draws * N * P * max_patches * C multiplications at the most.
-        seed: Of the random choices.
+        top_patches: Number of highest patch distances that are averaged, >= 1; all of them where a
+            sample has fewer.
+        scale: Weight of M, the distance that is usual in the set, against the sample's own m, > 0.
+            ``math.inf``: divide by M alone. That finds a little more in folders of one product, but
+            takes a variant of less than a third of the samples for bad. No effect with one patch
+            per sample.
+        max_patches: Largest number of patches in a memory, >= 1; where there are more, a random
+            choice of them. It bounds the time: draws * N * P * max_patches * C multiplications.
+        seed: Seed of the random choices.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -61,22 +63,26 @@ class MemoryScorer:
         self,
         *,
         draws: int = 8,
-        share: float = 0.25,
-        top: int = 5,
+        fraction: float = 0.25,
+        top_patches: int = 5,
         scale: float = 1.5,
         max_patches: int = 8192,
         seed: int = 0,
     ) -> None:
-        for name, value in (("draws", draws), ("top", top), ("max_patches", max_patches)):
+        for name, value in (
+            ("draws", draws),
+            ("top_patches", top_patches),
+            ("max_patches", max_patches),
+        ):
             if value < 1:
                 raise ValueError(f"{name} is {value}; expected at least 1")
-        if not 0 < share < 1:
-            raise ValueError(f"share is {share}; expected one in (0, 1)")
+        if not 0 < fraction < 1:
+            raise ValueError(f"fraction is {fraction}; expected one in (0, 1)")
         if not scale > 0:
             raise ValueError(f"scale is {scale}; expected a factor > 0, or math.inf")
         self.draws = draws
-        self.share = share
-        self.top = top
+        self.fraction = fraction
+        self.top_patches = top_patches
         self.scale = scale
         self.max_patches = max_patches
         self.seed = seed
@@ -105,19 +111,19 @@ class MemoryScorer:
                 f"features has shape {tuple(features.shape)}; expected (N, P, C) or (N, C), N >= 2"
             )
         count = len(features)
-        # Copies of a sample would explain it away: memories are drawn among different samples.
-        group, different = copies(features.flatten(1))
+        # A copy in the memory would make a sample look normal: draw among different samples.
+        group, different = group_equal_rows(features.flatten(1))
         if len(different) == 1:
             return torch.zeros(count, device=features.device)
-        size = min(max(1, round(self.share * len(different))), len(different) - 1)
-        # A common offset of the features would cost the distances their precision.
+        size = min(max(1, round(self.fraction * len(different))), len(different) - 1)
+        # Distances of features that are far from 0 lose precision: centre them.
         centre = features.mean(dim=(0, 1), dtype=torch.float64).to(torch.float32)
         # On the CPU, so that every device makes the same choices.
         generator = torch.Generator().manual_seed(self.seed)
         totals = torch.zeros(count, device=features.device)
         seen = torch.zeros(count, device=features.device)
         draws = 0
-        # Further draws until every sample has been outside of a memory.
+        # Draw on until every sample was outside of at least one memory.
         while draws < self.draws or not bool((seen > 0).all()):
             order = torch.randperm(len(different), generator=generator).to(features.device)
             is_inside = torch.zeros(len(different), dtype=torch.bool, device=features.device)
@@ -142,7 +148,7 @@ class MemoryScorer:
         return scores
 
     def _memory(self, features: Tensor, inside: Tensor, generator: torch.Generator) -> Tensor:
-        """The patches of some samples, (M, C), or a choice of them: no more are ever read."""
+        """The patches of some samples, or a random choice of at most ``max_patches``, (M, C)."""
         patches = features.shape[1]
         if len(inside) * patches <= self.max_patches:
             return features[inside].flatten(0, 1).float()
@@ -150,7 +156,7 @@ class MemoryScorer:
         kept = kept.to(features.device)
         return features[inside[kept // patches], kept % patches].float()
 
-    def _scores(self, features: Tensor, rows: Tensor, memory: Tensor, centre: Tensor) -> Tensor:
+    def _scores(self, features: Tensor, samples: Tensor, memory: Tensor, centre: Tensor) -> Tensor:
         """Scores of some samples against a centred memory (M, C), in chunks of bounded size."""
         patches = features.shape[1]
         chunk = max(1, _CHUNK_VALUES // (patches * len(memory)))
@@ -159,15 +165,15 @@ class MemoryScorer:
                 self._nearest(features[part].flatten(0, 1).float() - centre, memory).reshape(
                     -1, patches
                 )
-                for part in torch.split(rows, chunk)
+                for part in torch.split(samples, chunk)
             ]
         )
-        highest = distances.topk(min(self.top, patches), dim=1).values.mean(dim=1)
+        highest = distances.topk(min(self.top_patches, patches), dim=1).values.mean(dim=1)
         if patches == 1:
             return highest
         own = distances.kthvalue(max(1, 3 * patches // 4), dim=1).values
         usual = own.median()
-        usual = usual.where(usual > 0, 1)  # copies of each other
+        usual = usual.where(usual > 0, 1)  # 0 where most samples are equal
         if math.isinf(self.scale):
             return highest / usual
         return highest * (1 + self.scale) / (own + self.scale * usual)
@@ -175,8 +181,9 @@ class MemoryScorer:
     @staticmethod
     def _nearest(queries: Tensor, memory: Tensor) -> Tensor:
         """Euclidean distance of each query (Q, C) to the nearest entry of the memory, (Q,)."""
-        # |q - m|^2 = |q|^2 + |m|^2 - 2 q m, so that the search is one matrix product. The distance
-        # itself is measured anew: between equal vectors the product would leave its rounding.
+        # argmin over m of |q - m|^2 = |q|^2 + |m|^2 - 2 q m: the search is one matrix product.
+        # The distance is then computed directly, since the product leaves a rounding error between
+        # equal vectors.
         cross = torch.addmm(memory.square().sum(dim=1), queries, memory.T, alpha=-2)
         distance: Tensor = (queries - memory[cross.argmin(dim=1)]).norm(dim=1)
         return distance
@@ -189,15 +196,17 @@ class RowScorer:
        columns drop out.
     2. A row's distance to the nearest of 16 other rows, drawn at random, is averaged over 64 draws.
        So few rows seldom hold a bad one, even where the bad ones resemble each other.
-    3. The same on whitened rows, in which a deviation counts for more where the others vary less;
-       a ridge of the mean variance keeps directions without variance from counting.
-    4. The score is the mean of both, each over its median.
+    3. The same is done on whitened rows, where a deviation counts more in a direction in which the
+       others vary less. The mean variance is added to each direction's variance, so that directions
+       without variance don't count.
+    4. The score is the mean of both, each divided by its median.
 
-    A row never meets itself or a copy of itself.
+    A row is never compared with itself or with a copy of itself.
 
     Args:
-        draws: Number of draws, >= 1. Time grows alike.
-        size: Rows in a draw, >= 1; fewer where there aren't twice as many.
+        draws: Number of draws, >= 1. The time grows in proportion.
+        size: Number of rows in a draw, >= 1; half of the rows where there are fewer than twice as
+            many.
         seed: Seed of the draws.
 
     Raises:
@@ -247,7 +256,7 @@ class RowScorer:
                 f"{len(bad)} rows have values that are NaN or infinite (first at positions "
                 f"{bad[:8].tolist()}); fill them in or leave these rows out"
             )
-        group, different = copies(rows)
+        group, different = group_equal_rows(rows)
         # 1)
         deviation, mean = torch.std_mean(rows.double(), dim=0, correction=0)
         varying = deviation > 1e-9 * mean.abs()
@@ -256,7 +265,7 @@ class RowScorer:
         scaled = ((rows.double() - mean) / deviation)[:, varying].clamp(-20, 20)
         # 2) to 4)
         views = [scaled.float()]
-        if scaled.shape[1] <= _MOST_WHITENED:
+        if scaled.shape[1] <= _MAX_WHITENED_COLUMNS:
             views.append(_whitened(scaled).float())
         scores = torch.stack([self._scores(view, group, different) for view in views])
         typical = scores.median(dim=1, keepdim=True).values
@@ -269,7 +278,7 @@ class RowScorer:
         totals = torch.zeros(len(view), dtype=torch.float64, device=view.device)
         seen = torch.zeros_like(totals)
         draws = 0
-        # Further draws until every row has met another one.
+        # Draw on until every row was compared with at least one other.
         while draws < self.draws or not bool((seen > 0).all()):
             chosen = torch.randperm(len(different), generator=generator)[:size].to(view.device)
             distances = torch.cdist(
@@ -284,23 +293,23 @@ class RowScorer:
         return (totals / seen).float()
 
 
-def copies(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Which rows are equal.
+def group_equal_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Number the groups of equal rows.
 
     Args:
         rows: Shape (N, C).
 
     Returns:
-        The number of each row's group, shape (N,), in the order of their first rows; and these
-        first rows' positions, shape (G,).
+        The number of each row's group, shape (N,), counted in the order of their first rows; and
+        the positions of these first rows, shape (G,).
 
     Example:
-        >>> copies(torch.tensor([[1.0, 2.0], [3.0, 4.0], [1.0, 2.0]]))
+        >>> group_equal_rows(torch.tensor([[1.0, 2.0], [3.0, 4.0], [1.0, 2.0]]))
         (tensor([0, 1, 0]), tensor([0, 1]))
     """
     generator = torch.Generator().manual_seed(0)
     weights = torch.randn(2, rows.shape[1], dtype=torch.float64, generator=generator)
-    # Two random sums in double precision are equal for equal rows, and in practice for no others.
+    # Two random weighted sums are equal for equal rows, and in practice only for these.
     sums = torch.cat(
         [
             torch.stack([(part.double() * w).sum(dim=1) for w in weights.to(rows.device)], dim=1)
@@ -319,7 +328,7 @@ def copies(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _whitened(rows: Tensor) -> Tensor:
-    """Centred rows (N, C) with all variances brought close to 1, but for the small ones."""
+    """Whiten centred rows (N, C): each direction is divided by sqrt(variance + mean variance)."""
     variances, directions = torch.linalg.eigh(rows.T @ rows / len(rows))
     variances = variances.clamp_min(0)
     projected: Tensor = rows @ directions

@@ -7,31 +7,38 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from comet_meta.weights.contamination import EXACT_SAMPLES, Contamination, summary
-from comet_meta.weights.contamination import contamination as proven_contamination
+from comet_meta.weights.contamination import (
+    EXACT_SAMPLES,
+    Contamination,
+    count_values,
+    proven_contamination,
+)
 
-TRIMMED = 0.05
-"""The share of the samples that is left out without evidence that they are bad."""
-MOST = 0.5
-"""The largest share of the samples that is ever left out."""
+ALWAYS_LEFT_OUT = 0.05
+"""Fraction of the samples that is left out without evidence that they are bad."""
+MAX_LEFT_OUT = 0.5
+"""Largest fraction of the samples that is left out."""
 
 RuleName = Literal["trimmed", "hard", "ratio"]
-Rule = Callable[[Tensor], Tensor]
-"""A custom rule: finite scores (N,) -> weights (N,) in [0, 1]."""
 
 
 class Weighting(NamedTuple):
-    """What a rule makes of the scores.
+    """The result of a rule.
 
     Attributes:
-        weights: Confidence in each sample, shape (N,), in [0, 1].
+        weights: Weight of each sample, shape (N,), in [0, 1].
         threshold: The score above which a sample is suspect, shape ().
-        anomalous: Probability that a sample is bad, shape (N,), at most 1 - weights.
+        p_bad: P(bad) of each sample, shape (N,), in [0, 1]; with the named rules at most
+            1 - weights.
     """
 
     weights: Tensor
     threshold: Tensor
-    anomalous: Tensor
+    p_bad: Tensor
+
+
+Rule = Callable[[Tensor], Tensor | Weighting]
+"""A custom rule: finite scores (N,) -> a :class:`Weighting`, or weights (N,) in [0, 1] alone."""
 
 
 def iqr_threshold(scores: Tensor, kappa: float = 1.5) -> Tensor:
@@ -55,16 +62,16 @@ def iqr_threshold(scores: Tensor, kappa: float = 1.5) -> Tensor:
 def ratio_weights(scores: Tensor, kappa: float = 1.5) -> Weighting:
     """The paper's rule, w = min(1, tau / s).
 
-    The ratio means something only for scores >= 0. Where some are negative, all are first measured
-    from a robust lower end: the lower fence Q1 - kappa * IQR, or the minimum where that is higher.
-    The weights depend on where the scores' zero lies, so they are not invariant to a shift.
+    The ratio has a meaning only for scores >= 0. If some scores are negative, the lower fence
+    Q1 - kappa * IQR is first subtracted from all of them, or the minimum where that is higher.
+    The weights depend on the scores' zero, so they are not invariant to a shift.
 
     Args:
         scores: Anomaly scores, shape (N,).
         kappa: Width of the fence, >= 0.
 
     Returns:
-        Weights (N,), tau and what the weights lack to 1.
+        Weights (N,), tau, and P(bad) = 1 - w.
 
     Example:
         >>> ratio_weights(torch.tensor([1.0, 2.0, 3.0, 4.0, 14.0])).weights
@@ -73,20 +80,21 @@ def ratio_weights(scores: Tensor, kappa: float = 1.5) -> Weighting:
     tau = iqr_threshold(scores, kappa)
     lower_fence = -iqr_threshold(-scores, kappa)
     origin = torch.maximum(scores.min(), lower_fence).clamp_max(0)
-    above, bound = scores - origin, tau - origin
-    weights = torch.where(above > bound, bound / above, 1.0)
+    # w = min(1, tau / s), with s and tau measured from the origin
+    shifted, bound = scores - origin, tau - origin
+    weights = torch.where(shifted > bound, bound / shifted, 1.0)
     return Weighting(weights, tau, 1 - weights)
 
 
 def hard_weights(scores: Tensor, kappa: float = 1.5) -> Weighting:
-    """A hard cut: w = 1 up to tau and 0 above it.
+    """A hard cut: w = 1 if s <= tau, else 0.
 
     Args:
         scores: Anomaly scores, shape (N,).
         kappa: Width of the fence, >= 0.
 
     Returns:
-        Weights (N,), tau and what the weights lack to 1.
+        Weights (N,), tau, and P(bad) = 1 - w.
 
     Example:
         >>> hard_weights(torch.tensor([1.0, 2.0, 3.0, 4.0, 14.0])).weights
@@ -98,16 +106,17 @@ def hard_weights(scores: Tensor, kappa: float = 1.5) -> Weighting:
 
 
 def trimmed_weights(scores: Tensor, contamination: float | Literal["auto"] = "auto") -> Weighting:
-    """Leave out the samples of the highest scores: as many as are known to be bad, and a twentieth.
+    """Leave out the samples with the highest scores: the proven bad ones and another twentieth.
 
-    1. How many are bad: the share that the caller gives, or with ``"auto"`` the lower bound that
-       the scores prove (:mod:`comet_meta.weights.contamination`), often 0.
-    2. A twentieth of all samples is left out on top. No ranking is perfect, and the scores seldom
-       prove how many samples are bad; leaving out so few costs next to nothing on clean data.
-       A contamination of 0 leaves nobody out: training is then plain training, bit for bit.
-    3. By rank from the top, weights rise from 0 to 1 between 3/4 and 5/4 of that share. Samples of
-       equal scores share the mean of the weights that their ranks have.
-    4. P(bad) falls likewise about the share of step 1 alone.
+    1. The contamination c is the share that the caller gives, or with ``"auto"`` the lower bound
+       that the scores prove (:mod:`comet_meta.weights.contamination`), often 0.
+    2. The fraction f = min(c + 0.05, 0.5) of the samples is left out. The extra twentieth is for
+       bad samples that the scores don't prove; on clean data it costs next to nothing. A given
+       contamination of 0 leaves out none: training is then plain training, bit for bit.
+    3. Let r be a sample's rank from the highest score down, divided by N. Its weight is
+       w = clip((r - 3f/4) / (f/2), 0, 1): it rises from 0 to 1 between 3/4 and 5/4 of f. Samples
+       with equal scores get the mean of the weights of their ranks.
+    4. P(bad) = 1 - clip((r - 3c/4) / (c/2), 0, 1): the same ramp, with c in place of f.
 
     Args:
         scores: Anomaly scores, shape (N,), not all equal.
@@ -124,73 +133,84 @@ def trimmed_weights(scores: Tensor, contamination: float | Literal["auto"] = "au
         >>> bool(trimmed_weights(scores, contamination=0.0).weights.min() == 1)
         True
     """
-    found = estimate(scores) if contamination == "auto" else None
-    bad = found.low if found is not None else float(contamination)
-    share = min(bad + TRIMMED, MOST) if found is not None or bad > 0 else 0.0
-    # One after the other: selecting a rank takes three times the memory of the scores.
-    weights = _removed(scores, share).neg_().add_(1) if share > 0 else torch.ones_like(scores)
-    anomalous = _removed(scores, bad) if bad > 0 else torch.zeros_like(scores)
-    return Weighting(weights, half_point(scores, weights), anomalous)
+    # 1) contamination c
+    auto = contamination == "auto"
+    c = estimate_contamination(scores).low if auto else float(contamination)
+    # 2) left-out fraction f
+    f = min(c + ALWAYS_LEFT_OUT, MAX_LEFT_OUT) if auto or c > 0 else 0.0
+    # 3) w = 1 - (left out at f). Before 4), because selecting a rank takes three times the memory
+    #    of the scores.
+    weights = _left_out(scores, f).neg_().add_(1) if f > 0 else torch.ones_like(scores)
+    # 4) P(bad) = (left out at c)
+    p_bad = _left_out(scores, c) if c > 0 else torch.zeros_like(scores)
+    return Weighting(weights, score_threshold(scores, weights), p_bad)
 
 
-def estimate(scores: Tensor) -> Contamination:
+def estimate_contamination(scores: Tensor) -> Contamination:
     """The share of bad samples that the scores prove.
 
     Args:
         scores: Anomaly scores, shape (N,), not all equal.
 
     Returns:
-        Estimate and interval; 0 without evidence.
+        Estimate and interval; the estimate is 0 without evidence.
     """
-    return proven_contamination(*summary(standardized(scores)))
+    return proven_contamination(*count_values(standardize(scores)))
 
 
-def _removed(scores: Tensor, share: float) -> Tensor:
-    """By how much a share in (0, 1/2] of the weight falls, the highest scores first, shape (N,)."""
+def _left_out(scores: Tensor, fraction: float) -> Tensor:
+    """The part of each sample's weight that is left out, shape (N,), in [0, 1].
+
+    g(r) = 1 - clip((r - 3/4 f) / (f/2), 0, 1) for a fraction f in (0, 1/2] and the rank r of a
+    sample from the highest score down, divided by N; its mean over the ranks of equal scores. The
+    values add up to f * N.
+    """
     count = len(scores)
-    first = max(1, count - math.ceil(1.25 * share * count))
-    lowest = scores.kthvalue(first).values
+    # Only scores of rank r <= 5/4 f lose weight: the others need no rank.
+    lowest = scores.kthvalue(max(1, count - math.ceil(1.25 * fraction * count))).values
     high = (scores >= lowest).nonzero().flatten()
     _values, group, sizes = scores[high].unique(  # type: ignore[no-untyped-call]
         return_inverse=True, return_counts=True
     )
-    # Ranks from the top as shares: a group of equal scores reaches from `above` to `below`.
-    below = sizes.double().flip(0).cumsum(0).flip(0) / count
-    above = below - sizes.double() / count
-    mean = (_area(below, share) - _area(above, share)) / (below - above)
-    removed = torch.zeros_like(scores)
-    removed[high] = mean.clamp(0, 1).to(scores)[group]
-    return removed
+    # A group of equal scores has the ranks from `start` to `end`.
+    end = sizes.double().flip(0).cumsum(0).flip(0) / count
+    start = end - sizes.double() / count
+    # mean of g = (integral of g from start to end) / (end - start)
+    mean = (_integral(end, fraction) - _integral(start, fraction)) / (end - start)
+    left_out = torch.zeros_like(scores)
+    left_out[high] = mean.clamp(0, 1).to(scores)[group]
+    return left_out
 
 
-def _area(rank: Tensor, share: float) -> Tensor:
-    """Integral from 0 to a rank of the ramp from 1 at 3/4 share down to 0 at 5/4 share."""
-    on_ramp = (rank - 0.75 * share).clamp(0, 0.5 * share)
-    return rank.clamp_max(0.75 * share) + on_ramp - on_ramp.square() / share
+def _integral(rank: Tensor, fraction: float) -> Tensor:
+    """Integral of g from 0 to a rank."""
+    on_ramp = (rank - 0.75 * fraction).clamp(0, 0.5 * fraction)
+    return rank.clamp_max(0.75 * fraction) + on_ramp - on_ramp.square() / fraction
 
 
-def standardized(scores: Tensor) -> Tensor:
-    """Scores measured from their median in units of their mean absolute deviation from it.
+def standardize(scores: Tensor) -> Tensor:
+    """Bring scores to median 0 and mean absolute deviation 1.
 
     Args:
         scores: Shape (N,), N >= 1.
 
     Returns:
-        Shape (N,), without offset and scale; zeros where all are equal.
+        (s - median) / mean |s - median|, shape (N,); zeros where all scores are equal.
 
     Example:
-        >>> standardized(torch.tensor([1.0, 2.0, 6.0]))
+        >>> standardize(torch.tensor([1.0, 2.0, 6.0]))
         tensor([-0.6000,  0.0000,  2.4000])
     """
     centred = scores - scores.median()
-    # In double precision, so that a permutation of the samples doesn't change the rounding; among
-    # very many samples that isn't worth the memory.
+    # In double precision, so that a permutation of the samples doesn't change the rounding. For
+    # very many samples this would take too much memory.
     precise = torch.float64 if len(scores) <= EXACT_SAMPLES else None
     deviation = centred.abs().mean(dtype=precise)
+    # centred / deviation
     return centred.div_(deviation.where(deviation > 0, 1))
 
 
-def half_point(scores: Tensor, weights: Tensor) -> Tensor:
+def score_threshold(scores: Tensor, weights: Tensor) -> Tensor:
     """The largest score of a sample with weight >= 1/2, shape ()."""
     return scores.masked_fill(weights < 0.5, -torch.inf).max()
 
@@ -212,7 +232,7 @@ def quantile(values: Tensor, q: float) -> Tensor:
     position = q * (len(values) - 1)
     lower = int(position)
     low = values.kthvalue(lower + 1).values
-    # The value of the next rank: two passes over the values, where selecting it takes many.
+    # The value of the next rank, in two passes over the values; kthvalue would take many.
     upper = values > low
     tied = len(values) - upper.sum() >= min(lower + 2, len(values))
     high = torch.where(tied, low, values.where(upper, torch.inf).min())

@@ -1,4 +1,4 @@
-"""The weights of the training samples, refreshed from their anomaly scores."""
+"""The weights of the training samples: state by sample, set from anomaly scores by a rule."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -10,57 +10,61 @@ from comet_meta import distributed
 from comet_meta.data import as_index
 from comet_meta.weights.contamination import NO_EVIDENCE, Contamination
 from comet_meta.weights.rules import (
-    MOST,
+    MAX_LEFT_OUT,
     RULES,
     Rule,
     RuleName,
     Weighting,
-    estimate,
-    half_point,
-    standardized,
+    estimate_contamination,
+    score_threshold,
+    standardize,
 )
 
 _MIN_SAMPLES = 8
 
 
 class SoftConfidentWeighter(nn.Module):
-    """Confidence weights of the training samples, refreshed from their anomaly scores.
+    """Weights of the training samples, set from their anomaly scores.
 
-    The state (scores and weights by sample) lives in buffers: it moves with ``.to(device)`` and is
-    saved by ``state_dict``. On the CPU it serves losses on any device without synchronising it.
+    A weight says how far a sample is trusted: 1 means fully, 0 not at all. Scores and weights are
+    buffers: they move with ``.to(device)`` and are saved by ``state_dict``. Leave the weighter on
+    the CPU also where the losses are on another device: looking up weights then needs no
+    synchronisation.
 
     Args:
         num_samples: Size N of the training set. None: as many as the first ``fit`` brings or the
             largest index that ``update`` sees.
         rule: ``"trimmed"`` (default), ``"hard"``, ``"ratio"`` (the paper's), see
-            :mod:`comet_meta.weights.rules`, or a function from finite scores (N,) to weights (N,)
-            in [0, 1].
+            :mod:`comet_meta.weights.rules`, or a function from finite scores (N,) to a
+            :class:`~comet_meta.weights.rules.Weighting` (weights, threshold, P(bad)), or to weights
+            (N,) in [0, 1] alone. The threshold is then the largest score of a sample with weight
+            >= 1/2, and P(bad) = 1 - w.
         contamination: The share of bad samples in the training set, for ``"trimmed"``: in [0, 0.5),
-            or ``"auto"``: as many as the scores prove. Give the share if you know it: scores alone
-            seldom prove much. 0 makes all weights 1.
+            or ``"auto"``: as many as the scores prove. Give the share if you know it, because
+            scores alone seldom prove much. 0 makes all weights 1.
         kappa: Width of the fence of ``"hard"`` and ``"ratio"``, >= 0 (paper: 1.5).
-        momentum: Share of a sample's earlier score that stays when a new one comes, in [0, 1).
-        prior: Anomaly scores of the training set from elsewhere, shape (N,), for instance of a
-            :class:`~comet_meta.MemoryScorer`. Weights then come from them alone and stay as they
-            are: a model is inclined to confirm the weights that it was trained with. Its own
-            scores count for the ranking, where the errors of the two, being of different origin,
-            make up for each other.
+        momentum: How much of a sample's earlier score stays when a new one comes, in [0, 1).
+        prior: Anomaly scores of the training set from another source, shape (N,), for instance of
+            a :class:`~comet_meta.MemoryScorer`. The weights then come from the prior alone and stay
+            as they are, because a model tends to confirm the weights that it was trained with. The
+            ranking uses the mean of prior and model scores, whose errors differ.
 
     Without a prior, let the model learn something before the first fit: weights from an untrained
-    one can lock in.
+    model can lock in.
 
     Attributes:
         scores: The model's anomaly scores, shape (N,); NaN for a sample without one.
-        weights: Confidence in each sample, shape (N,).
-        anomalous: P(bad) of each sample, shape (N,); 0 for one never seen. With ``"trimmed"`` a
-            sample may have weight 0 without being taken for bad.
-        threshold: The score (with a prior: of the prior) above which a sample is suspect, shape ().
-        prior: As given, or None.
+        weights: Weight of each sample, shape (N,).
+        p_bad: P(bad) of each sample, shape (N,); 0 for a sample without a score. With
+            ``"trimmed"`` a sample may have weight 0 and P(bad) 0.
+        threshold: The score (with a prior: the prior's score) above which a sample is suspect,
+            shape ().
+        prior: The prior, or None.
 
-    Weights are in [0, 1]. Those of the named rules are non-increasing in the score, follow a
-    permutation of the samples, and (except ``"ratio"``) don't depend on the scores' offset and
-    scale. They are all 1 where scores are all equal or fewer than 8 samples have one; a sample
-    never seen has weight 1.
+    Weights are in [0, 1]. With the named rules they never rise with the score, follow a permutation
+    of the samples, and (except ``"ratio"``) don't depend on the scores' offset and scale. They are
+    all 1 if all scores are equal or fewer than 8 samples have a score. A sample without a score has
+    weight 1.
 
     Raises:
         TypeError: If the prior isn't a floating-point tensor.
@@ -80,7 +84,7 @@ class SoftConfidentWeighter(nn.Module):
 
     scores: Tensor
     weights: Tensor
-    anomalous: Tensor
+    p_bad: Tensor
     threshold: Tensor
     prior: Tensor | None
 
@@ -108,7 +112,7 @@ class SoftConfidentWeighter(nn.Module):
         if not kappa >= 0:
             raise ValueError(f"kappa is {kappa}; expected >= 0")
         if contamination != "auto" and (
-            isinstance(contamination, str) or not 0 <= contamination < MOST
+            isinstance(contamination, str) or not 0 <= contamination < MAX_LEFT_OUT
         ):
             raise ValueError(
                 f"contamination is {contamination!r}; expected a share in [0, 0.5), or 'auto'"
@@ -124,7 +128,7 @@ class SoftConfidentWeighter(nn.Module):
         size = num_samples or 0
         self.register_buffer("scores", torch.full((size,), torch.nan))
         self.register_buffer("weights", torch.ones(size))
-        self.register_buffer("anomalous", torch.zeros(size))
+        self.register_buffer("p_bad", torch.zeros(size))
         self.register_buffer("threshold", torch.tensor(torch.inf))
         self.register_buffer("prior", None if prior is None else prior.detach().cpu().float())
         if prior is not None:
@@ -151,40 +155,40 @@ class SoftConfidentWeighter(nn.Module):
                 raise ValueError(f"got {len(scores)} scores for {len(self.scores)} samples")
             self._store(slice(None), scores)
         self._updates = 0
-        basis = self.scores if self.prior is None else self.prior
-        # A sum is NaN if one of its terms is: no pass over all samples for a mask.
+        basis = self._weighted_scores()
+        # The sum is NaN if one of its terms is, and takes less memory than a mask.
         if basis.sum().isnan():
             known = ~basis.isnan()
-            weights, anomalous = torch.ones_like(basis), torch.zeros_like(basis)
-            weights[known], threshold, anomalous[known] = self._fitted(basis[known])
+            weights, p_bad = torch.ones_like(basis), torch.zeros_like(basis)
+            weights[known], threshold, p_bad[known] = self._weigh(basis[known])
         else:
-            weights, threshold, anomalous = self._fitted(basis)
-        # Each in one piece: who reads meanwhile in another thread finds no half-made weights.
+            weights, threshold, p_bad = self._weigh(basis)
+        # One copy each: another thread that reads during the fit gets old or new weights.
         self.threshold.copy_(threshold)
         self.weights.copy_(weights)
-        self.anomalous.copy_(anomalous)
+        self.p_bad.copy_(p_bad)
 
-    def suspicion(self) -> Tensor:
-        """What the ranking goes by.
+    def ranking_scores(self) -> Tensor:
+        """The scores that :meth:`ranking` sorts by.
 
         Returns:
-            The scores, or with a prior the mean of scores and prior, each standardised; the prior
-            alone for samples without a score. NaN for samples of which nothing is known. Shape
-            (N,).
+            Without a prior the model's scores. With one, the mean of scores and prior, each
+            standardised; the prior alone for samples without a score. NaN for samples without
+            either. Shape (N,).
         """
         if self.prior is None:
             return self.scores
-        prior = standardized(self.prior)
+        prior = standardize(self.prior)
         known = ~self.scores.isnan()
         own = torch.full_like(prior, torch.nan)
-        own[known] = standardized(self.scores[known])
+        own[known] = standardize(self.scores[known])
         return torch.where(known, (prior + own) / 2, prior)
 
     def update(self, index: Tensor | Sequence[int], scores: Tensor) -> None:
-        """Take in the scores of a batch; for loops that don't score the whole set.
+        """Add the scores of a batch; for loops that don't score the whole set.
 
-        The weights are refitted once as many scores have come in as there are samples (about once
-        an epoch), or by ``fit()``. With several processes, all of them get the scores of all.
+        The weights are refitted when as many scores were added as there are samples (about once an
+        epoch), or by ``fit()``. With several processes, all of them get the scores of all.
 
         Args:
             index: Positions of the samples, shape (B,).
@@ -199,7 +203,7 @@ class SoftConfidentWeighter(nn.Module):
         _check_scores(scores)
         if len(scores) != len(index):
             raise ValueError(f"got {len(scores)} scores and {len(index)} indices; expected as many")
-        index, scores = distributed.join_batches(index, scores)
+        index, scores = distributed.gather_batches(index, scores)
         if self.num_samples is None:
             self._grow(int(index.max()) + 1)
         self._store(index.to(self.scores.device), scores)
@@ -211,12 +215,12 @@ class SoftConfidentWeighter(nn.Module):
     def contamination_(self) -> Contamination:
         """The share of bad samples that the scores prove, with an interval.
 
-        It is read from the scores that the weights follow (the prior, where there is one), whatever
+        It comes from the scores that the weights follow (the prior, where there is one), whatever
         rule and contamination are set. ``str()`` of it is a sentence.
         """
-        basis = self.scores if self.prior is None else self.prior
+        basis = self._weighted_scores()
         known = basis[~basis.isnan()]
-        return NO_EVIDENCE if _tells_nothing(known) else estimate(known)
+        return NO_EVIDENCE if _too_few_or_equal(known) else estimate_contamination(known)
 
     def forward(self, index: Tensor | Sequence[int] | None = None) -> Tensor:
         """Weights of some samples, or of all.
@@ -239,45 +243,49 @@ class SoftConfidentWeighter(nn.Module):
         return self.weights[index]
 
     def ranking(self, k: int | None = None) -> Tensor:
-        """The samples that fit in least, by :meth:`suspicion`.
+        """The samples in the order of :meth:`ranking_scores`, the most suspicious first.
 
         Args:
-            k: How many; None for all.
+            k: Number of samples to return; None for all.
 
         Returns:
-            Sample indices, most suspicious first; samples of which nothing is known last. Shape
-            (min(k, N),).
+            Sample indices, shape (min(k, N),); samples without score and prior come last.
         """
-        suspicion = self.suspicion().nan_to_num(nan=-torch.inf)
-        if k is None or k >= len(suspicion):
-            return suspicion.argsort(descending=True, stable=True)
-        # No more than these can be among the first k.
-        kth = suspicion.kthvalue(len(suspicion) - max(k, 1) + 1).values
-        candidates = (suspicion >= kth).nonzero().flatten()
-        return candidates[suspicion[candidates].argsort(descending=True, stable=True)][:k]
+        scores = self.ranking_scores().nan_to_num(nan=-torch.inf)
+        if k is None or k >= len(scores):
+            return scores.argsort(descending=True, stable=True)
+        # Sort only the samples that can be among the first k.
+        kth = scores.kthvalue(len(scores) - max(k, 1) + 1).values
+        candidates = (scores >= kth).nonzero().flatten()
+        return candidates[scores[candidates].argsort(descending=True, stable=True)][:k]
 
     def extra_repr(self) -> str:
         """The settings, for ``repr``."""
         rule = self.rule if isinstance(self.rule, str) else getattr(self.rule, "__name__", "custom")
         return f"num_samples={self.num_samples}, rule={rule!r}, momentum={self.momentum}"
 
-    def _fitted(self, known: Tensor) -> Weighting:
-        """The weighting of the samples (M,) of which something is known."""
-        if _tells_nothing(known):
-            no_bound = torch.tensor(torch.inf)
-            return Weighting(torch.ones_like(known), no_bound, torch.zeros_like(known))
-        return self._apply_rule(known)
+    def _weighted_scores(self) -> Tensor:
+        """The scores (N,) that the weights follow: the prior's, or else the model's."""
+        return self.scores if self.prior is None else self.prior
 
-    def _apply_rule(self, scores: Tensor) -> Weighting:
+    def _weigh(self, scores: Tensor) -> Weighting:
+        """Apply the rule to scores (M,) without NaN."""
+        if _too_few_or_equal(scores):
+            no_threshold = torch.tensor(torch.inf)
+            return Weighting(torch.ones_like(scores), no_threshold, torch.zeros_like(scores))
         if isinstance(self.rule, str):
             return RULES[self.rule](scores, self.kappa, self.contamination)
-        weights = self.rule(scores)
-        if weights.shape != scores.shape or not bool(((weights >= 0) & (weights <= 1)).all()):
-            raise ValueError(
-                f"the rule returned shape {tuple(weights.shape)} for {len(scores)} scores, or "
-                "values outside [0, 1]; expected one weight in [0, 1] for each score"
-            )
-        return Weighting(weights, half_point(scores, weights), 1 - weights)
+        result = self.rule(scores)
+        if isinstance(result, Weighting):
+            _check_rule_values(result.weights, "weight", scores)
+            _check_rule_values(result.p_bad, "P(bad)", scores)
+            if result.threshold.numel() != 1 or bool(result.threshold.isnan()):
+                raise ValueError(
+                    f"the rule returned the threshold {result.threshold}; expected one score"
+                )
+            return result._replace(threshold=result.threshold.reshape(()))
+        _check_rule_values(result, "weight", scores)
+        return Weighting(result, score_threshold(scores, result), 1 - result)
 
     def _store(self, where: Tensor | slice, scores: Tensor) -> None:
         new = scores.detach().to(self.scores)
@@ -292,10 +300,10 @@ class SoftConfidentWeighter(nn.Module):
         if missing > 0:
             self.scores = torch.cat([self.scores, self.scores.new_full((missing,), torch.nan)])
             self.weights = torch.cat([self.weights, self.weights.new_ones(missing)])
-            self.anomalous = torch.cat([self.anomalous, self.anomalous.new_zeros(missing)])
+            self.p_bad = torch.cat([self.p_bad, self.p_bad.new_zeros(missing)])
 
     def get_extra_state(self) -> Tensor:
-        """The number of streamed scores since the last fit, for an exact resume."""
+        """The number of scores added by :meth:`update` since the last fit, for an exact resume."""
         return torch.tensor(self._updates)
 
     def set_extra_state(self, state: Tensor) -> None:
@@ -305,15 +313,23 @@ class SoftConfidentWeighter(nn.Module):
     def _load_from_state_dict(
         self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        # A weighter of unknown size takes on the size of the one that was saved.
+        # A weighter of unknown size gets the size of the saved one.
         saved = state_dict.get(f"{prefix}scores")
         if self.num_samples is None and saved is not None:
             self._grow(len(saved))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
-def _tells_nothing(scores: Tensor) -> bool:
-    """Whether scores (N,) are too few, or equal up to rounding."""
+def _check_rule_values(values: Tensor, name: str, scores: Tensor) -> None:
+    if values.shape != scores.shape or not bool(((values >= 0) & (values <= 1)).all()):
+        raise ValueError(
+            f"the rule returned shape {tuple(values.shape)} for {len(scores)} scores, or "
+            f"values outside [0, 1]; expected one {name} in [0, 1] for each score"
+        )
+
+
+def _too_few_or_equal(scores: Tensor) -> bool:
+    """Whether scores (N,) are too few to weigh, or equal up to rounding."""
     if len(scores) < _MIN_SAMPLES:
         return True
     low, high = scores.aminmax()
@@ -330,7 +346,7 @@ def _check_scores(scores: Tensor, name: str = "scores") -> None:
             f"{name} has shape {tuple(scores.shape)}; expected one anomaly score per sample: "
             "reduce patch scores to image scores first, for instance with .amax(dim=(1, 2))"
         )
-    # One pass in the common case: the sum is finite only if all terms are.
+    # One pass in the common case: the sum is finite only if all its terms are.
     if scores.sum(dtype=torch.float64).isfinite():
         return
     bad = (~torch.isfinite(scores)).nonzero().flatten()

@@ -20,7 +20,7 @@ from comet_examples.presets import PRESETS, Preset, preset_for
 from comet_examples.report import table
 from comet_examples.session import Session
 from comet_examples.training import ResumeError
-from comet_meta.batch import MetaMode
+from comet_meta.meta.step import MetaMode
 from comet_meta.vision.backbones import PAPER_BACKBONE, BackboneError, load_backbone
 from comet_meta.vision.download import DownloadError
 from comet_meta.vision.features import FeatureStore

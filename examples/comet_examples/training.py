@@ -24,7 +24,7 @@ from comet_meta import (
     StepReport,
     collect_scores,
 )
-from comet_meta.batch import MetaMode
+from comet_meta.meta.step import MetaMode
 from comet_meta.vision.files import replacing
 from comet_meta.vision.picture_prior import memory_prior
 

@@ -335,7 +335,7 @@ def test_the_loss_of_the_rows_that_stay_counts_their_share(pictures):
 
 
 def test_the_regularizer_joins_in(pictures):
-    comet = callback(regularizer=CovarianceMetaRegularizer(strength=1e-4))
+    comet = callback(regularizer=CovarianceMetaRegularizer(base_strength=1e-4))
     fit(fastflow(), pictures, comet)
     assert int(comet.regularizer.count) == 6
 

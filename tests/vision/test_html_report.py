@@ -133,8 +133,8 @@ def spared_and_suspects(folder: Path) -> Path:
     samples = pictures(folder, [f"{i:02d}.png" for i in range(20)])
     weighter = fitted(samples)
     weighter.weights[weighter.ranking(10)] = 0.0
-    weighter.anomalous.fill_(0.1)
-    weighter.anomalous[weighter.ranking(4)] = 1.0
+    weighter.p_bad.fill_(0.1)
+    weighter.p_bad[weighter.ranking(4)] = 1.0
     file = folder / "out" / "report.html"
     html_report.write_report(file, RUN, weighter, samples, Transform((48, 32)), corner_maps)
     return file

@@ -372,7 +372,7 @@ def test_words_with_evidence():
     good = torch.erfinv(torch.linspace(-0.99, 0.99, 360))
     weighter.fit(torch.cat([good, torch.linspace(6, 8, 40)]))
     estimate, low, high = estimated_contamination(weighter)
-    suspects = int((weighter.anomalous > 0.5).sum())
+    suspects = int((weighter.p_bad > 0.5).sum())
     assert 0.05 < low <= estimate <= 0.1
     assert in_words(weighter, "parts") == (
         f"About {100 * estimate:.0f} % ({100 * low:.0f} to {100 * high:.0f} %) of the parts look "
