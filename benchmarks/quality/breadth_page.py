@@ -157,11 +157,10 @@ def every_set(runs: Sequence[Run], detector: str, condition: str) -> list[Row]:
     """AUROC of each set with the main methods, the mean over seeds."""
     columns = {method: by_set(runs, detector, condition, method, "AUROC") for method in _MAIN}
     sets = sorted({name for column in columns.values() for name in column})
-    return [
-        {"set": name}
-        | {method: f"{own[name]:.3f}" for method, own in columns.items() if name in own}
-        for name in sets
-    ]
+    rows: list[Row] = [{"set": name} for name in sets]
+    for row, name in zip(rows, sets, strict=True):
+        row |= {method: f"{own[name]:.3f}" for method, own in columns.items() if name in own}
+    return rows
 
 
 def draw(
