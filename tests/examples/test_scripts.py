@@ -158,8 +158,9 @@ def test_train_takes_detector_and_data_set_by_name(tmp_path, monkeypatch, undraw
     assert runs("train", monkeypatch, *named, *SMALL) == 0
     by_name = results(tmp_path / "runs" / "fastflow_viaduct")
     assert run("fastflow_viaduct", root, tmp_path / "again") == 0
-    assert results(tmp_path / "again")["methods"]["comet"]["test"] == (
-        by_name["methods"]["comet"]["test"]
+    assert (
+        results(tmp_path / "again")["methods"]["comet"]["test"]
+        == (by_name["methods"]["comet"]["test"])
     )
 
 
