@@ -39,6 +39,11 @@ def in_words(weighter: SoftConfidentWeighter, what: str = "pictures") -> str:
         )
     share, low, high = weighter.contamination_
     if suspects == 0 and not low > 0:
+        if weighter.has_parts and bool((weighter.part_weights() < 1).any()):
+            return (
+                f"No evidence of bad {what}: none is taken for bad. As a precaution, training "
+                f"leaves out the twentieth of their patches that fits in least."
+            )
         if left_out == 0:
             return f"No evidence of bad {what}: nothing was down-weighted."
         least = (

@@ -116,6 +116,7 @@ def write_report(
         (_encoded(_thumbnail(_load(sample, transform), *format_)), _encoded(heat))
         for sample, heat in zip(shown, heat_maps, strict=True)
     )
+    weights = weighter.mean_weights()
     pictures = [
         {
             "path": str(sample.path.absolute()),
@@ -123,7 +124,7 @@ def write_report(
             "uri": sample.path.absolute().as_uri(),
             "kind": _KINDS[sample.label],
             "defect": sample.defect,
-            "weight": _number(weighter.weights[i]),
+            "weight": _number(weights[i]),
             "anomalous": _number(weighter.p_bad[i]),
             "score": _number(scores[i]),
             "suspicion": _number(suspicion[i]),

@@ -39,12 +39,35 @@ def memory_prior(
         Scores, higher = more anomalous, shape (N,). A picture whose features are not all finite
         gets the highest score.
     """
+    return memory_part_prior(batches, count, scorer)[0]
+
+
+def memory_part_prior(
+    batches: Iterable[Sequence[Tensor]], count: int, scorer: MemoryScorer | None = None
+) -> tuple[Tensor, Tensor]:
+    """:func:`memory_prior`, and the scores of the patches that it is made of.
+
+    Args:
+        batches: As for :func:`memory_prior`.
+        count: Number of pictures, >= 2.
+        scorer: A scorer with other settings than the default's.
+
+    Returns:
+        Scores of the pictures, shape (N,), and of their patches, shape (N, rows, columns). A
+        picture whose features are not all finite gets the highest scores.
+    """
     side = grid_side(count)
     patches = torch.cat([coarse_patches(levels, side) for levels in batches])
     finite = _is_finite(patches)
-    scores = torch.full((len(patches),), torch.nan)
-    scores[finite] = _scores(patches[finite], scorer or MemoryScorer())
-    return scores.nan_to_num(nan=float(scores[finite].max()))
+    scaler = FeatureScaler([patches.shape[1]])
+    scaler.fit([[patches[finite]]])
+    (scaled,) = scaler([patches[finite]])
+    found = (scorer or MemoryScorer()).score_parts(scaled.flatten(2).transpose(1, 2))
+    scores = torch.full((len(patches),), float(found[0].max()))
+    patch_scores = torch.full((len(patches), *patches.shape[2:]), float(found[1].max()))
+    scores[finite] = found[0]
+    patch_scores[finite] = found[1].unflatten(1, patches.shape[2:])
+    return scores, patch_scores
 
 
 def streamed_prior(
@@ -121,11 +144,3 @@ def coarse_patches(levels: Sequence[Tensor], side: int) -> Tensor:
 def _is_finite(patches: Tensor) -> Tensor:
     """Which pictures have finite patches only, (B, C, h, w) -> (B,)."""
     return patches.isfinite().flatten(1).all(dim=1)
-
-
-def _scores(patches: Tensor, scorer: MemoryScorer) -> Tensor:
-    """Memory scores (N,) of patches (N, C, h, w)."""
-    scaler = FeatureScaler([patches.shape[1]])
-    scaler.fit([[patches]])
-    (scaled,) = scaler([patches])
-    return scorer(scaled.flatten(2).transpose(1, 2))

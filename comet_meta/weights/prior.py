@@ -22,6 +22,10 @@ class MemoryScorer:
        far in a few. So distances are divided by m + scale * M: m is the upper quartile of the
        sample's own distances, M the median of m over all samples.
     4. A sample's score is the mean of its highest distances, averaged over several memories.
+    5. A patch's own score (:meth:`score_parts`) measures its distance of step 2 by the local scale
+       r + R, averaged over the memories: r is the distance between its nearest neighbour and the
+       patches of other samples in the memory, R the median of r. Some places of a product vary more
+       than others, in all samples; there, r is large.
 
     No memory holds the scored sample or a copy of it. A bad sample therefore looks normal only if
     most memories hold another one like it.
@@ -59,7 +63,8 @@ class MemoryScorer:
 
     Source: distance to the nearest patch of a memory as in Roth et al.: Towards total recall in
     industrial anomaly detection, CVPR 2022 (PatchCore); ensembles of random sub-samples as in
-    Bandaragoda et al.: Isolation-based anomaly detection using nearest-neighbor ensembles, 2018.
+    Bandaragoda et al.: Isolation-based anomaly detection using nearest-neighbor ensembles, 2018;
+    local scale as in Breunig et al.: LOF, identifying density-based local outliers, SIGMOD 2000.
     """
 
     def __init__(
@@ -90,7 +95,6 @@ class MemoryScorer:
         self.max_patches = max_patches
         self.seed = seed
 
-    @torch.no_grad()
     def __call__(self, features: Tensor) -> Tensor:
         """Score the training set.
 
@@ -105,6 +109,34 @@ class MemoryScorer:
             TypeError: If the features aren't floating-point.
             ValueError: If they have another shape or are not finite.
         """
+        return self._score(features, parts=False)[0]
+
+    def score_parts(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Score the training set and each of its patches.
+
+        Args:
+            features: As for a call.
+
+        Returns:
+            Anomaly scores of the samples, shape (N,), and of their patches (step 5), shape (N, P).
+            Both float32, on the features' device.
+
+        Raises:
+            TypeError: If the features aren't floating-point.
+            ValueError: If they have another shape or are not finite.
+
+        Example:
+            >>> features = torch.randn(40, 6, 8, generator=torch.Generator().manual_seed(0))
+            >>> features[7, 2] += 9  # one strange patch
+            >>> _, patch_scores = MemoryScorer().score_parts(features)
+            >>> divmod(int(patch_scores.argmax()), 6)
+            (7, 2)
+        """
+        return self._score(features, parts=True)
+
+    @torch.no_grad()
+    def _score(self, features: Tensor, *, parts: bool) -> tuple[Tensor, Tensor]:
+        """Scores of the samples (N,) and of their patches (N, P), which are 0 without ``parts``."""
         if not features.is_floating_point():
             raise TypeError(f"features is {features.dtype}; expected a floating-point tensor")
         if features.dim() == 2:
@@ -113,12 +145,13 @@ class MemoryScorer:
             raise ValueError(
                 f"features has shape {tuple(features.shape)}; expected (N, P, C) or (N, C), N >= 2"
             )
-        count = len(features)
+        count, patches, _ = features.shape
         # A copy in the memory would make a sample look normal: draw among different samples.
         sums = _random_sums(features.flatten(1))
         group, different = _group_by(sums)
         if len(different) == 1:
-            return torch.zeros(count, device=features.device)
+            zeros = torch.zeros(count, patches, device=features.device)
+            return zeros[:, 0], zeros
         # In an order that depends on the features alone, not on the order of the samples.
         by_content = sums[different, 0].argsort()
         size = min(max(1, round(self.fraction * len(different))), len(different) - 1)
@@ -127,6 +160,7 @@ class MemoryScorer:
         # On the CPU, so that every device makes the same choices.
         generator = torch.Generator().manual_seed(self.seed)
         totals = torch.zeros(count, device=features.device)
+        patch_totals = torch.zeros(count, patches, device=features.device)
         seen = torch.zeros(count, device=features.device)
         draws = 0
         # Draw on until every sample was outside of at least one memory.
@@ -136,8 +170,14 @@ class MemoryScorer:
             is_inside = torch.zeros(len(different), dtype=torch.bool, device=features.device)
             is_inside[inside] = True
             outside = (~is_inside[group]).nonzero().flatten()
-            memory = self._memory(features, different[inside], generator) - centre
-            totals[outside] += self._scores(features, outside, memory, centre)
+            memory, owners = self._memory(features, different[inside], generator)
+            memory -= centre
+            distances, nearest = self._distances(features, outside, memory, centre)
+            relative = self._relative(distances)
+            highest = relative.topk(min(self.top_patches, patches), dim=1).values
+            totals[outside] += highest.mean(dim=1)
+            if parts:
+                patch_totals[outside] += distances / _local_scale(memory, owners)[nearest]
             seen[outside] += 1
             draws += 1
         scores = totals / seen
@@ -152,48 +192,54 @@ class MemoryScorer:
                 f"features of {len(bad)} samples are NaN or infinite (first at positions "
                 f"{bad[:8].tolist()}); expected finite features"
             )
-        return scores
+        return scores, patch_totals / seen.unsqueeze(1)
 
-    def _memory(self, features: Tensor, inside: Tensor, generator: torch.Generator) -> Tensor:
-        """The patches of some samples, or a random choice of at most ``max_patches``, (M, C)."""
+    def _memory(
+        self, features: Tensor, inside: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """The patches of some samples, or a random choice of at most ``max_patches``.
+
+        Returns:
+            The patches, (M, C), and the sample that each belongs to, (M,).
+        """
         patches = features.shape[1]
         if len(inside) * patches <= self.max_patches:
-            return features[inside].flatten(0, 1).float()
+            return features[inside].flatten(0, 1).float(), inside.repeat_interleave(patches)
         kept = torch.randperm(len(inside) * patches, generator=generator)[: self.max_patches]
         kept = kept.to(features.device)
-        return features[inside[kept // patches], kept % patches].float()
+        owners = inside[kept // patches]
+        return features[owners, kept % patches].float(), owners
 
-    def _scores(self, features: Tensor, samples: Tensor, memory: Tensor, centre: Tensor) -> Tensor:
-        """Scores of some samples against a centred memory (M, C), in chunks of bounded size."""
+    def _distances(
+        self, features: Tensor, samples: Tensor, memory: Tensor, centre: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Distances of some samples' patches to a centred memory (M, C).
+
+        Returns:
+            The distances and the positions of the nearest neighbours in the memory, (S, P) each.
+        """
         patches = features.shape[1]
         chunk = max(1, _CHUNK_VALUES // (patches * len(memory)))
-        distances = torch.cat(
-            [
-                self._nearest(features[part].flatten(0, 1).float() - centre, memory).reshape(
-                    -1, patches
-                )
-                for part in torch.split(samples, chunk)
-            ]
+        found = [
+            _nearest(features[part].flatten(0, 1).float() - centre, memory)
+            for part in torch.split(samples, chunk)
+        ]
+        distances, nearest = (
+            torch.cat(values).reshape(-1, patches) for values in zip(*found, strict=True)
         )
-        highest = distances.topk(min(self.top_patches, patches), dim=1).values.mean(dim=1)
+        return distances, nearest
+
+    def _relative(self, distances: Tensor) -> Tensor:
+        """Distances (S, P) by those that are usual in the sample and in the set, see step 3."""
+        patches = distances.shape[1]
         if patches == 1:
-            return highest
-        own = distances.kthvalue(max(1, 3 * patches // 4), dim=1).values
+            return distances
+        own = distances.kthvalue(max(1, 3 * patches // 4), dim=1, keepdim=True).values
         usual = own.median()
         usual = usual.where(usual > 0, 1)  # 0 where most samples are equal
         if math.isinf(self.scale):
-            return highest / usual
-        return highest * (1 + self.scale) / (own + self.scale * usual)
-
-    @staticmethod
-    def _nearest(queries: Tensor, memory: Tensor) -> Tensor:
-        """Euclidean distance of each query (Q, C) to the nearest entry of the memory, (Q,)."""
-        # argmin over m of |q - m|^2 = |q|^2 + |m|^2 - 2 q m: the search is one matrix product.
-        # The distance is then computed directly, since the product leaves a rounding error between
-        # equal vectors.
-        cross = torch.addmm(memory.square().sum(dim=1), queries, memory.T, alpha=-2)
-        distance: Tensor = (queries - memory[cross.argmin(dim=1)]).norm(dim=1)
-        return distance
+            return distances / usual
+        return distances * (1 + self.scale) / (own + self.scale * usual)
 
 
 class RowScorer:
@@ -238,7 +284,6 @@ class RowScorer:
         self.size = size
         self.seed = seed
 
-    @torch.no_grad()
     def __call__(self, rows: Tensor) -> Tensor:
         """Score the training set.
 
@@ -252,6 +297,35 @@ class RowScorer:
             TypeError: If the rows aren't a floating-point tensor.
             ValueError: If they have another shape or are not finite.
         """
+        return self._score(rows, parts=False)[0]
+
+    def score_parts(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Score the training set and each of its values.
+
+        Args:
+            rows: As for a call.
+
+        Returns:
+            Anomaly scores of the rows, shape (N,), and of their values, shape (N, C): a value's
+            score is its difference from the same column of the nearest row of step 2, averaged over
+            the draws, in standard deviations of the column. Both float32, on the rows' device.
+
+        Raises:
+            TypeError: If the rows aren't a floating-point tensor.
+            ValueError: If they have another shape or are not finite.
+
+        Example:
+            >>> rows = torch.randn(100, 5, generator=torch.Generator().manual_seed(0))
+            >>> rows[7, 2] = 9.0
+            >>> _, value_scores = RowScorer().score_parts(rows)
+            >>> divmod(int(value_scores.argmax()), 5)
+            (7, 2)
+        """
+        return self._score(rows, parts=True)
+
+    @torch.no_grad()
+    def _score(self, rows: Tensor, *, parts: bool) -> tuple[Tensor, Tensor]:
+        """Scores of the rows (N,), and of their values (N, C), which are 0 without ``parts``."""
         if not isinstance(rows, Tensor) or not rows.is_floating_point():
             kind = rows.dtype if isinstance(rows, Tensor) else type(rows).__name__
             raise TypeError(f"rows is {kind}; expected a floating-point tensor, (N, C)")
@@ -264,40 +338,97 @@ class RowScorer:
                 f"{bad[:8].tolist()}); fill them in or leave these rows out"
             )
         group, different = group_equal_rows(rows)
+        value_scores = torch.zeros(rows.shape, device=rows.device)
         # 1)
         deviation, mean = torch.std_mean(rows.double(), dim=0, correction=0)
         varying = deviation > 1e-9 * mean.abs()
         if len(different) == 1 or not bool(varying.any()):
-            return torch.zeros(len(rows), device=rows.device)
+            return torch.zeros(len(rows), device=rows.device), value_scores
         scaled = ((rows.double() - mean) / deviation)[:, varying].clamp(-20, 20)
-        # 2) to 4)
-        views = [scaled.float()]
+        # 2)
+        view = scaled.float()
+        distances, differences = self._compare(view, group, different, parts=parts)
+        scores = [distances]
+        if parts:
+            value_scores[:, varying] = differences
+        # 3)
         if scaled.shape[1] <= _MAX_WHITENED_COLUMNS:
-            views.append(_whitened(scaled).float())
-        scores = torch.stack([self._scores(view, group, different) for view in views])
-        typical = scores.median(dim=1, keepdim=True).values
-        return (scores / typical.where(typical > 0, 1)).mean(dim=0)
+            view = _whitened(scaled).float()
+            scores.append(self._compare(view, group, different, parts=False)[0])
+        # 4)
+        stacked = torch.stack(scores)
+        typical = stacked.median(dim=1, keepdim=True).values
+        return (stacked / typical.where(typical > 0, 1)).mean(dim=0), value_scores
 
-    def _scores(self, view: Tensor, group: Tensor, different: Tensor) -> Tensor:
-        """Mean distance (N,) of rows (N, C) to the nearest of a few others."""
+    def _compare(
+        self, view: Tensor, group: Tensor, different: Tensor, *, parts: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Compare rows (N, C) with the nearest of a few others.
+
+        Returns:
+            The mean distance, (N,), and with ``parts`` the mean difference by column, (N, C).
+        """
         size = min(self.size, max(1, len(different) // 2))
         generator = torch.Generator().manual_seed(self.seed)
         totals = torch.zeros(len(view), dtype=torch.float64, device=view.device)
+        differences = torch.zeros_like(view) if parts else view.new_zeros(0)
         seen = torch.zeros_like(totals)
         draws = 0
         # Draw on until every row was compared with at least one other.
         while draws < self.draws or not bool((seen > 0).all()):
             chosen = torch.randperm(len(different), generator=generator)[:size].to(view.device)
-            distances = torch.cdist(
-                view, view[different[chosen]], compute_mode="donot_use_mm_for_euclid_dist"
-            )
+            others = view[different[chosen]]
+            distances = torch.cdist(view, others, compute_mode="donot_use_mm_for_euclid_dist")
             distances.masked_fill_(group.unsqueeze(1) == chosen, torch.inf)
-            nearest = distances.amin(dim=1)
-            met = nearest.isfinite()
-            totals += nearest.where(met, 0)
+            nearest = distances.min(dim=1)
+            met = nearest.values.isfinite()
+            totals += nearest.values.where(met, 0)
+            if parts:
+                differences += (view - others[nearest.indices]).abs_() * met.unsqueeze(1)
             seen += met
             draws += 1
-        return (totals / seen).float()
+        if parts:
+            differences /= seen.unsqueeze(1).float()
+        return (totals / seen).float(), differences
+
+
+def _nearest(
+    queries: Tensor, memory: Tensor, excluded: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The nearest entry of a memory (M, C) to each query (Q, C).
+
+    Args:
+        queries: Shape (Q, C).
+        memory: Shape (M, C).
+        excluded: Which entries are left out for which query, bool (Q, M); none by default.
+
+    Returns:
+        Euclidean distances, infinite where all entries are left out, and positions, (Q,) each.
+    """
+    # argmin over m of |q - m|^2 = |q|^2 + |m|^2 - 2 q m: the search is one matrix product.
+    # The distance is then computed directly, since the product leaves a rounding error between
+    # equal vectors.
+    cross = torch.addmm(memory.square().sum(dim=1), queries, memory.T, alpha=-2)
+    if excluded is not None:
+        cross.masked_fill_(excluded, torch.inf)
+    nearest = cross.min(dim=1)
+    distances: Tensor = (queries - memory[nearest.indices]).norm(dim=1)
+    return distances.where(nearest.values.isfinite(), torch.inf), nearest.indices
+
+
+def _local_scale(memory: Tensor, owners: Tensor) -> Tensor:
+    """The local scale of step 5 for a memory's patches (M, C), of the samples ``owners`` (M,)."""
+    positions = torch.arange(len(memory), device=memory.device)
+    r = torch.cat(
+        [
+            _nearest(memory[part], memory, excluded=owners[part].unsqueeze(1) == owners)[0]
+            for part in torch.split(positions, max(1, _CHUNK_VALUES // len(memory)))
+        ]
+    )
+    known = r.isfinite()
+    typical = r[known].median() if bool(known.any()) else r.new_tensor(1.0)
+    typical = typical.where(typical > 0, 1)  # 0 where most patches are equal
+    return r.where(known, typical) + typical
 
 
 def group_equal_rows(rows: Tensor) -> tuple[Tensor, Tensor]:

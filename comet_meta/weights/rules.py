@@ -105,14 +105,19 @@ def hard_weights(scores: Tensor, kappa: float = 1.5) -> Weighting:
     return Weighting(weights, tau, 1 - weights)
 
 
-def trimmed_weights(scores: Tensor, contamination: float | Literal["auto"] = "auto") -> Weighting:
+def trimmed_weights(
+    scores: Tensor,
+    contamination: float | Literal["auto"] = "auto",
+    always: float = ALWAYS_LEFT_OUT,
+) -> Weighting:
     """Leave out the samples with the highest scores: the proven bad ones and another twentieth.
 
     1. The contamination c is the share that the caller gives, or with ``"auto"`` the lower bound
        that the scores prove (:mod:`comet_meta.weights.contamination`), often 0.
-    2. The fraction f = min(c + 0.05, 0.5) of the samples is left out. The extra twentieth is for
-       bad samples that the scores don't prove; on clean data it costs next to nothing. A given
-       contamination of 0 leaves out none: training is then plain training, bit for bit.
+    2. The fraction f = min(c + a, 0.5) of the samples is left out, with a = 0.05. The extra
+       twentieth is for bad samples that the scores don't prove; on clean data it costs next to
+       nothing. A given contamination of 0 leaves out none: training is then plain training, bit
+       for bit.
     3. Let r be a sample's rank from the highest score down, divided by N. Its weight is
        w = clip((r - 3f/4) / (f/2), 0, 1): it rises from 0 to 1 between 3/4 and 5/4 of f. Samples
        with equal scores get the mean of the weights of their ranks.
@@ -121,6 +126,7 @@ def trimmed_weights(scores: Tensor, contamination: float | Literal["auto"] = "au
     Args:
         scores: Anomaly scores, shape (N,), not all equal.
         contamination: The share of bad samples, in [0, 0.5), or ``"auto"``.
+        always: Fraction a that is left out without evidence, >= 0.
 
     Returns:
         Weights (N,), the largest score whose weight is at least 1/2, and P(bad).
@@ -137,13 +143,46 @@ def trimmed_weights(scores: Tensor, contamination: float | Literal["auto"] = "au
     auto = contamination == "auto"
     c = estimate_contamination(scores).low if auto else float(contamination)
     # 2) left-out fraction f
-    f = min(c + ALWAYS_LEFT_OUT, MAX_LEFT_OUT) if auto or c > 0 else 0.0
+    f = min(c + always, MAX_LEFT_OUT) if auto or c > 0 else 0.0
     # 3) w = 1 - (left out at f). Before 4), because selecting a rank takes three times the memory
     #    of the scores.
     weights = _left_out(scores, f).neg_().add_(1) if f > 0 else torch.ones_like(scores)
     # 4) P(bad) = (left out at c)
     p_bad = _left_out(scores, c) if c > 0 else torch.zeros_like(scores)
     return Weighting(weights, score_threshold(scores, weights), p_bad)
+
+
+def trimmed_parts(part_scores: Tensor, weights: Tensor) -> Tensor:
+    """Leave out the twentieth of all parts with the highest scores.
+
+    A bad sample seldom shows it everywhere: a scratch covers a few of a picture's patches, a fault
+    moves a few of a row's columns. So a twentieth of the parts holds what is bad about many more
+    samples than a twentieth of the samples does.
+
+    1. The parts of samples with weight 0 don't count: they are left out already.
+    2. Of the other parts, the twentieth with the highest scores is left out, with the ramp of step
+       3 of :func:`trimmed_weights`.
+
+    Args:
+        part_scores: Anomaly scores of the samples' parts, shape (N, P).
+        weights: Weights of the samples, shape (N,).
+
+    Returns:
+        Weights of the parts, shape (N, P), in [0, 1]; 1 where step 1 applies.
+
+    Example:
+        >>> part_scores = torch.arange(40.0).reshape(10, 4)
+        >>> left_out = 1 - trimmed_parts(part_scores, torch.ones(10))
+        >>> left_out[9].tolist(), float(left_out.sum())
+        ([0.0, 0.125, 0.875, 1.0], 2.0)
+    """
+    part_weights = torch.ones_like(part_scores)
+    # 1) samples that are still there
+    counts = weights > 0
+    # 2) w = 1 - (left out at 0.05)
+    kept = part_scores[counts]
+    part_weights[counts] -= _left_out(kept.flatten(), ALWAYS_LEFT_OUT).reshape(kept.shape)
+    return part_weights
 
 
 def estimate_contamination(scores: Tensor) -> Contamination:

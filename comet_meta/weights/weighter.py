@@ -18,6 +18,8 @@ from comet_meta.weights.rules import (
     estimate_contamination,
     score_threshold,
     standardize,
+    trimmed_parts,
+    trimmed_weights,
 )
 
 _MIN_SAMPLES = 8
@@ -48,6 +50,12 @@ class SoftConfidentWeighter(nn.Module):
             a :class:`~comet_meta.MemoryScorer`. The weights then come from the prior alone and stay
             as they are, because a model tends to confirm the weights that it was trained with. The
             ranking uses the mean of prior and model scores, whose errors differ.
+        part_prior: Anomaly scores of the samples' parts (patches of a picture, time steps of a
+            window, columns of a row) from the same source, shape (N, ...); see
+            :meth:`part_weights` and
+            :meth:`MemoryScorer.score_parts <comet_meta.MemoryScorer.score_parts>`.
+            ``"trimmed"`` then leaves out a twentieth of the parts in place of a twentieth of the
+            samples.
 
     Without a prior, let the model learn something before the first fit: weights from an untrained
     model can lock in.
@@ -87,6 +95,7 @@ class SoftConfidentWeighter(nn.Module):
     p_bad: Tensor
     threshold: Tensor
     prior: Tensor | None
+    _part_weights: Tensor | None
 
     def __init__(
         self,
@@ -97,6 +106,7 @@ class SoftConfidentWeighter(nn.Module):
         contamination: float | Literal["auto"] = "auto",
         momentum: float = 0.0,
         prior: Tensor | None = None,
+        part_prior: Tensor | None = None,
     ) -> None:
         super().__init__()
         if prior is not None:
@@ -119,6 +129,15 @@ class SoftConfidentWeighter(nn.Module):
             )
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum is {momentum}; expected a share in [0, 1)")
+        if part_prior is not None:
+            if prior is None or rule != "trimmed":
+                raise ValueError("part_prior goes with prior= and rule='trimmed'; give both")
+            _check_scores(part_prior.flatten(), "part_prior")
+            if len(part_prior) != len(prior) or part_prior.dim() < 2:
+                raise ValueError(
+                    f"part_prior has shape {tuple(part_prior.shape)} for {len(prior)} samples; "
+                    "expected (N, ...): a score of each part of each sample"
+                )
         self.num_samples = num_samples
         self.rule = rule
         self.kappa = kappa
@@ -131,8 +150,16 @@ class SoftConfidentWeighter(nn.Module):
         self.register_buffer("p_bad", torch.zeros(size))
         self.register_buffer("threshold", torch.tensor(torch.inf))
         self.register_buffer("prior", None if prior is None else prior.detach().cpu().float())
+        self.register_buffer("_part_weights", None)
+        if part_prior is not None:
+            self._part_weights = torch.ones(part_prior.shape)
         if prior is not None:
             self.fit()
+        if part_prior is not None and contamination != 0:
+            part_scores = part_prior.detach().cpu().float().flatten(1)
+            if not _too_few_or_equal(part_scores.flatten()):
+                fitted = trimmed_parts(part_scores, self.weights)
+                self._part_weights = fitted.reshape(part_prior.shape)
 
     @torch.no_grad()
     def fit(self, scores: Tensor | None = None) -> None:
@@ -242,6 +269,56 @@ class SoftConfidentWeighter(nn.Module):
             self._grow(int(index.max()) + 1)
         return self.weights[index]
 
+    @property
+    def has_parts(self) -> bool:
+        """Whether there are weights of parts."""
+        return self._part_weights is not None
+
+    def part_weights(self, index: Tensor | Sequence[int] | None = None) -> Tensor:
+        """Weights of the parts of some samples, or of all.
+
+        Multiply the losses of a sample's parts by them before you average:
+        ``(weighter.part_weights(index) * model.patch_losses(images)).mean(dim=1)``. The weights
+        of whole samples are applied by ``objective``, as always.
+
+        Args:
+            index: Positions of the samples, shape (B,); None for all.
+
+        Returns:
+            Weights in [0, 1], on the weighter's device, shape (B, ...) or (N, ...) as in
+            ``part_prior``.
+
+        Raises:
+            ValueError: If the weighter has no ``part_prior``.
+            TypeError: If the index isn't made of integers.
+            IndexError: If a position lies outside the training set.
+
+        Example:
+            >>> part_scores = torch.rand(100, 4, generator=torch.Generator().manual_seed(0))
+            >>> part_scores[7, 2] = 3.0  # one strange part
+            >>> weighter = SoftConfidentWeighter(
+            ...     prior=part_scores.amax(dim=1), part_prior=part_scores)
+            >>> weighter.part_weights([7])[0, 2], weighter([7])
+            (tensor(0.), tensor([1.]))
+        """
+        if self._part_weights is None:
+            raise ValueError("there are no weights of parts: give the weighter a part_prior=")
+        if index is None:
+            return self._part_weights.clone()
+        index = as_index(index, self.num_samples).to(self._part_weights.device)
+        return self._part_weights[index]
+
+    def mean_weights(self) -> Tensor:
+        """How much each sample counts in training, its parts included.
+
+        Returns:
+            The samples' weights, with a ``part_prior`` times the mean weight of their parts,
+            shape (N,), in [0, 1].
+        """
+        if self._part_weights is None:
+            return self.weights.clone()
+        return self.weights * self._part_weights.flatten(1).mean(dim=1).to(self.weights)
+
     def ranking(self, k: int | None = None) -> Tensor:
         """The samples in the order of :meth:`ranking_scores`, the most suspicious first.
 
@@ -273,6 +350,8 @@ class SoftConfidentWeighter(nn.Module):
         if _too_few_or_equal(scores):
             no_threshold = torch.tensor(torch.inf)
             return Weighting(torch.ones_like(scores), no_threshold, torch.zeros_like(scores))
+        if self._part_weights is not None:  # the twentieth is one of the parts
+            return trimmed_weights(scores, self.contamination, always=0.0)
         if isinstance(self.rule, str):
             return RULES[self.rule](scores, self.kappa, self.contamination)
         result = self.rule(scores)

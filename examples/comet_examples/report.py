@@ -1,11 +1,13 @@
 """Pictures and tables of a run."""
 
+import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
 import numpy.typing as npt
+import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -48,7 +50,7 @@ def draw_weights(
     basis = "anomaly score" if weighter.prior is None else "anomaly score before training (prior)"
     for axes, values, name in (
         (left, scores.double().cpu().numpy(), basis),
-        (right, weighter.weights.double().cpu().numpy(), "weight in training"),
+        (right, weighter.mean_weights().double().cpu().numpy(), "weight in training"),
     ):
         groups = [values[kind] for kind in kinds.values()]
         axes.hist(groups, bins=_bins(values), stacked=True, label=names, color=colors)
@@ -92,11 +94,12 @@ def draw_suspects(
     """
     figure = Figure(figsize=(1.25 * columns, 1.55 * rows + 0.4), layout="constrained")
     ranking = weighter.ranking(rows * columns).tolist()
+    weights = weighter.mean_weights()
     for axes in (grid := figure.subplots(rows, columns, squeeze=False)).flat:
         axes.axis("off")
     for place, (i, axes) in enumerate(zip(ranking, grid.flat, strict=False), start=1):
         axes.imshow(load_image(samples[i].path, transform).permute(1, 2, 0).numpy())
-        weight = float(weighter.weights[i])
+        weight = float(weights[i])
         truth, color = _truth(samples[i])
         axes.set_title(f"{place}. w = {weight:.2f}\n{truth}", color=color, fontsize=7)
     figure.suptitle(title)
@@ -189,6 +192,12 @@ def table(rows: Sequence[Mapping[str, str | float]]) -> str:
     ]
     lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
     return "\n".join(lines)
+
+
+def machine() -> str:
+    """What figures were measured on: processor or GPU, threads, version of torch."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+    return f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
 def printable(name: str) -> str:

@@ -198,10 +198,11 @@ def _entry(split: Split, outcome: Outcome) -> dict[str, Any]:
     if weighter is None:
         return entry
     order = weighter.ranking()
+    weights = weighter.mean_weights()
     entry["suspects"] = [
         {
             "path": str(split.train[i].path),
-            "weight": round(float(weighter.weights[i]), 6),
+            "weight": round(float(weights[i]), 6),
             "score": round(float(weighter.scores[i]), 6),
         }
         for i in order.tolist()
@@ -315,7 +316,9 @@ def _finish_log(
 ) -> None:
     weighter = outcome.training.optimizer.weighter
     curated = {f"curation {name}": value for name, value in entry.get("curation", {}).items()}
-    values = {} if weighter is None else {"scores": weighter.scores, "weights": weighter.weights}
+    values = (
+        {} if weighter is None else {"scores": weighter.scores, "weights": weighter.mean_weights()}
+    )
     log.finish(entry["test"] | curated, values, pictures)
 
 

@@ -26,12 +26,12 @@ from comet_meta import (
 )
 from comet_meta.meta.step import MetaMode
 from comet_meta.vision.files import replacing
-from comet_meta.vision.picture_prior import memory_prior
+from comet_meta.vision.picture_prior import memory_part_prior
 
 Method = Literal["plain", "oracle", "paper", "comet"]
 Schedule = Literal["constant", "cosine"]
 _SCORING_BATCH = 16  # larger ones fall out of a CPU's cache
-_EXPOSED_FROM = 200  # pictures: of fewer, the handful of bad ones would be learned by heart
+_EXPOSED_FROM = 20  # likely bad pictures: a handful of them would be learned by heart
 
 
 class ResumeError(ValueError):
@@ -173,8 +173,9 @@ def wrap(
     options: dict[str, Any] = {} if settings.meta is None else {"meta": settings.meta}
     if settings.strength > 0:
         options["regularizer"] = CovarianceMetaRegularizer(settings.strength)
+    scores, patch_scores = memory_part_prior(data.batches(), len(data))
     weighter = SoftConfidentWeighter(
-        prior=memory_prior(data.batches(), len(data)), contamination=settings.contamination
+        prior=scores, part_prior=patch_scores, contamination=settings.contamination
     )
     return CoMetOptimizerWrapper(optimizers, weighter=weighter, model=model, **options)
 
@@ -273,22 +274,25 @@ def train(
     def score(features: Sequence[Tensor]) -> Tensor:
         return detector.scores([level.to(device) for level in features])
 
-    losses = _losses(detector, settings.method, len(data))
     epochs = range(len(history), length)
     for epoch in tqdm(
         epochs, desc=settings.method, initial=len(history), total=length, unit="epoch"
     ):
         torch.manual_seed((settings.seed * 1_000_003 + epoch) % 2**63)
         module.train()
+        weighter = optimizer.weighter
+        losses = _losses(detector, weighter if settings.method == "comet" else None)
         reports = []
         for index, features in loader:
             if len(index) == 1:
                 continue  # nothing to split, and batch norm needs two
             batch = [level.to(device) for level in features]
-            reports.append(optimizer.step(_rows_of(batch, losses), index))
+            weights = None
+            if weighter is not None and weighter.has_parts:
+                weights = weighter.part_weights(index).to(device)
+            reports.append(optimizer.step(_rows_of(batch, weights, losses), index))
             scheduler.step()
         module.eval()
-        weighter = optimizer.weighter
         # A prior's weights stay: scores are for the ranking alone.
         if weighter is not None and (weighter.prior is None or epoch == epochs[-1]):
             weighter.fit(collect_scores(score, scoring))
@@ -331,17 +335,28 @@ def predict(
     return torch.cat(scores), torch.cat(maps)
 
 
-def _losses(detector: Detector, method: Method, count: int) -> Callable[[Sequence[Tensor]], Tensor]:
-    """Features to losses (B,), or to pairs (2, B) where method, detector and set can use them."""
-    if method == "comet" and isinstance(detector, Exposable) and count >= _EXPOSED_FROM:
+Losses = Callable[[Sequence[Tensor], Tensor | None], Tensor]
+"""Features and weights of their patches to losses (B,), or to pairs (2, B)."""
+
+
+def _losses(detector: Detector, weighter: SoftConfidentWeighter | None) -> Losses:
+    """Pairs of losses where the detector has them and enough pictures are likely to be bad."""
+    if (
+        weighter is not None
+        and isinstance(detector, Exposable)
+        and float(weighter.p_bad.sum()) >= _EXPOSED_FROM
+    ):
         return detector.loss_pairs
     return detector.losses
 
 
 def _rows_of(
-    batch: Sequence[Tensor], losses: Callable[[Sequence[Tensor]], Tensor]
+    batch: Sequence[Tensor], weights: Tensor | None, losses: Losses
 ) -> Callable[[Tensor], Tensor]:
-    return lambda rows: losses([level[rows] for level in batch])
+    """The closure of a step: the losses of some rows of the batch."""
+    if weights is None:
+        return lambda rows: losses([level[rows] for level in batch], None)
+    return lambda rows: losses([level[rows] for level in batch], weights[rows])
 
 
 def _summary(reports: Sequence[StepReport], epoch: int) -> dict[str, float]:

@@ -36,11 +36,35 @@ def test_pairs_of_losses_by_hand():
     real = torch.tensor([[0.8, -0.2, 0.3, 0.6, -1.0]])
     fake = torch.full((1, 5), -0.7)
     detector = SimpleNet([4], (8, 8), exposed=0.4)
-    detector._confidence = lambda features: (real, fake)
+    detector._confidence = lambda features, part_weights: (real, fake, None)
     normal, anomalous = detector.loss_pairs([]).squeeze(1).tolist()
     assert normal == pytest.approx((0.7 + 0.2 + 1.5) / 5)
     # Two fifths of the patches, the most anomalous: D = -1 and -0.2.
     assert anomalous == pytest.approx((0 + 0.3) / 2)
+
+
+def test_losses_of_weighted_patches_by_hand():
+    # Of the first picture the first patch counts half, of the second only the second patch counts.
+    weights = torch.tensor([[[0.5, 1.0]], [[0.0, 1.0]]])
+    expected = torch.tensor([(0.75 + 1.0) / 2, 1.0 / 2])
+    losses = by_hand().losses(FEATURES, weights)
+    torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(by_hand().losses(FEATURES, torch.ones(2, 1, 2)), by_hand().losses(FEATURES))
+
+
+def test_weights_of_a_coarser_grid_reach_the_drawn_patches():
+    detector = SimpleNet([6], (8, 8), patches=10).eval()
+    features = [torch.randn(3, 6, 8, 8)]
+    whole = detector.losses(features)
+    weights = torch.ones(3, 2, 2)
+    weights[1] = 0  # a picture without any weight, four patches of one that counts
+    weights[2, 0, 0] = 0
+    torch.manual_seed(0)
+    losses = detector.losses(features, weights)
+    assert losses[1] == 0
+    assert whole[1] > 0
+    torch.manual_seed(0)
+    assert losses[2] < detector.losses(features)[2]
 
 
 def test_the_first_of_a_pair_is_the_loss():

@@ -12,9 +12,9 @@ from comet_meta.vision.picture_prior import memory_prior
 class Recorder(MemoryScorer):
     """Remembers the features that it scored."""
 
-    def __call__(self, features):
+    def score_parts(self, features):
         self.shape = tuple(features.shape)
-        return super().__call__(features)
+        return super().score_parts(features)
 
 
 @pytest.mark.parametrize(

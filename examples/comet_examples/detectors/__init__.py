@@ -23,8 +23,12 @@ class Detector(Protocol):
         """Learn what must be known of the training set before training."""
         ...
 
-    def losses(self, features: Sequence[Tensor]) -> Tensor:
-        """Per-sample training losses, shape (B,)."""
+    def losses(self, features: Sequence[Tensor], part_weights: Tensor | None = None) -> Tensor:
+        """Per-sample training losses, shape (B,).
+
+        ``part_weights`` (B, rows, columns), on any grid, multiply the losses of the pictures'
+        patches before they are averaged; None where all count alike.
+        """
         ...
 
     def scores(self, features: Sequence[Tensor]) -> Tensor:
@@ -44,7 +48,7 @@ class Detector(Protocol):
 class Exposable(Protocol):
     """A detector that also learns from samples that are taken to be bad. Being one is optional."""
 
-    def loss_pairs(self, features: Sequence[Tensor]) -> Tensor:
+    def loss_pairs(self, features: Sequence[Tensor], part_weights: Tensor | None = None) -> Tensor:
         """Losses of the samples taken as normal, and taken as anomalous, shape (2, B)."""
         ...
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 from typing_extensions import override
 
-from comet_examples.detectors.maps import image_scores, smooth_maps
+from comet_examples.detectors.maps import at_grid, image_scores, smooth_maps
 from comet_meta.vision.features import PyramidFeatures
 from comet_meta.vision.statistics import FeatureScaler
 
@@ -197,18 +197,20 @@ class FastFlow(nn.Module):
         """
         self.scaler.fit(batches)
 
-    def losses(self, features: Sequence[Tensor]) -> Tensor:
+    def losses(self, features: Sequence[Tensor], part_weights: Tensor | None = None) -> Tensor:
         """Negative log-likelihood of each picture, in nats per feature value.
 
         Args:
             features: Levels (B, C, h, w), finest first.
+            part_weights: Weights of the pictures' patches, on any grid, (B, rows, columns); None
+                where all count alike.
 
         Returns:
             Losses, shape (B,).
         """
-        return self._nats(self._latents(features))
+        return self._nats(self._latents(features), part_weights)
 
-    def loss_pairs(self, features: Sequence[Tensor]) -> Tensor:
+    def loss_pairs(self, features: Sequence[Tensor], part_weights: Tensor | None = None) -> Tensor:
         """Losses of pictures taken as normal, and taken as anomalous.
 
         Of an anomalous picture only a part shows it: the loss asks for a score (half a mean square,
@@ -216,13 +218,14 @@ class FastFlow(nn.Module):
 
         Args:
             features: Levels (B, C, h, w), finest first.
+            part_weights: As in :meth:`losses`, for the pictures taken as normal.
 
         Returns:
             Losses, shape (2, B).
         """
         latents = self._latents(features)
         short = [self._shortfall(_energy(z).flatten(1)) for z, _ in latents]
-        return torch.stack([self._nats(latents), torch.stack(short).mean(dim=0)])
+        return torch.stack([self._nats(latents, part_weights), torch.stack(short).mean(dim=0)])
 
     def level_scores(self, features: Sequence[Tensor]) -> list[Tensor]:
         """Anomaly scores by position.
@@ -262,10 +265,14 @@ class FastFlow(nn.Module):
         return F.relu(_EXPOSED_SCORE - highest).mean(dim=1)
 
     @staticmethod
-    def _nats(latents: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-        nats = [
-            -_log_likelihood(z, log_determinant).sum(dim=(1, 2)) for z, log_determinant in latents
-        ]
+    def _nats(latents: Sequence[tuple[Tensor, Tensor]], part_weights: Tensor | None) -> Tensor:
+        nats = []
+        for z, log_determinant in latents:
+            of_position = -_log_likelihood(z, log_determinant)
+            if part_weights is not None:
+                grid = of_position.shape[-2:]
+                of_position = of_position * at_grid(part_weights, grid).to(of_position)
+            nats.append(of_position.sum(dim=(1, 2)))
         return torch.stack(nats).sum(dim=0) / sum(z[0].numel() for z, _ in latents)
 
     def optimizers(self) -> list[Optimizer]:

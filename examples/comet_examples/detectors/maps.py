@@ -1,6 +1,7 @@
 """From the scores of patches to those of pictures and to anomaly maps."""
 
 import math
+from collections.abc import Sequence
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,6 +20,21 @@ def image_scores(patch_scores: Tensor, top: int) -> Tensor:
     """
     patches = patch_scores.flatten(1)
     return patches.topk(min(top, patches.shape[1]), dim=1).values.mean(dim=1)
+
+
+def at_grid(part_weights: Tensor, grid: Sequence[int]) -> Tensor:
+    """Weights of patches on the grid of a detector's losses.
+
+    Args:
+        part_weights: Shape (B, rows, columns), in [0, 1].
+        grid: Height h and width w, in positions.
+
+    Returns:
+        Weights, shape (B, h, w); each position has that of the patch in which its centre lies.
+    """
+    return F.interpolate(part_weights.unsqueeze(1), size=tuple(grid), mode="nearest-exact").squeeze(
+        1
+    )
 
 
 def smooth_maps(patch_scores: Tensor, size: tuple[int, int], blur_sigma: float) -> Tensor:

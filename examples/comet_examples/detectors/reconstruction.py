@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from typing_extensions import override
 
-from comet_examples.detectors.maps import image_scores, smooth_maps
+from comet_examples.detectors.maps import at_grid, image_scores, smooth_maps
 from comet_meta.vision.features import PyramidFeatures
 from comet_meta.vision.statistics import FeatureScaler
 
@@ -96,17 +96,21 @@ class Reconstruction(nn.Module):
         """
         self.scaler.fit(batches)
 
-    def losses(self, features: Sequence[Tensor]) -> Tensor:
+    def losses(self, features: Sequence[Tensor], part_weights: Tensor | None = None) -> Tensor:
         """Mean cosine distance of each picture, over levels and positions.
 
         Args:
             features: Levels (B, C, h, w), finest first.
+            part_weights: Weights of the pictures' patches, on any grid, (B, rows, columns); None
+                where all count alike.
 
         Returns:
             Losses, shape (B,), in [0, 2].
         """
-        distances = [level.mean(dim=(1, 2)) for level in self.distances(features)]
-        return torch.stack(distances).mean(dim=0)
+        distances = self.distances(features)
+        if part_weights is not None:
+            distances = [d * at_grid(part_weights, d.shape[-2:]).to(d) for d in distances]
+        return torch.stack([d.mean(dim=(1, 2)) for d in distances]).mean(dim=0)
 
     def distances(self, features: Sequence[Tensor]) -> list[Tensor]:
         """Cosine distances between the features and their reconstruction, by position.

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Adam, AdamW, Optimizer
 
-from comet_examples.detectors.maps import image_scores, smooth_maps
+from comet_examples.detectors.maps import at_grid, image_scores, smooth_maps
 from comet_meta.vision.features import PatchFeatures
 from comet_meta.vision.statistics import FeatureScaler
 
@@ -102,18 +102,21 @@ class SimpleNet(nn.Module):
         if self.standardize:
             self.scaler.fit(batches)
 
-    def losses(self, features: Sequence[Tensor]) -> Tensor:
+    def losses(self, features: Sequence[Tensor], part_weights: Tensor | None = None) -> Tensor:
         """Mean hinge loss over patches of each picture.
 
         Args:
             features: Patch features, one level (B, dim, h, w).
+            part_weights: Weights of the pictures' patches, on any grid, (B, rows, columns); None
+                where all count alike.
 
         Returns:
             Losses, shape (B,), >= 0.
         """
-        return self._hinge(*self._confidence(features))
+        real, fake, weights = self._confidence(features, part_weights)
+        return self._hinge(real, fake, weights)
 
-    def loss_pairs(self, features: Sequence[Tensor]) -> Tensor:
+    def loss_pairs(self, features: Sequence[Tensor], part_weights: Tensor | None = None) -> Tensor:
         """Losses of pictures taken as normal, and taken as anomalous.
 
         Of an anomalous picture only a part shows it: the loss asks for D < -margin on the
@@ -121,14 +124,15 @@ class SimpleNet(nn.Module):
 
         Args:
             features: Patch features, one level (B, dim, h, w).
+            part_weights: As in :meth:`losses`, for the pictures taken as normal.
 
         Returns:
             Losses, shape (2, B), >= 0.
         """
-        real, fake = self._confidence(features)
+        real, fake, weights = self._confidence(features, part_weights)
         worst = real.topk(max(1, round(self.exposed * real.shape[1])), dim=1, largest=False).values
         anomalous = F.relu(self.margin + worst).mean(dim=1)
-        return torch.stack([self._hinge(real, fake), anomalous])
+        return torch.stack([self._hinge(real, fake, weights), anomalous])
 
     def patch_scores(self, features: Sequence[Tensor]) -> Tensor:
         """Anomaly scores of the patches.
@@ -172,24 +176,38 @@ class SimpleNet(nn.Module):
             return [adam]
         return [AdamW(self.adaptor.parameters(), lr=self.learning_rate / 2), adam]
 
-    def _confidence(self, features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """D of patches, and of the same with noise, (B, patches) each."""
-        adapted = self._adapted(features, self.patches)
+    def _confidence(
+        self, features: Sequence[Tensor], part_weights: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """D of patches, of the same with noise, and the patches' weights, (B, patches) each."""
+        (level,) = features
+        grid = [side // self.pool for side in level.shape[-2:]]
+        drawn = self._drawn(grid[0] * grid[1], level.device)
+        adapted = self._adapted(features, drawn)
         noisy = adapted + self.noise_std * torch.randn_like(adapted)
         # Both halves in one batch, so that batch norm can't tell them apart by their statistics.
         confidence: Tensor = self.discriminator(torch.cat([adapted, noisy]))
-        real, fake = confidence.reshape(2, len(features[0]), -1)
-        return real, fake
+        real, fake = confidence.reshape(2, len(level), -1)
+        if part_weights is None:
+            return real, fake, None
+        weights = at_grid(part_weights, grid).flatten(1).to(real)
+        return real, fake, weights if drawn is None else weights[:, drawn]
 
-    def _hinge(self, real: Tensor, fake: Tensor) -> Tensor:
-        return (F.relu(self.margin - real) + F.relu(self.margin + fake)).mean(dim=1)
+    def _drawn(self, count: int, device: torch.device) -> Tensor | None:
+        """The positions that a loss looks at; None for all of ``count``."""
+        if self.patches is None or self.patches >= count:
+            return None
+        return torch.randperm(count, device=device)[: self.patches]
 
-    def _adapted(self, features: Sequence[Tensor], patches: int | None = None) -> Tensor:
+    def _hinge(self, real: Tensor, fake: Tensor, weights: Tensor | None) -> Tensor:
+        losses = F.relu(self.margin - real) + F.relu(self.margin + fake)
+        return (losses if weights is None else weights * losses).mean(dim=1)
+
+    def _adapted(self, features: Sequence[Tensor], drawn: Tensor | None = None) -> Tensor:
         """Adapted features of all patches, (B * h * w, dim), or of some positions."""
         (level,) = features
         positions = F.avg_pool2d(level, self.pool).flatten(2)
-        if patches is not None and patches < positions.shape[-1]:
-            drawn = torch.randperm(positions.shape[-1], device=level.device)[:patches]
+        if drawn is not None:
             positions = positions[..., drawn]
         # Scaled last: only a few of the positions may be left. Without standardisation the scaler
         # is the identity that checks the shape.

@@ -3,7 +3,7 @@
 ``by="losses"`` evaluates the loss module sample by sample. The network's weights are random, which
 changes no time. Needs the extra ``anomalib``.
 
-    python benchmarks/anomalib_cost.py --batch 8 --steps 10
+    python benchmarks/cost/anomalib_cost.py --batch 8 --steps 10
 """
 
 import argparse

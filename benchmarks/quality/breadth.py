@@ -10,16 +10,19 @@ part holds:
 - ``0.1`` (any share): as many of its anomalies as make up that share, where there are enough.
 
 The detectors train in a plain loop of 600 steps. ``comet`` is the library's default with the prior
-of ``RowScorer``; ``comet@rate`` is told the share of anomalies; ``comet-own`` has no prior and
-refits on the model's own scores. Rivals: ``trim-prior@rate`` and ``trim-own@rate`` leave out the
-highest scores of the prior or the model at the true rate, ``trim-own@0.1`` at a guessed one,
+of ``RowScorer``, by value where the loss is a mean over the values of a row (autoencoder);
+``comet@rate`` is told the share of anomalies; ``comet-rows`` weights whole rows alone;
+``comet-own`` has no prior and refits on the model's own scores. Rivals: ``trim-prior@rate`` and
+``trim-own@rate`` leave out the highest scores of the prior or the model at the true rate,
+``trim-own@0.1`` at a guessed one,
 ``forest@rate`` those of an isolation forest, ``folding@rate`` those of detectors trained on fifths
 of the data and applied to the rest (after McIntosh and Albu, 2026), ``retrain`` those above the
 fence of a box plot of the scores of a first training.
 
 Every run becomes a line of ``--out``; the same command goes on where it stopped, and several
 processes may share the work (``--shard 1/4``). Then it prints a table for each condition, with
-intervals by bootstrap over *sets*, and draws a picture with a dot for each set.
+intervals by bootstrap over *sets*. ``--page`` writes a page with all tables from the finished runs,
+and with ``--picture`` a dot for each set; without ``--folder`` nothing is run.
 """
 
 import argparse
@@ -30,6 +33,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from breadth_page import draw, summaries, write_page
 from comet_examples.report import table
 from numpy.typing import NDArray
 from runs import Figures, Runs
@@ -58,10 +62,14 @@ class AutoEncoder(nn.Module):
             *(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, dim)),
         )
 
+    def part_losses(self, rows: Tensor) -> Tensor:
+        """Squared error of each value, (B, C)."""
+        error: Tensor = (self.layers(rows) - rows).square()
+        return error
+
     def losses(self, rows: Tensor) -> Tensor:
         """Mean squared error of each row, (B,)."""
-        error: Tensor = (self.layers(rows) - rows).square().mean(dim=1)
-        return error
+        return self.part_losses(rows).mean(dim=1)
 
 
 class DeepSVDD(nn.Module):
@@ -159,12 +167,24 @@ def trained(
                 batches.pop()
         index = batches.pop()
         optimizer.zero_grad()
-        objective = optimizer.objective(model.losses(task.train[index]), index)
+        objective = optimizer.objective(losses_of(model, task.train[index], weighter, index), index)
         objective.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         if refit and weighter is not None and (step + 1) % REFIT_EVERY == 0:
             weighter.fit(scored(model, task.train))
     return model
+
+
+def losses_of(
+    model: AutoEncoder | DeepSVDD,
+    rows: Tensor,
+    weighter: SoftConfidentWeighter | None,
+    index: Tensor,
+) -> Tensor:
+    """Losses (B,), of weighted values where there are weights of values."""
+    if isinstance(model, AutoEncoder) and weighter is not None and weighter.has_parts:
+        return (weighter.part_weights(index) * model.part_losses(rows)).mean(dim=1)
+    return model.losses(rows)
 
 
 @torch.no_grad()
@@ -209,21 +229,28 @@ def folding(task: Task, detector: str) -> Tensor:
     return ranks
 
 
-def with_prior(task: Task, **options: Any) -> SoftConfidentWeighter:
-    """A weighter with the prior of the rows."""
-    return SoftConfidentWeighter(prior=RowScorer(seed=task.seed)(task.train), **options)
+def with_prior(task: Task, detector: str, **options: Any) -> SoftConfidentWeighter:
+    """A weighter with the prior of the rows, and of their values where losses come by value."""
+    scores, value_scores = RowScorer(seed=task.seed).score_parts(task.train)
+    parts = value_scores if DETECTORS[detector] is AutoEncoder else None
+    return SoftConfidentWeighter(prior=scores, part_prior=parts, **options)
 
 
 Method = Callable[[Task, str], tuple[AutoEncoder | DeepSVDD, SoftConfidentWeighter | None]]
 
 
 def _comet(task: Task, detector: str) -> tuple[Any, SoftConfidentWeighter]:
-    weighter = with_prior(task)
+    weighter = with_prior(task, detector)
     return trained(task, detector, weighter), weighter
 
 
 def _comet_rate(task: Task, detector: str) -> tuple[Any, SoftConfidentWeighter]:
-    weighter = with_prior(task, contamination=min(task.rate, 0.49))
+    weighter = with_prior(task, detector, contamination=min(task.rate, 0.49))
+    return trained(task, detector, weighter), weighter
+
+
+def _comet_rows(task: Task, detector: str) -> tuple[Any, SoftConfidentWeighter]:
+    weighter = SoftConfidentWeighter(prior=RowScorer(seed=task.seed)(task.train))
     return trained(task, detector, weighter), weighter
 
 
@@ -251,6 +278,7 @@ METHODS: dict[str, Method] = {
     ),
     "comet": _comet,
     "comet@rate": _comet_rate,
+    "comet-rows": _comet_rows,
     "comet-own": _comet_own,
     "trim-prior@rate": lambda task, detector: (
         trained(task, detector, rows=kept_by(task, RowScorer(seed=task.seed)(task.train))),
@@ -275,7 +303,7 @@ def judged(task: Task, detector: str, method: str) -> Figures:
     model, weighter = METHODS[method](task, detector)
     figures = {"AUROC": float(roc_auc_score(task.labels, scored(model, task.test).numpy()))}
     if weighter is not None:
-        weights = weighter.weights.numpy()
+        weights = weighter.mean_weights().numpy()
         figures |= {"mean weight": float(weights.mean()), "proven": weighter.contamination_.low}
         if task.bad.any():
             suspicion = weighter.ranking_scores().nan_to_num(nan=0).numpy()
@@ -283,90 +311,12 @@ def judged(task: Task, detector: str, method: str) -> Figures:
     return figures
 
 
-def interval(values: Array, statistic: Callable[[Array], float]) -> str:
-    """A statistic over sets with its 95 % bootstrap interval."""
-    random = np.random.default_rng(0)
-    draws = [statistic(values[random.integers(len(values), size=len(values))]) for _ in range(2000)]
-    low, high = np.nanquantile(draws, [0.025, 0.975])
-    return f"{statistic(values):.3f} ({low:.3f} to {high:.3f})"
-
-
-def by_set(runs: Runs, detector: str, condition: str, method: str, name: str) -> dict[str, float]:
-    """Means over seeds, by set."""
-    found: dict[str, list[float]] = {}
-    for run in runs:
-        key = run["key"]
-        if (key["detector"], key["condition"], key["method"]) == (detector, condition, method):
-            found.setdefault(key["set"], []).append(run["figures"].get(name, np.nan))
-    return {name: float(np.mean(values)) for name, values in found.items()}
-
-
-def summary_row(runs: Runs, detector: str, condition: str, method: str) -> dict[str, str] | None:
-    """A row of the summary; None where runs are missing."""
-    plain = by_set(runs, detector, condition, "plain", "AUROC")
-    oracle = by_set(runs, detector, condition, "oracle", "AUROC")
-    ours = by_set(runs, detector, condition, method, "AUROC")
-    judged_sets = plain if condition == "clean" else oracle
-    sets = sorted(plain.keys() & ours.keys() & judged_sets.keys())
-    if not sets:
-        return None
-    gains = np.array([ours[name] - plain[name] for name in sets])
-    row = {
-        "detector": detector,
-        "training set": condition,
-        "method": method,
-        "sets": str(len(sets)),
-        "AUROC": f"{np.mean([ours[name] for name in sets]):.3f}",
-        "gain over plain": interval(gains, np.mean),
-        "losses > .005": str(int((gains < -0.005).sum())),
-        "worst": f"{gains.min():+.3f} {sets[int(gains.argmin())]}",
-    }
-    if condition != "clean":
-        room = np.array([oracle[name] - plain[name] for name in sets])
-        pairs = np.stack([gains, room], axis=1)
-        row["gap recovered"] = interval(pairs, lambda p: float(p[:, 0].mean() / p[:, 1].mean()))
-        wide = room > 0.02
-        row["median of sets"] = f"{np.median(gains[wide] / room[wide]):.2f}" if wide.any() else ""
-    weights = by_set(runs, detector, condition, method, "mean weight")
-    if weights:
-        row["mean weight, least"] = (
-            f"{np.mean([*weights.values()]):.3f}, {min(weights.values()):.3f}"
-        )
-    return row
-
-
-def draw(runs: Runs, detectors: list[str], conditions: list[str], file: Path) -> None:
-    """One dot a set: plain against CoMet."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    size = (3.4 * len(conditions), 3.4 * len(detectors))
-    figure, axes = plt.subplots(len(detectors), len(conditions), squeeze=False, figsize=size)
-    for detector, line in zip(detectors, axes, strict=True):
-        for condition, axis in zip(conditions, line, strict=True):
-            plain = by_set(runs, detector, condition, "plain", "AUROC")
-            for method, colour in (("comet", "tab:blue"), ("comet@rate", "tab:orange")):
-                ours = by_set(runs, detector, condition, method, "AUROC")
-                sets = sorted(plain.keys() & ours.keys())
-                x, y = [plain[name] for name in sets], [ours[name] for name in sets]
-                axis.scatter(x, y, s=14, color=colour, label=method)
-            axis.plot([0, 1], [0, 1], color="grey", linewidth=0.8)
-            axis.set(xlim=(0.2, 1.02), ylim=(0.2, 1.02), title=f"{detector}, {condition}")
-            axis.set(xlabel="AUROC, plain", ylabel="AUROC, CoMet")
-    axes[0][0].legend(loc="lower right", fontsize=8)
-    figure.tight_layout()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=110)
-
-
 def main() -> None:
-    """Run what is missing, then print the tables."""
+    """Run what is missing, then print the tables and write the page."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--folder", type=Path, required=True, help="with .npz tables, at any depth")
+    parser.add_argument("--folder", type=Path, help="with .npz tables, at any depth")
     parser.add_argument("--detectors", nargs="+", choices=DETECTORS, default=list(DETECTORS))
     parser.add_argument("--conditions", nargs="+", default=["as-is", "clean"])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
@@ -376,7 +326,25 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="8 sets, seed 0, four methods")
     parser.add_argument("--out", type=Path, default=Path("docs/results/breadth.jsonl"))
     parser.add_argument("--picture", type=Path, help="a PNG with one dot a set")
+    parser.add_argument("--page", type=Path, help="a Markdown page with all tables")
     options = parser.parse_args()
+    runs = Runs(options.out)
+    if options.folder:
+        run_missing(parser, options, runs)
+    finished = list(runs)
+    if not finished:
+        parser.error(f"no finished runs in {options.out}: give --folder, so that there will be")
+    for condition in options.conditions:
+        print(f"\nTraining sets {condition}\n")
+        print(table(summaries(finished, options.detectors, condition, options.methods)))
+    if options.picture:
+        draw(finished, options.detectors, options.conditions, options.picture)
+    if options.page:
+        write_page(finished, DETECTORS, METHODS, options.page, options.picture)
+
+
+def run_missing(parser: argparse.ArgumentParser, options: argparse.Namespace, runs: Runs) -> None:
+    """Run what isn't finished."""
     files = sorted(options.folder.rglob("*.npz"), key=lambda file: file.stem)
     if not files:
         parser.error(f"no .npz below {options.folder}; expected tables with X and y as in ADBench")
@@ -387,7 +355,6 @@ def main() -> None:
         files = files[options.half == "b" :: 2]
     part, parts = (int(number) for number in options.shard.split("/"))
     torch.set_num_threads(1)
-    runs = Runs(options.out)
     finished = {tuple(sorted(run["key"].items())) for run in runs}
     for file in files[part - 1 :: parts]:
         for condition in options.conditions:
@@ -410,18 +377,6 @@ def main() -> None:
                         }
                         if tuple(sorted(key.items())) not in finished:
                             runs.add(key, judged(task, detector, method))
-    rows = [
-        row
-        for detector in options.detectors
-        for condition in options.conditions
-        for method in options.methods
-        if (row := summary_row(runs, detector, condition, method)) is not None
-    ]
-    for condition in options.conditions:
-        print(f"\nTraining sets {condition}\n")
-        print(table([row for row in rows if row["training set"] == condition]))
-    if options.picture:
-        draw(runs, options.detectors, options.conditions, options.picture)
 
 
 if __name__ == "__main__":

@@ -1,26 +1,21 @@
 """The method with parts switched off, and with other scores to weight by."""
 
 import itertools
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Literal, cast, get_args
+from typing import Literal, cast
 
 import torch
-import torch.nn.functional as F
 from comet_examples.detectors import Detector, FastFlow, SimpleNet
-from comet_examples.training import FeatureRows, TrainingSettings, train, wrap
-from grid import Trial, Variant, trained, weighting_figures
-from rivals import judged
+from comet_examples.training import FeatureRows, TrainingSettings, wrap
+from grid import Trial, Variant, trained
 from runs import Figures
 from timed import TimedWeighter
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from comet_meta import (
     CoMetOptimizerWrapper,
     CovarianceMetaRegularizer,
-    MemoryScorer,
     SoftConfidentWeighter,
 )
 from comet_meta.meta.step import MetaMode
@@ -74,82 +69,7 @@ def relative_strength(detector: Detector, data: FeatureRows) -> float:
     return abs(float(loss)) / square
 
 
-class Patchwise(nn.Module):
-    """SimpleNet whose likely bad pictures keep their least anomalous patches as normal ones.
-
-    The second of a pair of losses is the first without the patches that the detector finds the
-    most anomalous, as many as it would expose: with an exposure of 1 the objective has weight 1 for
-    all other patches, and the weight of the picture for these.
-
-    Args:
-        detector: What to train.
-    """
-
-    def __init__(self, detector: SimpleNet) -> None:
-        super().__init__()
-        self.detector = detector
-
-    def fit_statistics(self, batches: Iterable[Sequence[Tensor]]) -> None:
-        """Learn what the detector must know before training."""
-        self.detector.fit_statistics(batches)
-
-    def losses(self, features: Sequence[Tensor]) -> Tensor:
-        """Those of the detector, shape (B,)."""
-        return self.detector.losses(features)
-
-    def loss_pairs(self, features: Sequence[Tensor]) -> Tensor:
-        """Losses over all patches, and over the least anomalous alone, shape (2, B)."""
-        real, fake = self.detector._confidence(features)
-        by_patch = F.relu(self.detector.margin - real) + F.relu(self.detector.margin + fake)
-        patches = real.shape[1]
-        kept = real.topk(patches - round(self.detector.exposed * patches), dim=1).indices
-        return torch.stack([by_patch.mean(dim=1), by_patch.gather(1, kept).sum(dim=1) / patches])
-
-    def scores(self, features: Sequence[Tensor]) -> Tensor:
-        """Those of the detector, shape (B,)."""
-        return self.detector.scores(features)
-
-    def maps(self, features: Sequence[Tensor]) -> Tensor:
-        """Those of the detector, shape (B, H, W)."""
-        return self.detector.maps(features)
-
-    def optimizers(self) -> list[Optimizer]:
-        """Those of the detector."""
-        return self.detector.optimizers()
-
-
-def patchwise(trial: Trial) -> Figures:
-    """The examples' ``"comet"`` with weights by patch, see :class:`Patchwise`."""
-    experiment = trial.experiment
-
-    def build() -> Detector:
-        detector = experiment.build()
-        if not isinstance(detector, SimpleNet):
-            raise TypeError(f"{type(detector).__name__} has no losses of patches")
-        return Patchwise(detector)
-
-    def optimizer_for(
-        detector: Detector, data: FeatureRows, _: TrainingSettings
-    ) -> CoMetOptimizerWrapper:
-        weighter = SoftConfidentWeighter(prior=memory_prior(data.batches(), len(data)))
-        model = cast("nn.Module", detector)
-        return CoMetOptimizerWrapper(
-            detector.optimizers(), weighter=weighter, exposure=1.0, model=model
-        )
-
-    training = train(
-        build,
-        experiment.rows(trial.split.train),
-        as_comet(trial).settings,
-        device=experiment.device,
-        wrap=optimizer_for,
-    )
-    weighter = cast("SoftConfidentWeighter", training.optimizer.weighter)
-    return judged(trial, training.detector) | weighting_figures(weighter, trial.bad)
-
-
 def chosen(
-    scorer: MemoryScorer | None = None,
     *,
     contamination: float | Literal["auto"] | None = "auto",
     exposure: float = 0.5,
@@ -157,7 +77,6 @@ def chosen(
     """The examples' ``"comet"`` with other settings.
 
     Args:
-        scorer: Makes the prior.
         contamination: What the weighter is told; None for the true share.
         exposure: What losses of likely bad pictures taken as anomalous count.
     """
@@ -168,7 +87,7 @@ def chosen(
         def optimizer_for(
             detector: Detector, data: FeatureRows, _: TrainingSettings
         ) -> CoMetOptimizerWrapper:
-            prior = memory_prior(data.batches(), len(data), scorer)
+            prior = memory_prior(data.batches(), len(data))
             return CoMetOptimizerWrapper(
                 detector.optimizers(),
                 weighter=SoftConfidentWeighter(prior=prior, contamination=told),
@@ -186,8 +105,6 @@ def scored(
     *,
     prior: bool = True,
     start: float = 1,
-    every: int = 1,
-    momentum: float = 0.0,
 ) -> Variant:
     """The examples' ``"comet"``, weighted by the model's own scores, or their mean with the prior.
 
@@ -195,8 +112,6 @@ def scored(
         score: Takes the place of the detector's score of a picture.
         prior: Whether the prior from frozen features counts; it decides until the first fit.
         start: First epoch after which the model's own scores count.
-        every: Epochs from one fit of the weights to the next.
-        momentum: Share of an earlier score that stays.
     """
 
     def optimizer_for(
@@ -208,9 +123,7 @@ def scored(
             own = _scores(detector, data, score or _score)
             return own if memory is None else (standardize(own) + memory) / 2
 
-        weighter = TimedWeighter(
-            len(data), start=start, every=every, source=source, momentum=momentum
-        )
+        weighter = TimedWeighter(len(data), start=start, source=source)
         if memory is not None:
             SoftConfidentWeighter.fit(weighter, memory)
         return CoMetOptimizerWrapper(
@@ -226,12 +139,14 @@ def as_comet(trial: Trial) -> Trial:
 
 
 def _grid() -> dict[str, Variant]:
-    """Every combination of the parts, but the plain training that all of them off is."""
+    """Weights, mldg and penalty, on or off; not plain training, nor the weights alone (comet)."""
     found: dict[str, Variant] = {}
-    metas: tuple[MetaMode, ...] = get_args(MetaMode)
+    metas: tuple[MetaMode, ...] = ("none", "mldg")
     for weights, meta, penalty in itertools.product((False, True), metas, (0.0, _PENALTY)):
-        names = ["weights"] * weights + [meta] * (meta != "none") + ["penalty"] * (penalty > 0)
-        if names:
+        if meta != "none" or penalty > 0:
+            names = (
+                ["weights"] * weights + ["mldg"] * (meta == "mldg") + ["penalty"] * (penalty > 0)
+            )
             found["+".join(names)] = parts(weights, meta, penalty)
     return found
 
@@ -258,27 +173,16 @@ def _scores(detector: Detector, data: FeatureRows, score: Score) -> Tensor:
 
 
 GRID = _grid()
-_CHANGES: dict[str, dict[str, Any]] = {
-    "loss": {"score": _loss},
-    "mean": {"score": _mean},
-    "warmup4": {"start": 4},
-    "warmup8": {"start": 8},
-    "every2": {"every": 2},
-    "every4": {"every": 4},
-    "momentum": {"momentum": 0.5},
-}
 # The model's own scores without the prior, and their mean with it.
 SCORES: dict[str, Variant] = {
-    f"{source}+{change}" if change else source: scored(prior=source == "both", **options)
-    for source in ("own", "both")
-    for change, options in {"": {}, **_CHANGES}.items()
+    "own": scored(prior=False),
+    "own+loss": scored(_loss, prior=False),
+    "own+mean": scored(_mean, prior=False),
+    "own+warmup4": scored(prior=False, start=4),
+    "both": scored(),
 }
 CHOICES: dict[str, Variant] = {
     "no-exposure": chosen(exposure=0.0),
-    "exposure-1": chosen(exposure=1.0),
     "contamination@true": chosen(contamination=None),
-    "contamination@0.1": chosen(contamination=0.1),
     "false-alarm": chosen(contamination=0.2),
-    "one-product": chosen(MemoryScorer(scale=math.inf)),
-    "patches": patchwise,
 }

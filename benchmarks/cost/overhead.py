@@ -20,8 +20,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from cases import CASES, NUM_SAMPLES, Case
-from comet_examples.report import table
-from runs import machine
+from comet_examples.report import machine, table
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 

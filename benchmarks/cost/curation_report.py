@@ -1,6 +1,6 @@
 """Size of the curation report, and the time that writing it and opening it take.
 
-python benchmarks/curation_report.py --pictures 500 2000 10000
+python benchmarks/cost/curation_report.py --pictures 500 2000 10000
 
 Takes Chromium with its driver (Debian: chromium chromium-driver) and the package selenium.
 """
@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from comet_examples.report import machine
 from PIL import Image
-from runs import machine
 from selenium import webdriver
 
 from comet_meta import SoftConfidentWeighter

@@ -30,9 +30,8 @@ import torch
 from comet_examples.datasets import DATASETS, load_image
 from comet_examples.detectors.simplenet import SimpleNet
 from comet_examples.presets import preset_for
-from comet_examples.report import table
+from comet_examples.report import machine, table
 from comet_examples.training import FeatureRows, Method, TrainingSettings, train
-from runs import machine
 from torch import Tensor, nn
 from torch.optim import Adam
 

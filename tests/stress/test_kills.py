@@ -1,4 +1,4 @@
-"""A short version of benchmarks/kills.py."""
+"""A short version of kills.py."""
 
 import os
 import re
@@ -9,7 +9,7 @@ from pathlib import Path
 import kills
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "kills.py"
+SCRIPT = Path(__file__).with_name("kills.py")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="forks processes")

@@ -1,13 +1,12 @@
 """Finished runs of a benchmark: one JSON line each, and statistics over seeds."""
 
 import json
-import platform
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+from comet_examples.report import machine
 from scipy.stats import ttest_rel
 
 Figures = dict[str, float]
@@ -54,12 +53,6 @@ class Runs:
             for run in self
             if all(run["key"].get(name) == value for name, value in wanted.items())
         }
-
-
-def machine() -> str:
-    """What the figures were measured on."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
-    return f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
 def spread(values: Iterable[float], digits: int = 3) -> str:

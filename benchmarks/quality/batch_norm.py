@@ -1,6 +1,6 @@
 """What batch norm makes of samples of weight 0: in the batch, left out of it, or never drawn.
 
-    python benchmarks/batch_norm.py --seeds 10
+    python benchmarks/quality/batch_norm.py --seeds 10
 
 Rows on a plane, of which 20 % lie beside it; an autoencoder with batch norm; weights known, so that
 nothing but the way they are used differs. The figure is the AUROC of new rows on the plane against

@@ -9,7 +9,7 @@ last training found suspect.
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Literal, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from comet_meta import CoMetOptimizerWrapper, SoftConfidentWeighter
-from comet_meta.weights.rules import RuleName
 
 Pair = tuple[Tensor, Tensor]
 """Losses (B,) of pictures taken as normal, and taken as anomalous."""
@@ -74,8 +73,8 @@ def loss_pair(detector: Detector, features: Sequence[Tensor]) -> Pair:
     between latents and their mode; so L_a = 1 / mean(z^2), which is 1 for a typical normal picture.
     """
     if isinstance(detector, SimpleNet):
-        real, fake = detector._confidence(features)
-        return detector._hinge(real, fake), F.relu(detector.margin + real).mean(dim=1)
+        real, fake, _ = detector._confidence(features)
+        return detector._hinge(real, fake, None), F.relu(detector.margin + real).mean(dim=1)
     if isinstance(detector, FastFlow):
         scaled = detector.scaler(features)
         latents = [flow(x) for flow, x in zip(detector.flows, scaled, strict=True)]
@@ -118,7 +117,11 @@ class Exposed(nn.Module):
         """Learn what the detector must know before training."""
         self.detector.fit_statistics(levels[:-1] for levels in batches)
 
-    def losses(self, features: Sequence[Tensor]) -> Tensor:
+    def losses(
+        self,
+        features: Sequence[Tensor],
+        part_weights: Tensor | None = None,  # noqa: ARG002 - this rival has none
+    ) -> Tensor:
         """Mixed losses, shape (B,)."""
         normal, anomalous = self.pair(self.detector, features[:-1])
         y = self.labels[features[-1].flatten().long()]
@@ -181,14 +184,10 @@ def latent_outlier_exposure(label: float, rate: float | None) -> Variant:
     return run
 
 
-def filter_and_retrain(
-    rule: RuleName, contamination: float | Literal["auto"] = "auto", rounds: int = 3
-) -> Variant:
-    """Train anew without the pictures that the last training's scores make suspect.
+def filter_and_retrain(rounds: int = 3) -> Variant:
+    """Train anew without the pictures whose last scores lie above the fence of a box plot.
 
     Args:
-        rule: Weight below 1/2 is suspect: ``"hard"`` for a box plot's fence, or ``"trimmed"``.
-        contamination: Of the weighter, for ``"trimmed"``.
         rounds: Trainings in all, >= 2.
     """
 
@@ -205,7 +204,7 @@ def filter_and_retrain(
             )
             used = kept
             scores = own_scores(training.detector, experiment.rows(samples), experiment.device)
-            weighter = SoftConfidentWeighter(rule=rule, contamination=contamination)
+            weighter = SoftConfidentWeighter(rule="hard")
             weighter.fit(scores)
             kept = weighter.weights >= 0.5
         return judged(trial, training.detector) | curation_figures(

@@ -12,9 +12,8 @@ from comet_examples.detectors import DETECTORS
 from comet_examples.experiment import Experiment
 from comet_examples.metrics import image_metrics
 from comet_examples.presets import preset_for
-from comet_examples.report import table
+from comet_examples.report import machine, table
 from overhead import interleaved, quartiles
-from runs import machine
 from torch import Tensor
 
 from comet_meta.vision.backbones import load_backbone

@@ -1,6 +1,6 @@
 """Many steps of a small model: does memory grow, do file handles leak?
 
-    python benchmarks/endurance.py --steps 100000
+    python tests/stress/endurance.py --steps 100000
 
 Full steps (a meta-step, a regularizer, one bad sample in a thousand steps) in turn with drop-in
 steps, and a weighter that is refitted. Memory is read every hundredth of the way; the slope is
@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import psutil
 import torch
-from runs import machine
+from comet_examples.report import machine
 from torch import Tensor, nn
 
 from comet_meta import CoMetOptimizerWrapper, CovarianceMetaRegularizer, SoftConfidentWeighter

@@ -1,4 +1,4 @@
-"""A short version of benchmarks/endurance.py."""
+"""A short version of endurance.py."""
 
 import logging
 

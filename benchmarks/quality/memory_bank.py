@@ -1,11 +1,12 @@
 """What a user would pick instead of training: a memory of patches, and distances to it.
 
 *PatchCore* (Roth, Pemula, Zepeda, Schoelkopf, Brox, Gehler: Towards total recall in industrial
-anomaly detection, CVPR 2022) keeps a tenth of all patches, at random or by a greedy k-center
-choice. *SoftPatch* (Jiang et al.: SoftPatch, unsupervised anomaly detection with noisy data,
-NeurIPS 2022) first drops the patches with the highest local outlier factors and weights distances
-by the factors of the rest. The features are the detector's own: standardised, levels on the finest
-grid, averaged as the detector's preset averages them.
+anomaly detection, CVPR 2022) keeps a tenth of all patches, here drawn at random. *SoftPatch* (Jiang
+et al.: SoftPatch, unsupervised anomaly detection with noisy data, NeurIPS 2022) first drops the
+patches with the highest local outlier factors, keeps a tenth of the rest by a greedy k-center
+choice, and weights distances by their factors. The features are the detector's own: standardised,
+levels on the finest grid, averaged as the detector's preset averages them. A picture's score is the
+mean of its five most distant patches, as the detectors have it.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -26,7 +27,7 @@ from comet_meta.vision.statistics import FeatureScaler
 
 _SHARE = 0.1
 _PROJECTED = 128
-_NEIGHBOURS = 9
+_TOP = 5
 _BLUR = 4.0
 
 
@@ -75,13 +76,11 @@ class Patches:
         return F.avg_pool2d(torch.cat(resized, dim=1), self.pool).permute(0, 2, 3, 1)
 
 
-def memory_bank(choose: Choice, top: int | None = None) -> Variant:
+def memory_bank(choose: Choice) -> Variant:
     """A memory of the training set's patches.
 
     Args:
         choose: Makes it.
-        top: Patch scores that a picture's score is the mean of; None for the highest, re-weighted
-            as published where all patches have the same weight.
     """
 
     def run(trial: Trial) -> Figures:
@@ -94,7 +93,7 @@ def memory_bank(choose: Choice, top: int | None = None) -> Variant:
         patches.scaler.to(device)
         found = torch.cat([patches(levels) for levels in train.batches(device)])
         memory = choose(found.flatten(1, 2), trial.settings.seed)
-        scores, maps = _scored(test, patches, memory, top, experiment.map_size, device)
+        scores, maps = _scored(test, patches, memory, experiment.map_size, device)
         figures = experiment.judge(split, scores, maps)
         if memory.kept is not None and memory.outlier_factors is not None:
             figures |= curation_figures(
@@ -112,13 +111,8 @@ def random_memory(patches: Tensor, seed: int) -> Memory:
     points = patches.flatten(0, 1)
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randperm(len(points), generator=generator)[: _size(len(points))]
-    return _plain(points[drawn.to(points.device)])
-
-
-def greedy_memory(patches: Tensor, seed: int) -> Memory:
-    """A tenth of all patches, by :func:`greedy_coreset`."""
-    points = patches.flatten(0, 1)
-    return _plain(points[greedy_coreset(points, _size(len(points)), seed)])
+    chosen = points[drawn.to(points.device)]
+    return Memory(chosen, torch.ones(len(chosen), device=points.device))
 
 
 def soft_patch(patches: Tensor, seed: int, *, share: float = 0.15) -> Memory:
@@ -184,37 +178,11 @@ def greedy_coreset(points: Tensor, size: int, seed: int) -> Tensor:
     return chosen
 
 
-def published_scores(distances: Tensor, nearest: Tensor, patches: Tensor, memory: Tensor) -> Tensor:
-    """PatchCore's scores of pictures: the highest distance, lower where the memory is sparse.
-
-    With m the memory's nearest to the picture's farthest patch q, and N the 9 nearest to m (itself
-    included), the score is (1 - exp|q - m| / sum_N exp|q - n|) * |q - m|.
-
-    Args:
-        distances: Of the patches to their nearest, shape (B, P).
-        nearest: Its position in the memory, shape (B, P).
-        patches: Shape (B, P, C).
-        memory: Shape (M, C).
-
-    Returns:
-        Shape (B,).
-    """
-    rows = torch.arange(len(distances), device=distances.device)
-    highest, where = distances.max(dim=1)
-    query, match = patches[rows, where], memory[nearest[rows, where]]
-    apart = torch.cdist(match, memory, compute_mode="donot_use_mm_for_euclid_dist")
-    around = apart.topk(min(_NEIGHBOURS, len(memory)), dim=1, largest=False).indices
-    far = (query.unsqueeze(1) - memory[around]).norm(dim=2)
-    scores: Tensor = (1 - far.softmax(dim=1)[:, 0]) * highest
-    return scores
-
-
 @torch.no_grad()
 def _scored(
     data: FeatureRows,
     patches: Patches,
     memory: Memory,
-    top: int | None,
     map_size: tuple[int, int],
     device: str,
 ) -> tuple[Tensor, Tensor]:
@@ -225,23 +193,9 @@ def _scored(
         grid = found.shape[:3]
         plain, nearest = nearest_in(memory.patches, found.flatten(0, 2))
         distances = (plain * memory.weights[nearest]).reshape(grid)
-        if top is None and memory.kept is None:
-            scores.append(
-                published_scores(
-                    distances.flatten(1),
-                    nearest.reshape(len(found), -1),
-                    found.flatten(1, 2),
-                    memory.patches,
-                )
-            )
-        else:
-            scores.append(image_scores(distances, top or 1))
+        scores.append(image_scores(distances, _TOP))
         maps.append(smooth_maps(distances, map_size, _BLUR))
     return torch.cat(scores).cpu(), torch.cat(maps).cpu()
-
-
-def _plain(points: Tensor) -> Memory:
-    return Memory(points, torch.ones(len(points), device=points.device))
 
 
 def _size(points: int) -> int:

@@ -1,4 +1,4 @@
-"""A weighter that chooses when to refit, and what to."""
+"""A weighter that waits for its first fit, and may take its scores from elsewhere."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,16 +10,13 @@ from comet_meta import SoftConfidentWeighter
 
 
 class TimedWeighter(SoftConfidentWeighter):
-    """Takes in an epoch's scores only when they are due.
-
-    Until then the weights stay what they were.
+    """Keeps its weights until the epoch of its first fit.
 
     Args:
         num_samples: Size N of the training set.
         start: Epoch of the first fit, >= 1; ``math.inf`` for never.
-        every: Epochs from one fit to the next, >= 1.
         source: Makes the scores (N,) that take the place of those of the training loop.
-        **options: Of :class:`~comet_meta.SoftConfidentWeighter`.
+        **options: Those of :class:`~comet_meta.SoftConfidentWeighter`.
     """
 
     def __init__(
@@ -27,19 +24,17 @@ class TimedWeighter(SoftConfidentWeighter):
         num_samples: int,
         *,
         start: float = 1,
-        every: int = 1,
         source: Callable[[], Tensor] | None = None,
         **options: Any,
     ) -> None:
         super().__init__(num_samples, **options)
         self.start = start
-        self.every = every
         self.source = source
         self.epoch = 0
 
     @override
     def fit(self, scores: Tensor | None = None) -> None:
-        """Fit to the scores (N,) of an epoch if they are due."""
+        """Fit to the scores (N,) of an epoch, from epoch ``start`` on."""
         self.epoch += 1
-        if self.epoch >= self.start and (self.epoch - self.start) % self.every == 0:
+        if self.epoch >= self.start:
             super().fit(scores if self.source is None else self.source())

@@ -7,9 +7,8 @@ from typing import get_args
 
 import numpy as np
 import torch
-from comet_examples.report import table
+from comet_examples.report import machine, table
 from overhead import peak_bytes
-from runs import machine
 
 from comet_meta import SoftConfidentWeighter
 from comet_meta.weights.rules import RuleName

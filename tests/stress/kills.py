@@ -1,6 +1,6 @@
 """Kill trainings with kill -9 at random moments, resume them, and compare the bits.
 
-    python benchmarks/kills.py --kills 200
+    python tests/stress/kills.py --kills 200
 
 Each training (SimpleNet on made-up features, a checkpoint after every epoch) is killed at a moment
 drawn uniformly from its duration, resumed, killed once more in half of the cases, and resumed to
@@ -27,8 +27,8 @@ from typing import cast, get_args
 
 import torch
 from comet_examples.detectors import SimpleNet
+from comet_examples.report import machine
 from comet_examples.training import FeatureRows, Method, Training, TrainingSettings, train
-from runs import machine
 from torch import Tensor, nn
 from tqdm import tqdm
 
