@@ -1,4 +1,4 @@
-"""One object that knows the data of a training loop, and weighs its losses."""
+"""CoMet: a wrapper of the training loop's loader that weighs the loop's losses."""
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -25,35 +25,39 @@ Losses = Tensor | Mapping[str, Tensor]
 class CoMet:
     """Takes the place of a training loop's loader and weighs the loop's losses.
 
-    It yields the loader's own batches and remembers which samples they hold. ``loss`` makes of a
-    batch's losses the one to call ``backward()`` on. The training set is scored and the weights
-    are refitted once a round: an epoch, or ``every`` steps. Scoring goes over all samples in order,
-    whatever the loader shuffles or drops, in eval mode; every module's mode and all random numbers
-    are then as before.
+    1. Iterate over it: it yields the loader's batches and remembers the positions of their samples
+       in the data set.
+    2. Call ``loss`` with the losses of the batch, and ``backward()`` on its result.
+    3. After each round (an epoch, or ``every`` steps) it scores the whole training set and refits
+       the weights. Scoring reads all samples in order, also those that the loader drops, in eval
+       mode. Afterwards each module is in its earlier mode, and the random numbers of torch, NumPy
+       and Python continue as without scoring.
 
-    The optimizers stay the loop's own. Those that are named are kept from a step whose losses or
-    gradients are NaN or infinite because of a sample; several may share parameters and take turns.
+    The loop keeps its optimizers. An optimizer passed as ``optimizers`` doesn't step if a sample
+    made the losses or gradients NaN or infinite. Several optimizers may share parameters and take
+    turns.
 
     Args:
         loader: The loop's DataLoader over a map-style data set; it may be endless. With ``index``,
             any iterable of batches.
         optimizers: The loop's optimizer or optimizers.
-        scores: Anomaly scores of a batch: what the loader yields -> (B,), higher = more anomalous;
-            a list of B numbers will do. By default the losses of the training steps serve, at no
-            cost; but they come from a model that changes during the round.
-        model: The module or modules that ``scores`` uses. Not needed where ``scores`` is a method
-            of it, as ``model.scores`` is; ``[]`` for scores that see to the mode themselves.
-        index: Positions of a batch's samples, batch -> (B,), for streams and loaders whose order
-            isn't a DataLoader's. The losses then serve as scores.
-        weighter: Confidence in each sample; by default one with the default rule. With a prior its
-            weights hold from the first step, and nothing is refitted.
+        scores: Anomaly scores of a batch: what the loader yields -> (B,), higher = more anomalous,
+            as a tensor or a list. By default the losses of the training steps are the scores. They
+            cost nothing, but come from a model that changes during the round.
+        model: The module or modules that ``scores`` uses, to set them to eval mode. Not needed if
+            ``scores`` is a method of the module, as ``model.scores`` is. ``[]`` if ``scores`` sets
+            the mode itself.
+        index: Positions of a batch's samples in the data set, batch -> (B,), for streams and for
+            loaders that aren't DataLoaders. The losses are then the scores.
+        weighter: Weights of the samples; by default one with the default rule. With a prior its
+            weights hold from the first step, and are never refitted.
         regularizer: The penalty lambda(Sigma) ||theta||^2; without one there is none.
-        exposure: What the loss of a bad sample taken as anomalous counts, >= 0; see
+        exposure: Factor on the loss of a sample taken as anomalous, >= 0; see
             :class:`~comet_meta.CoMetOptimizerWrapper`.
-        warm_up: Rounds before the first weights, >= 1: they mean nothing before the model has
-            learned something.
-        every: Steps in a round, >= 1. By default a round is an epoch: a pass over the loader or,
-            where passes don't end, as many samples as the set has.
+        warm_up: Number of rounds before the first fit of the weights, >= 1. Scores of an untrained
+            model mean nothing.
+        every: Number of steps in a round, >= 1. By default a round is an epoch: a pass over the
+            loader, or as many samples as the set has if passes don't end.
 
     Attributes:
         weighter: The weighter: ``comet.weighter.weights`` are the weights (N,).
@@ -61,8 +65,8 @@ class CoMet:
         rounds: Number of rounds so far.
 
     Raises:
-        TypeError: If positions can't be known, or an optimizer isn't one that can be guarded.
-        ValueError: If an argument is out of range or doesn't go with another.
+        TypeError: If positions can't be known, or an object isn't a first-order torch optimizer.
+        ValueError: If an argument is out of range, or two arguments exclude each other.
 
     Example:
         >>> _ = torch.manual_seed(0)
@@ -109,8 +113,8 @@ class CoMet:
         self.models = _models(scores, model)
         size = None
         if index is None:
-            self._recording = RecordingLoader(loader)  # type: ignore[arg-type]
-            size = len(self._recording.dataset)  # type: ignore[arg-type]
+            self._recording_loader = RecordingLoader(loader)  # type: ignore[arg-type]
+            size = len(self._recording_loader.dataset)  # type: ignore[arg-type]
         elif scores is not None:
             raise ValueError(
                 "with index= there is no data set to score, so losses serve as scores: leave out "
@@ -130,16 +134,16 @@ class CoMet:
                 "neither the loader's length nor the number of samples is known, so no epoch ends: "
                 "pass every=, the number of steps between refits"
             )
-        self._gate = _Gate(_guarded(optimizers, self._guard))
+        self._permit = _StepPermit(_register_guard(optimizers, self._guard))
         self._wrapper = CoMetOptimizerWrapper(
-            self._gate, weighter=weighter, regularizer=regularizer, exposure=exposure
+            self._permit, weighter=weighter, regularizer=regularizer, exposure=exposure
         )
-        self._index: Tensor | None = None  # of the current batch
-        self._seen: list[tuple[Tensor, Tensor]] = []  # losses that serve as scores
-        self._steps = self._samples = 0  # of the round
-        self._stale = True  # whether the model has learned since it was scored
-        self._unguarded = False  # whether there are losses since the last look at the gradients
-        self._sums = torch.zeros(2)  # weighted losses and weights of the pass
+        self._index: Tensor | None = None  # positions of the current batch's samples
+        self._losses_as_scores: list[tuple[Tensor, Tensor]] = []  # positions and losses
+        self._steps = self._samples = 0  # in this round
+        self._model_changed = True  # since the set was scored
+        self._gradients_unchecked = False  # whether losses came since the last check
+        self._sums = torch.zeros(2)  # sum of weighted losses and sum of weights in this pass
 
     def __len__(self) -> int:
         """Number of batches in a pass."""
@@ -154,7 +158,7 @@ class CoMet:
     def __iter__(self) -> Iterator[Any]:
         """The loader's batches; between them, at the end of a round, the weights are refitted."""
         self._sums = torch.zeros(2)
-        for index, batch in self._pairs():
+        for index, batch in self._indexed_batches():
             if self._round_is_over():
                 self._end_round()
             self._index = index
@@ -162,7 +166,8 @@ class CoMet:
             self._samples += len(index) * distributed.world_size()
             yield batch
         self._index = None
-        # What a loader drops at the end of a pass doesn't count; a pass of a few batches does not.
+        # A pass is a round also where the loader drops samples at its end, but not if the loop
+        # left it after a few batches.
         passed = self._samples > 0 if self._size is None else 2 * self._samples > self._size
         if self._round_is_over() or (self.every is None and passed):
             self._end_round()
@@ -183,10 +188,10 @@ class CoMet:
 
     @property
     def epoch_loss(self) -> Tensor:
-        """Weighted mean of the losses of the current or last pass, divided by its weights, ().
+        """Weighted mean of the losses of the current or last pass: sum(w L) / sum(w), shape ().
 
-        Monitor this one: the loss that is minimised falls when weights fall. Reading it waits for
-        its device. NaN before the first batch, and where all weights were 0.
+        Monitor this one, because the loss that is minimised falls when weights fall. Reading it
+        waits for its device. NaN before the first batch, and where all weights are 0.
         """
         return self._sums[0] / self._sums[1]
 
@@ -200,15 +205,15 @@ class CoMet:
         """The current batch's loss, sum_i w_i L_i / B plus the penalty; call ``backward()`` on it.
 
         Args:
-            losses: Losses with their graph, of any shape that :func:`comet_meta.per_sample` takes:
+            losses: Losses with their graph, in any shape that :func:`comet_meta.per_sample` takes:
                 (B,), (B, P), (B, H, W), (B * P,), or a dictionary of such terms. Or a function from
-                rows of the batch, shape (R,), to their losses: it is called with the rows of weight
-                above 0, so that batch norm sees no others. A batch with fewer than two such rows is
-                then left out.
-            anomalous: The samples' losses if they are taken as anomalous, where the detector has
-                such a loss; see :class:`~comet_meta.CoMetOptimizerWrapper`.
-            index: Positions of the samples, shape (B,), where ``losses`` isn't of the batch drawn
-                last, as with a loop that reads ahead.
+                rows of the batch, shape (R,), to their losses: it is called with the rows whose
+                weight is above 0, so that batch norm sees no others. A batch with fewer than two
+                such rows is then left out.
+            anomalous: Losses of the samples taken as anomalous, if the detector has such a loss;
+                see :class:`~comet_meta.CoMetOptimizerWrapper`.
+            index: Positions of the samples in the data set, shape (B,), if ``losses`` don't belong
+                to the batch drawn last, as in a loop that reads ahead.
 
         Returns:
             The loss, shape ().
@@ -216,7 +221,7 @@ class CoMet:
         Raises:
             RuntimeError: If there's no current batch.
             TypeError: If losses aren't floating-point.
-            ValueError: If losses can't be told apart by sample.
+            ValueError: If losses can't be reduced to one per sample.
             IndexError: If a position lies outside the data set.
         """
         index = self.index if index is None else as_index(index, self._size)
@@ -227,46 +232,46 @@ class CoMet:
             if len(rows) < min(2, len(index)):
                 return torch.zeros((), requires_grad=True)
             own = per_sample(losses(rows), len(rows))
-            return self._objective(own, None, index[rows], share=len(rows) / len(index))
+            return self._objective(own, None, index[rows], factor=len(rows) / len(index))
         own = per_sample(losses, len(index))
         if anomalous is None:
             return self._objective(own, None, index)
         return self._objective(own, per_sample(anomalous, len(index)), index)
 
     def suspects(self, k: int | None = 20) -> Tensor:
-        """The training samples that fit in least, as the model sees them now.
+        """The most suspicious training samples.
 
-        The set is scored for it if the model has learned since it was scored last. Training isn't
-        touched.
+        The set is scored anew if the model has changed since the last scoring. The weights in
+        training don't change.
 
         Args:
-            k: How many; None for all.
+            k: Number of samples; None for all.
 
         Returns:
             Positions in the data set, most suspicious first, shape (min(k, N),).
         """
         weighter = self.weighter
-        if self.scores is not None and self._stale:
+        if self.scores is not None and self._model_changed:
             weighter = copy.deepcopy(weighter)
-            weighter.fit(self._collect())
+            weighter.fit(self._score_set())
         return weighter.ranking(k)
 
     def refit(self) -> None:
         """Score the set and refit the weights now."""
         if self.scores is not None:
-            self.weighter.fit(self._collect())
-            self._stale = False
-        elif self._seen:
-            index = torch.cat([index for index, _ in self._seen])
-            scores = torch.cat([losses for _, losses in self._seen]).cpu()
+            self.weighter.fit(self._score_set())
+            self._model_changed = False
+        elif self._losses_as_scores:
+            index = torch.cat([index for index, _ in self._losses_as_scores])
+            scores = torch.cat([losses for _, losses in self._losses_as_scores]).cpu()
             finite = scores.isfinite()
-            self._seen.clear()
+            self._losses_as_scores.clear()
             if finite.any():
                 self.weighter.update(index[finite], scores[finite])
             self.weighter.fit()
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs beside the model's and the optimizers' own states.
+        """The state of a run, without the states of model and optimizers.
 
         Returns:
             Tensors and plain containers only: ``torch.load(..., weights_only=True)`` reads it.
@@ -275,42 +280,42 @@ class CoMet:
         return {
             **{name: wrapper[name] for name in ("weighter", "regularizer", "generator")},
             "round": [self.rounds, self._steps, self._samples],
-            "seen": list(self._seen),
+            "seen": list(self._losses_as_scores),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` saved.
 
         Args:
-            state: From an object of the same make-up.
+            state: The saved state, from an object with the same parts.
         """
         parts = {name: state[name] for name in ("weighter", "regularizer", "generator")}
         self._wrapper.load_state_dict(self._wrapper.state_dict() | parts)
         self.rounds, self._steps, self._samples = state["round"]
-        self._seen = list(state["seen"])
-        self._stale = True
+        self._losses_as_scores = list(state["seen"])
+        self._model_changed = True
 
     def _objective(
-        self, own: Tensor, anomalous: Tensor | None, index: Tensor, *, share: float = 1.0
+        self, own: Tensor, anomalous: Tensor | None, index: Tensor, *, factor: float = 1.0
     ) -> Tensor:
-        """The objective of losses (B,), which are noted, and of which the rest of a batch is 0."""
+        """The objective of losses (B,), multiplied by a factor; records them as scores."""
         detached = own.detach()
         if own.requires_grad:
-            self._stale = self._unguarded = True
+            self._model_changed = self._gradients_unchecked = True
             if self.scores is None and self.rounds + 1 >= self.warm_up:
-                self._seen.append((index.cpu(), detached.float()))
+                self._losses_as_scores.append((index.cpu(), detached.float()))
         weights = self.weighter(index).to(detached)
         finite = detached.isfinite()
         sums = torch.stack([weights * detached.where(finite, 0), weights * finite]).sum(dim=1)
         self._sums = self._sums.to(sums) + sums
-        losses = own * share if anomalous is None else torch.stack([own, anomalous])
+        losses = own * factor if anomalous is None else torch.stack([own, anomalous])
         return self._wrapper.objective(losses, index)
 
-    def _pairs(self) -> Iterable[tuple[Tensor, Any]]:
+    def _indexed_batches(self) -> Iterable[tuple[Tensor, Any]]:
         if self.index_of is None:
-            return self._recording
-        of = self.index_of
-        return ((as_index(of(batch), self._size).cpu(), batch) for batch in self.loader)
+            return self._recording_loader
+        index_of = self.index_of
+        return ((as_index(index_of(batch), self._size).cpu(), batch) for batch in self.loader)
 
     def _round_is_over(self) -> bool:
         if self.every is not None:
@@ -320,11 +325,13 @@ class CoMet:
     def _end_round(self) -> None:
         self.rounds += 1
         self._steps = self._samples = 0
-        scored_for_nothing = self.scores is not None and self.weighter.prior is not None
-        if self.rounds >= self.warm_up and not scored_for_nothing:
+        # With a prior, scores don't change the weights: no scoring during training.
+        scores_unused = self.scores is not None and self.weighter.prior is not None
+        if self.rounds >= self.warm_up and not scores_unused:
             self.refit()
 
-    def _collect(self) -> Tensor:
+    def _score_set(self) -> Tensor:
+        """Anomaly scores of the whole training set, shape (N,)."""
         scores = self.scores
         if scores is None:
             raise RuntimeError("there are no scores= to score the set with")
@@ -335,32 +342,32 @@ class CoMet:
             )
 
     def _guard(self, optimizer: Optimizer, *_: Any) -> None:
-        """Take an optimizer's gradients away before a step that can't be taken."""
-        if self._unguarded:
-            self._gate.open = False
+        """Before an optimizer's step: clear its gradients if the step can't be taken."""
+        if self._gradients_unchecked:
+            self._permit.granted = False
             self._wrapper.step()
-            self._unguarded = False
-        if not self._gate.open:
+            self._gradients_unchecked = False
+        if not self._permit.granted:
             optimizer.zero_grad()
 
 
-class _Gate(Optimizer):
-    """An optimizer that notes that a step may be taken; the loop's own take it."""
+class _StepPermit(Optimizer):
+    """A stand-in that the wrapper steps: it records that the loop's optimizers may step."""
 
     def __init__(self, parameters: list[Tensor]) -> None:
         super().__init__([{"params": parameters}], {})
-        self.open = True
+        self.granted = True
 
     @override
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Leave parameters and gradients as they are."""
-        self.open = True
+        """Record the permission; parameters and gradients stay as they are."""
+        self.granted = True
 
 
-def _guarded(
+def _register_guard(
     optimizers: Optimizer | Sequence[Optimizer], guard: Callable[..., None]
 ) -> list[Tensor]:
-    """Have a function called before each step of the optimizers; their parameters, each once."""
+    """Call ``guard`` before each step of the optimizers. Returns their parameters, each once."""
     optimizers = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
     for optimizer in optimizers:
         if not isinstance(optimizer, Optimizer):

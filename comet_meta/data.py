@@ -1,4 +1,4 @@
-"""Loader helpers: batches that know which samples they hold, and the scores of a whole set."""
+"""Helpers for loaders: positions of the samples in a batch, and scores of a whole data set."""
 
 import logging
 from collections.abc import Callable, Iterable, Sequence, Sized
@@ -19,8 +19,8 @@ def as_index(index: Tensor | Sequence[int], num_samples: int | None = None) -> T
 
     Args:
         index: Positions of the samples in the data set, shape (B,), integers in [0, num_samples).
-        num_samples: Size of the data set, or None where it isn't known. The range is checked only
-            for an index on the CPU, where looking at it costs no device synchronisation.
+        num_samples: Size of the data set, or None if it isn't known. The range is checked only on
+            the CPU, because elsewhere the check would wait for the device.
 
     Returns:
         The indices (B,) as int64, on the device they came on.
@@ -60,10 +60,10 @@ def as_index(index: Tensor | Sequence[int], num_samples: int | None = None) -> T
 
 
 class IndexedDataset(Dataset[tuple[int, T]], Generic[T]):
-    """A data set whose items carry their own position.
+    """A data set that adds its position to each item.
 
-    Weights belong to samples, not to places in a batch: with this, every batch of a DataLoader,
-    shuffled or not, is ``(index, item)``. Other attributes are the data set's own.
+    Every batch of a DataLoader over it, shuffled or not, is ``(index, item)``, so that weights can
+    be looked up by sample. Other attributes are the data set's own.
 
     Args:
         dataset: A map-style data set (with ``__len__`` and ``__getitem__``).
@@ -89,7 +89,7 @@ class IndexedDataset(Dataset[tuple[int, T]], Generic[T]):
         self.dataset = dataset
 
     def __getattr__(self, name: str) -> Any:
-        """The data set's attributes; not those that loaders look for to bypass ``__getitem__``."""
+        """The data set's attributes, except those with which loaders bypass ``__getitem__``."""
         if name.startswith("__") or name == "dataset":
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
         return getattr(self.dataset, name)
@@ -147,14 +147,14 @@ def collect_scores(
 ) -> Tensor:
     """Anomaly scores of a whole data set, by sample.
 
-    Put the model in eval mode first. With several processes, each scores the part that its loader
-    has, and all of them get all scores. A sample whose score is NaN or infinite is named in a
-    warning (logging) and gets the highest of the finite scores, so that it is the most suspect.
+    Set the model to eval mode first. With several processes, each scores the part that its loader
+    yields, and all of them get all scores. A sample whose score is NaN or infinite gets the highest
+    finite score, and a warning (logging) names it.
 
     Args:
-        score_fn: Scores of a batch: what the loader yields behind the index -> (B,).
-        loader: Yields ``(index, batch)``, for instance a DataLoader over an
-            :class:`IndexedDataset`, in any order. It must reach every sample.
+        score_fn: Scores of a batch: batch without its index -> (B,).
+        loader: Yields ``(index, batch)`` in any order, for instance a DataLoader over an
+            :class:`IndexedDataset`. It must yield every sample.
 
     Returns:
         Scores on the CPU, float32, finite, shape (N,), sample i at position i.
@@ -187,7 +187,7 @@ def collect_scores(
                 "expected (B,), one anomaly score per sample"
             )
         found = found.detach().to("cpu", torch.float32)
-        scores[positions] = torch.where(found.isfinite(), found, torch.inf)  # NaN: not seen yet
+        scores[positions] = torch.where(found.isfinite(), found, torch.inf)  # NaN: no score yet
     scores = distributed.merge_by_index(scores)
     missing = scores.isnan().nonzero().flatten().tolist()
     if missing:
@@ -195,11 +195,11 @@ def collect_scores(
             f"{len(missing)} of {len(scores)} samples have no score (first: {missing[:5]}): the "
             "loader left them out; use drop_last=False and a sampler that reaches all of them"
         )
-    return _finite(scores)
+    return _replace_not_finite(scores)
 
 
-def _finite(scores: Tensor) -> Tensor:
-    """Scores (N,) with the highest finite one in the place of those that are not finite."""
+def _replace_not_finite(scores: Tensor) -> Tensor:
+    """Replace scores (N,) that are NaN or infinite by the highest finite score."""
     finite = scores.isfinite()
     if finite.all():
         return scores

@@ -1,4 +1,4 @@
-"""DataLoaders made from other DataLoaders: one that notes its positions, one that scores."""
+"""DataLoaders made from other DataLoaders: to record positions, and to score a whole set."""
 
 import copy
 from collections import deque
@@ -13,16 +13,16 @@ from comet_meta import distributed
 
 
 class RecordingLoader:
-    """Yields a DataLoader's own batches, each with the positions of its samples.
+    """Yields a DataLoader's batches together with the positions of their samples.
 
-    The positions are noted where the batches are drawn, so data set, collation and workers stay
-    what they are.
+    The positions are recorded in the batch sampler, so data set, collation and workers don't
+    change.
 
     Args:
-        loader: A DataLoader over a map-style data set, which may be endless.
+        loader: A DataLoader over a map-style data set; it may be endless.
 
     Raises:
-        TypeError: If it is something else, whose positions can't be known.
+        TypeError: If the positions can't be known, because it is another kind of loader.
 
     Example:
         >>> loader = DataLoader(torch.arange(4.0) * 10, batch_size=2)
@@ -56,7 +56,7 @@ class RecordingLoader:
 
 
 class _Recorder(Sampler[list[int]]):
-    """A batch sampler that notes what it draws, for each pass by itself."""
+    """A batch sampler that records the positions it draws, separately for each pass."""
 
     def __init__(self, batches: Iterable[Sequence[int]]) -> None:
         self.batches = batches
@@ -64,9 +64,9 @@ class _Recorder(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         drawn = self.drawn = deque()
-        return self._noted(drawn)
+        return self._record(drawn)
 
-    def _noted(self, drawn: deque[list[int]]) -> Iterator[list[int]]:
+    def _record(self, drawn: deque[list[int]]) -> Iterator[list[int]]:
         for batch in self.batches:
             drawn.append(list(batch))
             yield list(batch)
@@ -78,34 +78,34 @@ class _Recorder(Sampler[list[int]]):
 def with_batches(
     loader: DataLoader[Any], batches: Sampler[list[int]], **attributes: Any
 ) -> DataLoader[Any]:
-    """A copy of a DataLoader that draws other batches; all else, subclass and workers, is kept.
+    """A copy of a DataLoader that draws other batches; everything else is kept.
 
     Args:
-        loader: Makes batches; it stays as it is.
-        batches: Lists of positions.
-        **attributes: Further ones that differ, such as ``generator``.
+        loader: The DataLoader; it isn't changed.
+        batches: A batch sampler: lists of positions.
+        **attributes: Other attributes to change, such as ``generator``.
 
     Returns:
         The copy, which shares the data set.
     """
     other = copy.copy(loader)
-    # DataLoader refuses to have these set, because its sampler would no longer fit them.
+    # DataLoader.__setattr__ refuses these, because its sampler would no longer fit.
     vars(other).update(batch_sampler=batches, _iterator=None, **attributes)
     return other
 
 
 def scoring_loader(loader: DataLoader[Any]) -> RecordingLoader:
-    """A loader that reaches every sample once, in order; each process its part.
+    """A loader that reads every sample once, in order; each process reads its part.
 
     Args:
-        loader: The training loader: whatever it shuffles or leaves out.
+        loader: The training loader. It may shuffle and drop samples.
 
     Returns:
-        Pairs of positions and batch, as large as the training loader's.
+        A loader of positions and batches, with the training loader's batch size.
     """
     size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or 32
     rank, world = distributed.rank(), distributed.world_size()
     mine = range(rank, len(loader.dataset), world)  # type: ignore[arg-type]
     batches = BatchSampler(mine, size, drop_last=False)
-    # Its own generator: worker seeds must not be drawn from the training loader's.
+    # A new generator, so that worker seeds aren't drawn from the training loader's.
     return RecordingLoader(with_batches(loader, batches, generator=torch.Generator()))

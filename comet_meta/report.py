@@ -1,4 +1,4 @@
-"""The curation report, from any loop of one's own."""
+"""Write the curation report from your own training loop."""
 
 from collections.abc import Callable, Sequence
 from os import PathLike
@@ -18,20 +18,20 @@ def write(
     size: tuple[int, int] = (256, 256),
     maps: Callable[[Sequence[Path]], Tensor] | None = None,
 ) -> Path:
-    """Write one HTML page on which a person decides which training pictures stay.
+    """Write an HTML page on which a person decides which training pictures to keep.
 
-    It opens from a file, asks no network, and holds small copies of the pictures. Needs the extra
-    ``comet-meta[vision]``.
+    The page is one file with small copies of the pictures; it needs no network. Writing it needs
+    the extra ``comet-meta[vision]``.
 
     Args:
-        weighter: After training, or with a prior alone.
-        paths: The pictures' files, in the weighter's order: sample i is ``paths[i]``.
+        weighter: The weighter after training, or with a prior.
+        paths: The pictures' files: sample i is ``paths[i]``.
         file: HTML file to write or replace.
         title: Heading.
-        size: Height and width in pixels at which the pictures are shown at most; they are padded,
+        size: Largest height and width in pixels at which the pictures are shown; they are padded,
             not stretched.
-        maps: Anomaly maps (B, H, W) of some of the pictures, called for a chunk at a time; they
-            become heat maps. None: without.
+        maps: Function from some of the paths to their anomaly maps (B, H, W), shown as heat maps.
+            None for none.
 
     Returns:
         The file.

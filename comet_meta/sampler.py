@@ -1,4 +1,4 @@
-"""Drawing samples by confidence, for loops whose loss can't be weighted."""
+"""Draw samples by their weights, for loops whose loss can't be weighted."""
 
 from collections.abc import Callable, Iterator
 
@@ -10,34 +10,33 @@ _GOLDEN = (5**0.5 - 1) / 2
 
 
 class ConfidenceSampler(Sampler[int]):
-    """Draws each sample as often as it can be trusted, in random order.
+    """Draws samples in proportion to their weights, in random order.
 
-    For loops that can't be edited, or have only a scalar loss: with any DataLoader, in the place
-    of ``shuffle=True``. In the mean over epochs a sample is drawn N w_i / sum(w) times an epoch,
-    in each of them that number rounded down or up: a sample of weight 0 never, and with equal
-    weights each exactly once, in the order of torch's ``RandomSampler`` bit for bit (in several
-    processes, of ``DistributedSampler``).
+    For loops that can't be edited, or have only a scalar loss: pass it to any DataLoader as
+    ``sampler=``, in place of ``shuffle=True``. In an epoch a sample is drawn N w_i / sum(w) times,
+    rounded down or up; over many epochs the mean is exact. A sample of weight 0 is never drawn.
+    With equal weights each sample is drawn once, in the order of torch's ``RandomSampler``, bit for
+    bit (in several processes, of ``DistributedSampler``).
 
-    An epoch has as many samples as the data set, whatever the weights: step counts and learning
-    rate schedules stay as they are. Good samples take the places of the bad ones, so a step is as
-    long as ever, where a weighted loss makes it shorter in a batch full of suspects. Batch norm
-    sees only what is drawn, so samples of weight 0 don't enter its statistics.
+    An epoch always has N samples, so the number of steps and learning rate schedules don't change.
+    Good samples take the places of the bad ones, so a step keeps its size; a weighted loss makes
+    the step of a batch full of suspects smaller. Batch norm doesn't see samples of weight 0.
 
     Args:
-        weights: Confidence in each sample, shape (N,), in [0, 1]; or a function that gives it,
-            called at the start of every epoch: a :class:`~comet_meta.SoftConfidentWeighter`, or one
-            of your own that scores the set first. It must not draw from torch's random numbers if
-            the order has to be that of a plain run.
-        num_samples: Size N of the data set; needed with a function of one's own.
-        generator: Source of the order, as of ``RandomSampler``; for one process.
+        weights: Weights of the samples, shape (N,), in [0, 1]; or a function that returns them,
+            called at the start of every epoch: a :class:`~comet_meta.SoftConfidentWeighter`, or
+            your own function that scores the set first. If the order has to be that of a plain
+            run, the function must not draw from torch's random numbers.
+        num_samples: Size N of the data set; needed with your own function.
+        generator: Source of the order, as for ``RandomSampler``; for one process only.
         num_replicas: Number of processes that share an epoch; each gets ceil(N / num_replicas)
             samples.
-        rank: This process's number, in [0, num_replicas).
-        seed: Of the order in several processes, the same in all of them.
+        rank: Number of this process, in [0, num_replicas).
+        seed: Seed of the order with several processes, the same in all of them.
 
     Attributes:
-        epoch: Number of the epoch, from 0. It goes up by one with every pass; call ``set_epoch``
-            as for a ``DistributedSampler`` to go on elsewhere.
+        epoch: Number of the epoch, from 0. It increases by one with every pass; call ``set_epoch``
+            to continue at another one, as for a ``DistributedSampler``.
 
     Raises:
         ValueError: If the rank is out of range, a generator is given with several processes, or
@@ -86,22 +85,22 @@ class ConfidenceSampler(Sampler[int]):
         self._size = num_samples
 
     def __len__(self) -> int:
-        """Number of samples that an epoch has on this process."""
+        """Number of samples per epoch on this process."""
         return -(-self._size // self.num_replicas)
 
     def set_epoch(self, epoch: int) -> None:
-        """Say which epoch comes next.
+        """Set the next epoch.
 
         Args:
-            epoch: Its number, >= 0.
+            epoch: Number of the epoch, >= 0.
         """
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
         """Positions of the epoch's samples in the data set."""
         weights = self.weights if isinstance(self.weights, Tensor) else self.weights()
-        # An offset that is spread evenly over the epochs, so that counts even out soon.
-        drawn = systematic(
+        # Offsets that fill [0, 1) evenly over the epochs, so that the mean count converges fast.
+        drawn = systematic_resample(
             self._checked(weights, self._size), offset=self.epoch * _GOLDEN % 1
         ).tolist()
         places = range(self._size)
@@ -135,23 +134,25 @@ class ConfidenceSampler(Sampler[int]):
         return weights
 
 
-def systematic(weights: Tensor, offset: float = 0.0) -> Tensor:
-    """N positions in which each sample comes N w_i / sum(w) times, rounded down or up.
+def systematic_resample(weights: Tensor, offset: float = 0.0) -> Tensor:
+    """Draw N positions: each sample N w_i / sum(w) times, rounded down or up.
 
     Args:
-        weights: Shape (N,), >= 0, not all 0.
-        offset: In [0, 1). Uniformly random, it makes the expected numbers exact.
+        weights: Weights of the samples, shape (N,), >= 0, not all 0.
+        offset: Start of the systematic draw, in [0, 1). If it is uniformly random, the expected
+            counts are exact.
 
     Returns:
         Positions in ascending order, shape (N,), on the CPU.
 
     Example:
-        >>> systematic(torch.tensor([1.0, 0.0, 0.5, 0.5]))
+        >>> systematic_resample(torch.tensor([1.0, 0.0, 0.5, 0.5]))
         tensor([0, 0, 2, 3])
     """
-    share = weights.detach().to("cpu", torch.float64)
-    ends = (share.cumsum(0) * (len(share) / share.sum())) + offset
-    # Rounding in the sum must not cost a sample its place where weights are equal.
+    w = weights.detach().to("cpu", torch.float64)
+    # Sample i is drawn once for each integer in (ends[i - 1], ends[i]].
+    ends = (w.cumsum(0) * (len(w) / w.sum())) + offset
+    # 1e-9, so that with equal weights no sample is lost by rounding of the sum.
     passed = (ends + 1e-9).floor().to(torch.int64)
-    passed[-1] = len(share)
-    return torch.arange(len(share)).repeat_interleave(passed.diff(prepend=passed.new_zeros(1)))
+    passed[-1] = len(w)
+    return torch.arange(len(w)).repeat_interleave(passed.diff(prepend=passed.new_zeros(1)))

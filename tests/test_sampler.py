@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader, DistributedSampler, RandomSampler
 
 from comet_meta import ConfidenceSampler, SoftConfidentWeighter
-from comet_meta.sampler import systematic
+from comet_meta.sampler import systematic_resample
 
 
 def seeded(seed: int = 5) -> torch.Generator:
@@ -51,7 +51,7 @@ def test_in_several_processes_equal_weights_draw_as_distributed_sampler(n):
 )
 def test_each_sample_comes_as_often_as_its_weight_says_rounded_down_or_up(weights, offset):
     weights = torch.tensor(weights, dtype=torch.float64)
-    drawn = systematic(weights, offset)
+    drawn = systematic_resample(weights, offset)
     counts = torch.bincount(drawn, minlength=len(weights))
     expected = len(weights) * weights / weights.sum()
     assert len(drawn) == len(weights)
