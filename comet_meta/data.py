@@ -195,11 +195,21 @@ def collect_scores(
             f"{len(missing)} of {len(scores)} samples have no score (first: {missing[:5]}): the "
             "loader left them out; use drop_last=False and a sampler that reaches all of them"
         )
-    return _replace_not_finite(scores)
+    return finite_scores(scores)
 
 
-def _replace_not_finite(scores: Tensor) -> Tensor:
-    """Replace scores (N,) that are NaN or infinite by the highest finite score."""
+def finite_scores(scores: Tensor) -> Tensor:
+    """Replace scores that are NaN or infinite by the highest finite score; a warning names them.
+
+    Args:
+        scores: Shape (N,).
+
+    Returns:
+        Finite scores, shape (N,).
+
+    Raises:
+        ValueError: If no score is finite.
+    """
     finite = scores.isfinite()
     if finite.all():
         return scores

@@ -14,6 +14,7 @@ from torch.utils.data import ConcatDataset, Subset, TensorDataset
 
 _NAMES = ("samples", "imgs", "image_paths", "paths", "files", "filenames", "file_names", "names")
 _NAME_COLUMNS = ("image_path", "path", "file", "name")
+_TABLES = ("data", "X", "x", "features")
 _VALUES = 4096
 
 
@@ -57,13 +58,27 @@ def _parts(dataset: Any) -> Iterator[bytes]:
     elif isinstance(dataset, (Tensor, np.ndarray)):
         yield _some_values(torch.as_tensor(dataset))
     else:
-        names = _names(dataset)
+        names, values = _names(dataset), _values(dataset)
         inner = getattr(dataset, "dataset", None)
         if names is not None:
             yield from names
+        elif values is not None:
+            yield _some_values(values)
         elif isinstance(inner, Sized) and inner is not dataset:
             yield from _parts(inner)
         yield str(len(dataset)).encode()
+
+
+def _values(dataset: Any) -> Tensor | None:
+    """The table of a data set that is one, as those of torchvision and skorch."""
+    for name in _TABLES:
+        table = getattr(dataset, name, None)
+        is_table = isinstance(table, Tensor) or (
+            isinstance(table, np.ndarray) and table.dtype.kind in "biuf"
+        )
+        if is_table and table.ndim and len(table) == len(dataset):
+            return torch.as_tensor(table)
+    return None
 
 
 def _some_values(tensor: Tensor) -> bytes:
@@ -100,5 +115,8 @@ def _texts(names: Any, count: int) -> list[str] | None:
 
 def _below_common_folder(names: Iterable[str]) -> list[bytes]:
     split = [name.split("/") for name in names]
-    shared = os.path.commonprefix([parts[:-1] for parts in split])
-    return ["/".join(parts[len(shared) :]).encode("utf-8", "surrogateescape") for parts in split]
+    first, last = min(split), max(split)
+    shared = 0
+    while shared < min(len(first), len(last)) - 1 and first[shared] == last[shared]:
+        shared += 1
+    return ["/".join(parts[shared:]).encode("utf-8", "surrogateescape") for parts in split]

@@ -1,11 +1,14 @@
 """The guard against NaN and infinite values: samples are left out, steps are skipped."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from comet_meta import distributed
 from comet_meta.restore import RunningStatistics
@@ -132,7 +135,7 @@ class StepGuard:
             _LOGGER.warning("step skipped: none of its losses could be used")
             return False
         gradients = [p.grad for p in parameters if p.grad is not None]
-        if distributed.all_agree(all_finite(gradients), parameters[0].device):
+        if distributed.all_agree(all_finite(gradients), _device(parameters)):
             return True
         check_parameters_finite(parameters)
         _LOGGER.warning(
@@ -141,6 +144,27 @@ class StepGuard:
             "all the same"
         )
         return False
+
+
+@contextmanager
+def finite_steps_only() -> Iterator[None]:
+    """Clear gradients that are NaN or infinite before any optimizer's step in the body.
+
+    For training code whose loss is out of reach. The check waits for the device.
+    """
+
+    def clear(optimizer: Optimizer, *_: object) -> None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        if not all_finite([p.grad for p in parameters if p.grad is not None]):
+            check_parameters_finite(parameters)
+            _LOGGER.warning("step skipped: its gradients are NaN or infinite; %s", _ADVICE)
+            optimizer.zero_grad()
+
+    handle = register_optimizer_step_pre_hook(clear)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def all_finite(tensors: Sequence[Tensor]) -> bool:
@@ -200,12 +224,16 @@ def check_parameters_finite(parameters: Sequence[Tensor]) -> None:
     Raises:
         ValueError: If one of them is NaN or infinite.
     """
-    if not distributed.all_agree(all_finite(parameters), parameters[0].device):
+    if not distributed.all_agree(all_finite(parameters), _device(parameters)):
         raise ValueError(
             "the model's parameters are NaN or infinite, so no step can be taken any more; go back "
             "to the last checkpoint and lower the learning rate, clip the gradients, or leave "
             "autocast for the loss"
         )
+
+
+def _device(parameters: Sequence[Tensor]) -> torch.device:
+    return parameters[0].device if parameters else torch.device("cpu")
 
 
 def _stored_values(tensor: Tensor) -> Tensor:

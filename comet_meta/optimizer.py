@@ -341,15 +341,22 @@ class CoMetOptimizerWrapper(OptimizerGroup):
         # 7) Step, unless a gradient is NaN or infinite.
         if self.allows_step():
             if closure is not None:
-                loss = self.optimizers[0].step(self._guarded(closure))
+                loss = self.optimizers[0].step(self.guarded(closure))
             else:
                 for optimizer in self.optimizers:
                     optimizer.step()
         self._guard.reset()
         return loss
 
-    def _guarded(self, closure: Callable[[], float]) -> Callable[[], float]:
-        """The closure, after which the gradients are cleared if they can't be used."""
+    def guarded(self, closure: Callable[[], float]) -> Callable[[], float]:
+        """A closure for an optimizer's step that clears the gradients if they can't be used.
+
+        Args:
+            closure: Computes loss and gradients, as for any torch optimizer.
+
+        Returns:
+            The same with :meth:`allows_step` behind it.
+        """
         parameters = self.trained_parameters()
         versions = [parameter._version for parameter in parameters]
 

@@ -1,17 +1,25 @@
 """Hugging Face: a Trainer for data that nobody has cleaned."""
 
+import logging
 from collections.abc import Mapping, Sized
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+from typing_extensions import override
 
 from comet_meta.losses import per_sample
+from comet_meta.optimizer import CoMetOptimizerWrapper
 from comet_meta.weights.weighter import SoftConfidentWeighter
+from comet_meta.wrapped import SteppedByTheLoop
 
 KEY = "sample_index"
+FILE = "comet_meta.pt"
+_LOGGER = logging.getLogger(__name__)
 
 
 class WithPositions(Dataset[dict[str, Any]]):
@@ -43,6 +51,9 @@ class WithPositions(Dataset[dict[str, Any]]):
 
 class CoMetTrainer(Trainer):
     """A Trainer that trusts each training sample as far as its losses allow.
+
+    The weights are saved in the Trainer's checkpoints. A step whose losses or gradients a sample
+    made NaN or infinite isn't taken.
 
     The model returns its losses by sample, ``{"losses": ...}``, of any shape that
     :func:`comet_meta.per_sample` takes. The losses of the training steps serve as anomaly scores,
@@ -83,8 +94,49 @@ class CoMetTrainer(Trainer):
         if weighter is None and self.train_dataset is not None:
             self.weighter = SoftConfidentWeighter(len(self.train_dataset))
         self.warm_up = warm_up
+        self._comet: CoMetOptimizerWrapper | None = None
+        self.add_callback(_Guard(self))
         self.model_accepts_loss_kwargs = False  # the loss is a mean over the batch
         self.can_return_loss = True  # evaluation needs no labels for it
+
+    @override
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Train, with fresh weights or with those of a checkpoint.
+
+        Args:
+            resume_from_checkpoint: As for the Trainer; the weights come back with it.
+            *args: As for the Trainer.
+            **kwargs: As for the Trainer.
+
+        Returns:
+            What the Trainer returns.
+
+        Raises:
+            ValueError: If the checkpoint's weights belong to other samples.
+        """
+        self._comet = None
+        self.weighter.begin_fit(self.train_dataset)
+        folder = resume_from_checkpoint
+        if folder is True:
+            folder = get_last_checkpoint(str(self.args.output_dir))
+        if isinstance(folder, str):
+            file = Path(folder) / FILE
+            if file.exists():
+                self.weighter.load_state_dict(torch.load(file, weights_only=True))
+            else:
+                _LOGGER.warning("%s has no weights of samples; they start from 1", folder)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    @property
+    def comet(self) -> CoMetOptimizerWrapper:
+        """What weighs the losses of this training."""
+        if self._comet is None:
+            self._comet = CoMetOptimizerWrapper(
+                SteppedByTheLoop([self.optimizer]), weighter=self.weighter, model=self.model
+            )
+        return self._comet
 
     def compute_loss(
         self,
@@ -119,11 +171,25 @@ class CoMetTrainer(Trainer):
         return (loss, {"loss": loss, **outputs}) if return_outputs else loss
 
     def _weighted(self, losses: Tensor, index: Tensor) -> Tensor:
-        weights: Tensor = self.weighter(index)
-        loss = (weights.to(losses) * losses).mean()
+        loss = self.comet.objective(losses, index)
         if (self.state.epoch or 0) >= self.warm_up - 1:
-            scores = losses.detach().float().cpu()
-            finite = torch.isfinite(scores)
-            if finite.any():
-                self.weighter.update(index[finite], scores[finite])
+            self.weighter.update_finite(index, losses)
         return loss
+
+
+class _Guard(TrainerCallback):  # type: ignore[misc]
+    """Keeps the optimizer from steps that can't be taken, and the weights in checkpoints."""
+
+    def __init__(self, trainer: CoMetTrainer) -> None:
+        self.trainer = trainer
+
+    @override
+    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+        if not self.trainer.comet.allows_step():
+            self.trainer.optimizer.zero_grad()
+
+    @override
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.is_world_process_zero:
+            folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+            torch.save(self.trainer.weighter.state_dict(), folder / FILE)
