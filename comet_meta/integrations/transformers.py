@@ -3,10 +3,11 @@
 import logging
 from collections.abc import Mapping, Sized
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
@@ -19,8 +20,8 @@ from comet_meta.wrapped import SteppedByTheLoop
 
 _LOGGER = logging.getLogger(__name__)
 KEY = "sample_index"
-FILE = "comet_meta.pt"
-_LOGGER = logging.getLogger(__name__)
+WEIGHTS_FILE = "comet_weighter.pt"
+"""What a checkpoint's folder holds beside the Trainer's files."""
 
 
 class WithPositions(Dataset[dict[str, Any]]):
@@ -118,16 +119,16 @@ class CoMetTrainer(Trainer):
             ValueError: If the checkpoint's weights belong to other samples.
         """
         self._comet = None
-        self.weighter.begin_fit(self.train_dataset)
+        self.weighter.begin_fit(cast("Sized | None", self.train_dataset))
         folder = resume_from_checkpoint
         if folder is True:
-            folder = get_last_checkpoint(str(self.args.output_dir))
+            folder = get_last_checkpoint(str(self.args.output_dir))  # type: ignore[no-untyped-call]
         if isinstance(folder, str):
-            file = Path(folder) / FILE
+            file = Path(folder) / WEIGHTS_FILE
             if file.exists():
                 self.weighter.load_state_dict(torch.load(file, weights_only=True))
             else:
-                _LOGGER.warning("%s has no weights of samples; they start from 1", folder)
+                _LOGGER.warning("%s is missing: the weights start anew", file)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     @property
@@ -135,7 +136,9 @@ class CoMetTrainer(Trainer):
         """What weighs the losses of this training."""
         if self._comet is None:
             self._comet = CoMetOptimizerWrapper(
-                SteppedByTheLoop([self.optimizer]), weighter=self.weighter, model=self.model
+                SteppedByTheLoop([cast("Optimizer", self.optimizer)]),
+                weighter=self.weighter,
+                model=self.model,
             )
         return self._comet
 
@@ -178,7 +181,7 @@ class CoMetTrainer(Trainer):
         return loss
 
 
-class _Guard(TrainerCallback):  # type: ignore[misc]
+class _Guard(TrainerCallback):
     """Keeps the optimizer from steps that can't be taken, and the weights in checkpoints."""
 
     def __init__(self, trainer: CoMetTrainer) -> None:
@@ -187,10 +190,10 @@ class _Guard(TrainerCallback):  # type: ignore[misc]
     @override
     def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
         if not self.trainer.comet.allows_step():
-            self.trainer.optimizer.zero_grad()
+            cast("Optimizer", self.trainer.optimizer).zero_grad()
 
     @override
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.is_world_process_zero:
             folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-            torch.save(self.trainer.weighter.state_dict(), folder / FILE)
+            torch.save(self.trainer.weighter.state_dict(), folder / WEIGHTS_FILE)
