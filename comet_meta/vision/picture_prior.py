@@ -32,7 +32,7 @@ def memory_prior(
     Args:
         batches: The training set's features in order, patch features as their only level
             (B, C, h, w), or the levels of a backbone.
-        count: Of the pictures, >= 2.
+        count: Number of pictures, >= 2.
         scorer: With settings of one's own.
 
     Returns:
@@ -91,7 +91,7 @@ def grid_side(count: int) -> int:
     """How fine the prior looks at each of so many pictures: patches along either side.
 
     Args:
-        count: Of the pictures, >= 1.
+        count: Number of pictures, >= 1.
 
     Returns:
         At least 6.

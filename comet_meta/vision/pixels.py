@@ -138,7 +138,7 @@ def joint_range(found: Sequence[Extremes]) -> tuple[float, float] | None:
     Anything else goes from the lowest to the highest of the pictures' 0.1st and 99.9th percentiles.
 
     Args:
-        found: Of each deep picture.
+        found: What was found of each deep picture.
 
     Returns:
         The lowest and the highest value, or None if no picture is deep.

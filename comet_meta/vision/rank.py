@@ -39,7 +39,7 @@ class RankSettings:
         device: Where to compute.
         size: Height and width in pixels that the pictures are brought to; padded, not stretched.
         batch_size: Pictures at a time.
-        seed: Of the random memories.
+        seed: Decides the random memories.
         contamination: Share of bad pictures where it is known, in (0, 1); else ``"auto"``.
         keep_going: Whether pictures that can't be read are left out instead of refused.
     """

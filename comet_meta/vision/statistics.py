@@ -14,7 +14,7 @@ class FeatureScaler(nn.Module):
     picture in which it moves doesn't drown all other channels.
 
     Args:
-        channels: Of each level.
+        channels: Number of each level's channels.
     """
 
     mean: Tensor

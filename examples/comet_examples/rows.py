@@ -130,7 +130,7 @@ def contaminated(rows: Rows, noise: float, seed: int) -> Draw:
     Args:
         rows: All rows.
         noise: Share of bad rows in the training set, in [0, 1).
-        seed: Of the draw.
+        seed: Decides the draw.
 
     Returns:
         Training and test set.
@@ -170,7 +170,7 @@ def compare(
         fit: Trains a model.
         cases: Figures are averaged over them before they are averaged over seeds.
         noise: Share of bad rows in the training sets.
-        seeds: Of draws and trainings.
+        seeds: Each decides a draw and the trainings on it.
 
     Returns:
         A Markdown table: mean ± standard deviation over seeds, and the difference to plain training
