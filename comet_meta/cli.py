@@ -79,11 +79,11 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_rank(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Rank the pictures of a folder, and of those below it, by how little each looks like the "
-        "others. Writes keep.csv, a list of what to keep, and report.html, a page to look through. "
-        "No picture is changed. Exit status: 0 done, 1 done without the pictures that can't be "
-        "read (--keep-going), 2 wrong arguments or data, 130 interrupted; the same command then "
-        "goes on from there."
+        "Rank the pictures of a folder, and of the folders in it, by how little each looks like "
+        "the others. Writes keep.csv, a list of what to keep, and report.html, a page to look "
+        "through. No picture is changed. Exit status: 0 done, 1 done without the pictures that "
+        "can't be read (--keep-going), 2 wrong arguments or data, 130 interrupted; then the same "
+        "command goes on from there."
     )
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="folder of pictures")
     parser.add_argument(
@@ -224,7 +224,7 @@ def _is_for_the_user(error: ValueError | OSError) -> bool:
 
 
 def _report_fault(error: Exception) -> None:
-    """Say that it isn't the user's doing, and where what happened is written down."""
+    """Say that comet-meta is at fault, and write the details to a file."""
     text = "".join(traceback.format_exception(error))
     with tempfile.NamedTemporaryFile(
         "w",

@@ -1,14 +1,23 @@
 """Shared fixtures."""
 
+import os
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import Phase, settings
 
 # Of a mutant it matters that it fails, not how simply.
 settings.register_profile(
     "mutants", phases=[Phase.explicit, Phase.generate], database=None, derandomize=True
 )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Processes that share the tests have one thread each, and so have theirs."""
+    if hasattr(config, "workerinput"):
+        torch.set_num_threads(1)
+        os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture

@@ -21,7 +21,8 @@ fence of a box plot of the scores of a first training.
 
 Every run becomes a line of ``--out``; the same command goes on where it stopped, and several
 processes may share the work (``--shard 1/4``). Then it prints a table for each condition, with
-intervals by bootstrap over *sets*, and draws a picture with a dot for each set.
+intervals by bootstrap over *sets*. ``--page`` writes a page with all tables from the finished runs,
+and with ``--picture`` a dot for each set; without ``--folder`` nothing is run.
 """
 
 import argparse
@@ -32,6 +33,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from breadth_page import draw, summaries, write_page
 from comet_examples.report import table
 from numpy.typing import NDArray
 from runs import Figures, Runs
@@ -309,90 +311,12 @@ def judged(task: Task, detector: str, method: str) -> Figures:
     return figures
 
 
-def interval(values: Array, statistic: Callable[[Array], float]) -> str:
-    """A statistic over sets with its 95 % bootstrap interval."""
-    random = np.random.default_rng(0)
-    draws = [statistic(values[random.integers(len(values), size=len(values))]) for _ in range(2000)]
-    low, high = np.nanquantile(draws, [0.025, 0.975])
-    return f"{statistic(values):.3f} ({low:.3f} to {high:.3f})"
-
-
-def by_set(runs: Runs, detector: str, condition: str, method: str, name: str) -> dict[str, float]:
-    """Means over seeds, by set."""
-    found: dict[str, list[float]] = {}
-    for run in runs:
-        key = run["key"]
-        if (key["detector"], key["condition"], key["method"]) == (detector, condition, method):
-            found.setdefault(key["set"], []).append(run["figures"].get(name, np.nan))
-    return {name: float(np.mean(values)) for name, values in found.items()}
-
-
-def summary_row(runs: Runs, detector: str, condition: str, method: str) -> dict[str, str] | None:
-    """A row of the summary; None where runs are missing."""
-    plain = by_set(runs, detector, condition, "plain", "AUROC")
-    oracle = by_set(runs, detector, condition, "oracle", "AUROC")
-    ours = by_set(runs, detector, condition, method, "AUROC")
-    judged_sets = plain if condition == "clean" else oracle
-    sets = sorted(plain.keys() & ours.keys() & judged_sets.keys())
-    if not sets:
-        return None
-    gains = np.array([ours[name] - plain[name] for name in sets])
-    row = {
-        "detector": detector,
-        "training set": condition,
-        "method": method,
-        "sets": str(len(sets)),
-        "AUROC": f"{np.mean([ours[name] for name in sets]):.3f}",
-        "gain over plain": interval(gains, np.mean),
-        "losses > .005": str(int((gains < -0.005).sum())),
-        "worst": f"{gains.min():+.3f} {sets[int(gains.argmin())]}",
-    }
-    if condition != "clean":
-        room = np.array([oracle[name] - plain[name] for name in sets])
-        pairs = np.stack([gains, room], axis=1)
-        row["gap recovered"] = interval(pairs, lambda p: float(p[:, 0].mean() / p[:, 1].mean()))
-        wide = room > 0.02
-        row["median of sets"] = f"{np.median(gains[wide] / room[wide]):.2f}" if wide.any() else ""
-    weights = by_set(runs, detector, condition, method, "mean weight")
-    if weights:
-        row["mean weight, least"] = (
-            f"{np.mean([*weights.values()]):.3f}, {min(weights.values()):.3f}"
-        )
-    return row
-
-
-def draw(runs: Runs, detectors: list[str], conditions: list[str], file: Path) -> None:
-    """One dot a set: plain against CoMet."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    size = (3.4 * len(conditions), 3.4 * len(detectors))
-    figure, axes = plt.subplots(len(detectors), len(conditions), squeeze=False, figsize=size)
-    for detector, line in zip(detectors, axes, strict=True):
-        for condition, axis in zip(conditions, line, strict=True):
-            plain = by_set(runs, detector, condition, "plain", "AUROC")
-            for method, colour in (("comet", "tab:blue"), ("comet@rate", "tab:orange")):
-                ours = by_set(runs, detector, condition, method, "AUROC")
-                sets = sorted(plain.keys() & ours.keys())
-                x, y = [plain[name] for name in sets], [ours[name] for name in sets]
-                axis.scatter(x, y, s=14, color=colour, label=method)
-            axis.plot([0, 1], [0, 1], color="grey", linewidth=0.8)
-            axis.set(xlim=(0.2, 1.02), ylim=(0.2, 1.02), title=f"{detector}, {condition}")
-            axis.set(xlabel="AUROC, plain", ylabel="AUROC, CoMet")
-    axes[0][0].legend(loc="lower right", fontsize=8)
-    figure.tight_layout()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=110)
-
-
 def main() -> None:
-    """Run what is missing, then print the tables."""
+    """Run what is missing, then print the tables and write the page."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--folder", type=Path, required=True, help="with .npz tables, at any depth")
+    parser.add_argument("--folder", type=Path, help="with .npz tables, at any depth")
     parser.add_argument("--detectors", nargs="+", choices=DETECTORS, default=list(DETECTORS))
     parser.add_argument("--conditions", nargs="+", default=["as-is", "clean"])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
@@ -402,7 +326,25 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="8 sets, seed 0, four methods")
     parser.add_argument("--out", type=Path, default=Path("docs/results/breadth.jsonl"))
     parser.add_argument("--picture", type=Path, help="a PNG with one dot a set")
+    parser.add_argument("--page", type=Path, help="a Markdown page with all tables")
     options = parser.parse_args()
+    runs = Runs(options.out)
+    if options.folder:
+        run_missing(parser, options, runs)
+    finished = list(runs)
+    if not finished:
+        parser.error(f"no finished runs in {options.out}: give --folder, so that there will be")
+    for condition in options.conditions:
+        print(f"\nTraining sets {condition}\n")
+        print(table(summaries(finished, options.detectors, condition, options.methods)))
+    if options.picture:
+        draw(finished, options.detectors, options.conditions, options.picture)
+    if options.page:
+        write_page(finished, DETECTORS, METHODS, options.page, options.picture)
+
+
+def run_missing(parser: argparse.ArgumentParser, options: argparse.Namespace, runs: Runs) -> None:
+    """Run what isn't finished."""
     files = sorted(options.folder.rglob("*.npz"), key=lambda file: file.stem)
     if not files:
         parser.error(f"no .npz below {options.folder}; expected tables with X and y as in ADBench")
@@ -413,7 +355,6 @@ def main() -> None:
         files = files[options.half == "b" :: 2]
     part, parts = (int(number) for number in options.shard.split("/"))
     torch.set_num_threads(1)
-    runs = Runs(options.out)
     finished = {tuple(sorted(run["key"].items())) for run in runs}
     for file in files[part - 1 :: parts]:
         for condition in options.conditions:
@@ -436,18 +377,6 @@ def main() -> None:
                         }
                         if tuple(sorted(key.items())) not in finished:
                             runs.add(key, judged(task, detector, method))
-    rows = [
-        row
-        for detector in options.detectors
-        for condition in options.conditions
-        for method in options.methods
-        if (row := summary_row(runs, detector, condition, method)) is not None
-    ]
-    for condition in options.conditions:
-        print(f"\nTraining sets {condition}\n")
-        print(table([row for row in rows if row["training set"] == condition]))
-    if options.picture:
-        draw(runs, options.detectors, options.conditions, options.picture)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,9 @@ adds a meta-step and a penalty (1 % of the loss before training), with and witho
 with the prior (both); +loss and +mean take the loss or the mean of all patches for the score,
 +warmup4 waits for four epochs. *choices* changes single settings: no-exposure only leaves likely
 bad pictures out, false-alarm is told that a fifth is bad. The groups of variants: {groups}
+
+``--page`` runs nothing: it writes a page from all finished runs of ``--out`` that have today's
+settings.
 """
 
 import argparse
@@ -27,6 +30,8 @@ from pathlib import Path
 
 import numpy as np
 from ablation import CHOICES, GRID, SCORES
+from comet_examples.detectors import DETECTORS
+from contamination_page import Chosen, write_page
 from grid import (
     METHODS,
     Benchmark,
@@ -37,13 +42,15 @@ from grid import (
     by_method,
     common_figures,
     finished,
-    print_tables,
     run_missing,
+    tables,
 )
 from matplotlib.figure import Figure
 from memory_bank import memory_bank, random_memory, soft_patch
 from rivals import filter_and_retrain, latent_outlier_exposure, trimming
 from runs import Runs, gap_recovered, paired, spread
+
+_LOGGER = logging.getLogger(__name__)
 
 GROUPS: dict[str, dict[str, Variant]] = {
     "base": {name: by_method(name) for name in METHODS},
@@ -79,12 +86,56 @@ def main() -> None:
                 f"there's no variant {name!r}; there are {', '.join([*GROUPS, *VARIANTS])}"
             )
     bench, tasks, runs = benchmark(options)
-    run_missing(bench, runs, options, tasks, variants, variant)
-    for detector, task in itertools.product(options.detectors, tasks):
-        chosen = finished(bench, runs, options, detector, task, variants)
-        print_tables(f"{detector}, {task}", chosen, options.noise, variants, row)
+    if options.page:
+        tasks, variants = all_finished(parser, options, bench, runs)
+    else:
+        run_missing(bench, runs, options, tasks, variants, variant)
+    chosen = {
+        (detector, task): finished(bench, runs, options, detector, task, variants)
+        for detector, task in itertools.product(options.detectors, tasks)
+    }
+    texts = [
+        tables(f"{detector}, {task}", own, options.noise, variants, row)
+        for (detector, task), own in chosen.items()
+    ]
     if options.figure:
-        draw(bench, runs, options, tasks, variants)
+        draw(chosen, options.noise, variants, options.figure)
+    if options.page:
+        machines = sorted({run["machine"] for run in runs})
+        write_page(chosen, texts, machines, options.out, options.page, options.figure)
+    else:
+        print("\n\n".join(text for text in texts if text))
+
+
+def all_finished(
+    parser: argparse.ArgumentParser, options: argparse.Namespace, bench: Benchmark, runs: Runs
+) -> tuple[list[str], list[str]]:
+    """Ask for all runs of the file that have today's settings, in place of what was asked for.
+
+    Returns:
+        Their tasks and variants.
+    """
+    keys = [run["key"] for run in runs]
+    named = [
+        {name: key[name] for name in ("detector", "task", "noise", "seed", "method")}
+        for key in keys
+    ]
+    today = [own for own, key in zip(named, keys, strict=True) if bench.key(**own) == key]
+    if not today:
+        parser.error(
+            f"{options.out} has no finished run of today's settings, among {len(keys)} in all"
+        )
+    if len(today) < len(keys):
+        _LOGGER.warning("left out: %d runs of other settings", len(keys) - len(today))
+    options.detectors = [name for name in DETECTORS if any(k["detector"] == name for k in today)]
+    options.noise = sorted({key["noise"] for key in today})
+    options.seeds = sorted({key["seed"] for key in today})
+    order = {name: place for place, name in enumerate(VARIANTS)}
+    variants = dict.fromkeys(key["method"] for key in today)
+    return (
+        list(dict.fromkeys(key["task"] for key in today)),
+        sorted(variants, key=lambda name: order.get(name, len(order))),
+    )
 
 
 def variant(name: str) -> Variant:
@@ -113,6 +164,7 @@ def _parser() -> argparse.ArgumentParser:
         help="variants, groups of them, or comet:<meta> for any meta-step",
     )
     parser.add_argument("--figure", type=Path, help="PNG of I-AUROC against contamination")
+    parser.add_argument("--page", type=Path, help="Markdown page with all tables")
     return parser
 
 
@@ -152,26 +204,20 @@ def cost(own: BySeed, plain: BySeed) -> str:
     return f"{np.median(ratios):.2f}" if ratios else ""
 
 
-def draw(
-    bench: Benchmark,
-    runs: Runs,
-    options: argparse.Namespace,
-    tasks: Sequence[str],
-    variants: Sequence[str],
-) -> None:
+def draw(chosen: Chosen, levels: Sequence[float], variants: Sequence[str], file: Path) -> None:
     """I-AUROC against contamination, a panel for each detector and task."""
-    size = (0.6 + 2.6 * len(tasks), 2.4 * len(options.detectors) + 0.4)
+    detectors, tasks = (list(dict.fromkeys(key[place] for key in chosen)) for place in (0, 1))
+    size = (0.6 + 2.6 * len(tasks), 2.4 * len(detectors) + 0.4)
     figure = Figure(figsize=size, layout="constrained")
-    panels = figure.subplots(
-        len(options.detectors), len(tasks), squeeze=False, sharex=True, sharey="col"
-    )
-    for detector, line in zip(options.detectors, panels, strict=True):
+    panels = figure.subplots(len(detectors), len(tasks), squeeze=False, sharex=True, sharey="col")
+    for detector, line in zip(detectors, panels, strict=True):
         for task, axes in zip(tasks, line, strict=True):
-            chosen = finished(bench, runs, options, detector, task, variants)
             for name in variants:
                 points = []
-                for noise in options.noise:
-                    values = [run["I-AUROC"] for run in chosen[noise, name].values()]
+                for noise in levels:
+                    values = [
+                        run["I-AUROC"] for run in chosen[detector, task][noise, name].values()
+                    ]
                     if values:
                         deviation = np.std(values, ddof=1) if len(values) > 1 else 0.0
                         points.append((100 * noise, np.mean(values), deviation))
@@ -185,8 +231,8 @@ def draw(
     for axes in panels[:, 0]:
         axes.set_ylabel("I-AUROC")
     panels[0, 0].legend(frameon=False, fontsize=8)
-    options.figure.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(options.figure, dpi=150)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=150)
 
 
 if __name__ == "__main__":

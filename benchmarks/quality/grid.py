@@ -66,19 +66,13 @@ def trained(trial: Trial, wrap: Wrap = wrap) -> Figures:
 
 
 def by_method(name: str) -> Variant:
-    """A method of the examples: plain, oracle, paper, comet, or comet:<meta>.
-
-    ``comet@rate`` is told the share of bad pictures.
-    """
+    """A method of the examples: plain, oracle, paper, comet, or comet:<meta>."""
     base, _, meta = name.partition(":")
-    method, _, told = base.partition("@")
 
     def run(trial: Trial) -> Figures:
         settings = replace(
-            trial.settings, method=cast("Method", method), meta=cast("MetaMode", meta) or None
+            trial.settings, method=cast("Method", base), meta=cast("MetaMode", meta) or None
         )
-        if told:
-            settings = replace(settings, contamination=float(trial.bad.mean()))
         return trained(replace(trial, settings=settings))
 
     return run
@@ -296,23 +290,27 @@ def overview(
     return rows
 
 
-def print_tables(
+def tables(
     title: str,
     chosen: dict[tuple[float, str], BySeed],
     levels: Sequence[float],
     methods: Sequence[str],
     row: Callable[[float, str, dict[tuple[float, str], BySeed]], dict[str, str | float]],
-) -> None:
-    """I-AUROC by method and contamination, then what ``row`` says of each method at every level."""
+) -> str:
+    """I-AUROC by method and contamination, then what ``row`` says of each method at every level.
+
+    Empty without finished runs.
+    """
     levels = [noise for noise in levels if any(chosen[noise, name] for name in methods)]
     if not levels:
-        return
-    print(f"\n### {title}: I-AUROC\n")
-    print(table(overview(chosen, levels, methods)))
+        return ""
+    methods = [name for name in methods if any(chosen[noise, name] for noise in levels)]
+    parts = [f"### {title}: I-AUROC", table(overview(chosen, levels, methods))]
     for noise in levels:
         seeds = max(len(chosen[noise, name]) for name in methods)
-        print(f"\n{title}, noise {noise:g}, {seeds} seeds\n")
-        print(table([row(noise, name, chosen) for name in methods if chosen[noise, name]]))
+        parts.append(f"{title}, noise {noise:g}, {seeds} seeds")
+        parts.append(table([row(noise, name, chosen) for name in methods if chosen[noise, name]]))
+    return "\n\n".join(parts)
 
 
 def common_figures(own: BySeed) -> list[str]:

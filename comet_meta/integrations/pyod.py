@@ -18,7 +18,9 @@ from torch.utils.data import BatchSampler, DataLoader
 from typing_extensions import Self, override
 
 from comet_meta.comet import CoMet
+from comet_meta.data import finite_scores
 from comet_meta.loaders import with_batches
+from comet_meta.nonfinite import finite_steps_only
 from comet_meta.restore import eval_mode, same_random_numbers
 from comet_meta.sampler import ConfidenceSampler
 from comet_meta.weights.weighter import SoftConfidentWeighter
@@ -29,23 +31,23 @@ Array = npt.NDArray[Any]
 class CoMetDetector(BaseDetector):  # type: ignore[misc]
     """A PyOD deep detector that trusts each training row as far as its score allows.
 
-    The detector's own code trains it. ``AutoEncoder`` and ``VAE`` have a criterion that is called
-    with one row per sample: its losses are weighted. Loss and optimizer of ``DeepSVDD`` and
-    ``AE1SVM`` are out of reach: their rows are drawn by confidence. With weights that are all 1
-    they train to the same bits as PyOD alone.
+    The detector's own code trains it. ``AutoEncoder`` and ``VAE`` have a criterion, whose losses
+    are weighted row by row. ``DeepSVDD`` and ``AE1SVM`` compute loss and optimizer inside one
+    method, so their rows are drawn by confidence instead. With weights that are all 1, all four
+    train to the same bits as PyOD alone.
 
-    The scores that weights are made of are the detector's own, once an epoch. The KL term of a
-    ``VAE`` is limited to ``capacity`` row by row, where PyOD limits its mean.
+    The weights follow the detector's own scores, once an epoch. The KL term of a ``VAE`` is limited
+    to ``capacity`` row by row, where PyOD limits its mean.
 
     Args:
         detector: An untrained PyOD detector; a clone of it is fitted.
         contamination: Share of the rows that ``labels_`` and ``threshold_`` take for outliers, in
-            (0, 0.5]. None: the detector's own. It says nothing to the weights, which are found from
-            the scores.
-        weighter: Confidence in each row; by default one with the default rule. It is copied, so
-            that ``fit`` can be called again.
-        warm_up: Epochs before the first weights, >= 1: they mean nothing before the detector has
-            learned something.
+            (0, 0.5]. None: the detector's own. The weights don't depend on it: pass ``weighter``
+            with a ``contamination`` for that.
+        weighter: Weights of the rows; by default one with the default rule. It is copied, so that
+            ``fit`` can be called again.
+        warm_up: Number of epochs before the first fit of the weights, >= 1. Scores of an untrained
+            detector mean nothing.
 
     Attributes:
         detector_: The fitted detector.
@@ -148,7 +150,9 @@ def _fit_weighted(
         def criterion(*tensors: Tensor, **settings: Any) -> Tensor:
             if bool((weighter(comet.index) == 1).all()):
                 whole: Tensor = plain(*tensors, **settings)
-                return whole
+                if bool(whole.isfinite()):  # PyOD reads it after the step anyway
+                    comet.watch(whole)
+                    return whole
 
             def loss_of(*parts: Tensor) -> Tensor:
                 loss: Tensor = plain(*(part[None] for part in parts), **settings)
@@ -178,13 +182,21 @@ def _fit_drawn(
         if sampler.epoch >= warm_up and weighter.prior is None:
             models = [getattr(detector, model_name)]
             with eval_mode(models), same_random_numbers(models):
-                weighter.fit(torch.as_tensor(detector.decision_function(rows)).float())
+                scores = torch.as_tensor(detector.decision_function(rows)).float()
+                weighter.fit(finite_scores(scores))
         trust: Tensor = weighter()
         return trust
 
     sampler = ConfidenceSampler(weights, len(rows))
+    with finite_steps_only():
+        _fit_with(sampler, detector, rows)
+
+
+def _fit_with(sampler: ConfidenceSampler, detector: DeepSVDD | AE1SVM, rows: Array) -> None:
+    """Fit a detector with its rows drawn by a sampler."""
     if isinstance(detector, DeepSVDD):
-        # DeepSVDD makes the loader within its fit: a fit in which DataLoader means another one.
+        # DeepSVDD makes its loader inside fit. Run a copy of fit in which the name DataLoader
+        # stands for a loader with our sampler.
         fit = type(detector).fit
 
         def loader_of(dataset: Any, batch_size: int, shuffle: bool) -> DataLoader[Any]:  # noqa: ARG001

@@ -22,7 +22,7 @@ _LITE0_MEAN, _LITE0_STD = 127.0, 128.0
 
 
 class BackboneError(ValueError):
-    """A backbone or weights that can't be used; the message is one for the user."""
+    """A backbone or weights that can't be used; the message is for the user."""
 
 
 class Backbone(nn.Module):

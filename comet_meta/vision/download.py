@@ -22,7 +22,7 @@ _READ_AT_ONCE = 2**20
 
 
 class DownloadError(ValueError):
-    """A file that can't be had; the message is one for the user."""
+    """A file that can't be had; the message is for the user."""
 
 
 def download(address: str, folder: Path) -> Path:

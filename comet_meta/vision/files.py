@@ -1,4 +1,4 @@
-"""Writing files so that a run killed on the way leaves the old one, and no two runs mix."""
+"""Write files so that a killed run leaves the old file whole, and two runs don't mix."""
 
 import os
 import traceback
@@ -15,11 +15,11 @@ _PARTIAL = ".partial"
 
 
 class BusyError(ValueError):
-    """A folder that another run writes to; the message is one for the user."""
+    """A folder that another run writes to; the message is for the user."""
 
 
 def cache_folder() -> Path:
-    """Where files that can be had again are kept: ``comet-meta`` in the user's cache folder."""
+    """``comet-meta`` in the user's cache: for files that can be computed or downloaded again."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "comet-meta"
 
 

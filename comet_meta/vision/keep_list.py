@@ -15,7 +15,7 @@ _KEEP = {"yes": True, "no": False}
 
 
 class KeepListError(ValueError):
-    """A list or a folder that can't be used; the message is one for the user."""
+    """A list or a folder that can't be used; the message is for the user."""
 
 
 class Row(NamedTuple):

@@ -26,9 +26,10 @@ class PatchGrids:
     """Patch features on a coarse grid, in files of 128 pictures each.
 
     A file is written when its pictures are done, and found again by what they were computed from:
-    extractor, size, grid, and each picture's path, size and time of change. So a run that was
-    stopped goes on from there, and after a change only the files concerned are computed again. In
-    memory are the pictures of one file at most.
+    extractor, size, grid, and each picture's path, size and time of change. A picture that couldn't
+    be read before and now can be is computed, too. So a run that was
+    stopped goes on from there, and after a change only the files concerned are computed again. At
+    most one file's pictures are in memory.
 
     Args:
         extractor: Computes features.

@@ -24,7 +24,7 @@ def memory_prior(
 ) -> Tensor:
     """Anomaly scores of a training set by :class:`~comet_meta.MemoryScorer`.
 
-    Whatever levels a detector looks at, the prior sees the same: several are first made into patch
+    The prior is the same for every detector: several levels are first combined into patch
     features. Every channel is standardised over the training set. Time grows with the square of the
     number of patches, so features are averaged down to at most 20,000 of them over the set, but no
     coarser than 6 x 6 in a picture: small sets, where each picture counts, get finer ones.

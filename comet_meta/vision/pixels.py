@@ -139,7 +139,7 @@ def has_transparency(picture: Image.Image) -> bool:
 
 @dataclass(frozen=True)
 class Extremes:
-    """What one picture says of the range: extremes, percentiles, and whether values are whole."""
+    """Extremes and percentiles of a picture's values, and whether they are whole numbers."""
 
     low: float
     high: float
@@ -156,7 +156,7 @@ def joint_range(found: Sequence[Extremes]) -> tuple[float, float] | None:
     Anything else goes from the lowest to the highest of the pictures' 0.1st and 99.9th percentiles.
 
     Args:
-        found: What each deep picture says of the range.
+        found: Extremes of each deep picture.
 
     Returns:
         The lowest and the highest value, or None if no picture is deep.
@@ -176,7 +176,7 @@ def joint_range(found: Sequence[Extremes]) -> tuple[float, float] | None:
 
 
 def extremes(picture: Deep) -> Extremes:
-    """What a picture says of the range; 0 if all of it is transparent."""
+    """Extremes of a picture's values; 0 if all of it is transparent."""
     values = picture.values[np.isfinite(picture.values)]
     if not values.size:
         return Extremes(0, 0, 0, 0, whole=True)

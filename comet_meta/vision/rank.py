@@ -26,7 +26,7 @@ from comet_meta.weights.weighter import SoftConfidentWeighter
 
 
 class RankError(ValueError):
-    """Pictures that can't be ranked; the message is one for the user."""
+    """Pictures that can't be ranked; the message is for the user."""
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ _SYSTEM_FOLDERS = {
 
 
 class DatasetError(ValueError):
-    """Data that can't be used; the message is one for the user."""
+    """Data that can't be used; the message is for the user."""
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,10 @@ class MemoryScorer:
        far in a few. So distances are divided by m + scale * M: m is the upper quartile of the
        sample's own distances, M the median of m over all samples.
     4. A sample's score is the mean of its highest distances, averaged over several memories.
+    5. A patch's own score (:meth:`score_parts`) is its distance of step 2, averaged over the
+       memories and divided by r + R: r is the median over the samples of the distances at the same
+       place, R the median of all distances. A place that varies in all samples, such as an edge, is
+       no defect.
 
     No memory holds the scored sample or a copy of it. A bad sample therefore looks normal only if
     most memories hold another one like it.
@@ -114,8 +118,8 @@ class MemoryScorer:
             features: As for a call.
 
         Returns:
-            Anomaly scores of the samples, shape (N,), and of their patches, shape (N, P): the
-            distances of step 2, averaged over the memories. Both float32, on the features' device.
+            Anomaly scores of the samples, shape (N,), and of their patches (step 5), shape (N, P).
+            Both float32, on the features' device.
 
         Raises:
             TypeError: If the features aren't floating-point.
@@ -181,7 +185,9 @@ class MemoryScorer:
                 f"features of {len(bad)} samples are NaN or infinite (first at positions "
                 f"{bad[:8].tolist()}); expected finite features"
             )
-        return scores, patch_totals / seen.unsqueeze(1)
+        distances = patch_totals / seen.unsqueeze(1)
+        scale = distances.median(dim=0).values + distances.median()
+        return scores, distances / scale.where(scale > 0, 1)
 
     def _memory(self, features: Tensor, inside: Tensor, generator: torch.Generator) -> Tensor:
         """The patches of some samples, or a random choice of at most ``max_patches``, (M, C)."""

@@ -15,6 +15,7 @@ from typing import get_args
 import torch
 
 from comet_examples.datasets import DATASETS, DatasetError, Transform, oracle
+from comet_examples.detectors import DETECTORS
 from comet_examples.presets import PRESETS, Preset, preset_for
 from comet_examples.report import table
 from comet_examples.session import Session
@@ -39,12 +40,14 @@ _COMPARED = {
 }
 
 
-def main(detector: str, dataset: str, argv: Sequence[str] | None = None) -> int:
+def main(
+    detector: str = "simplenet", dataset: str = "mvtec", argv: Sequence[str] | None = None
+) -> int:
     """Train and judge a detector on the categories of a data set.
 
     Args:
-        detector: Name in ``DETECTORS``.
-        dataset: Name in ``DATASETS``.
+        detector: Name in ``DETECTORS``, what ``--detector`` is without being given.
+        dataset: Name in ``DATASETS``, the same for ``--dataset``.
         argv: Arguments; by default the process's.
 
     Returns:
@@ -56,7 +59,7 @@ def main(detector: str, dataset: str, argv: Sequence[str] | None = None) -> int:
     options = _options(detector, dataset, argv)
     try:
         with largest_picture(options.max_megapixels):
-            return _run(options, detector)
+            return _run(options)
     except (BackboneError, BusyError, DatasetError, DownloadError, ResumeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -111,7 +114,7 @@ def _options(detector: str, dataset: str, argv: Sequence[str] | None) -> argpars
         method for method in _COMPARED if getattr(options, method) or method in choice.methods
     ]
     options.methods = [*compared, "comet"]
-    options.out = options.out or Path("runs") / f"{detector}_{options.dataset}"
+    options.out = options.out or Path("runs") / f"{options.detector}_{options.dataset}"
     return options
 
 
@@ -173,6 +176,9 @@ def _parser(detector: str, dataset: str) -> argparse.ArgumentParser:
         help="side of the centre crop (default: the preset's; none with --resize)",
     )
     model = parser.add_argument_group("model")
+    model.add_argument(
+        "--detector", choices=DETECTORS, default=detector, help="(default: %(default)s)"
+    )
     model.add_argument(
         "--preset",
         choices=PRESETS,
@@ -241,15 +247,15 @@ def _parser(detector: str, dataset: str) -> argparse.ArgumentParser:
     return parser
 
 
-def _run(options: argparse.Namespace, detector: str) -> int:
+def _run(options: argparse.Namespace) -> int:
     source = DATASETS[options.dataset]
-    preset = _preset(options, detector)
+    preset = _preset(options)
     names = options.category or ["all"]
     categories = source.categories(options.data_root) if names == ["all"] else dict.fromkeys(names)
     more = {"good": options.good} if options.good else {}
     splits = [source.load(options.data_root, name, **more) for name in categories]
     session = Session(
-        detector=detector,
+        detector=options.detector,
         dataset=options.dataset,
         preset=preset,
         training=preset.training(
@@ -282,9 +288,9 @@ def _run(options: argparse.Namespace, detector: str) -> int:
     return 1 if failed else 0
 
 
-def _preset(options: argparse.Namespace, detector: str) -> Preset:
+def _preset(options: argparse.Namespace) -> Preset:
     """The preset with what the options say otherwise."""
-    preset = preset_for(detector, options.backbone, options.dataset)
+    preset = preset_for(options.detector, options.backbone, options.dataset)
     if options.resize:
         size = tuple(options.resize) if len(options.resize) == 2 else options.resize[0]
         preset = replace(preset, transform=Transform(size, options.crop))

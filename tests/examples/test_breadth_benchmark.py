@@ -3,6 +3,7 @@
 import sys
 
 import breadth
+import breadth_page
 import numpy as np
 import pytest
 from runs import Runs
@@ -47,6 +48,18 @@ def test_finished_runs_are_kept_and_the_tables_printed(folder, monkeypatch, caps
     assert len(runs) == 2 * (len(breadth.METHODS) * 2 - 1)
     printed = capsys.readouterr().out
     assert "Training sets clean" in printed
+    page = folder / "pages" / "breadth.md"
+    # Without a folder nothing is run, and the page shows what is finished.
+    shown = ["breadth", "--out", str(out), "--page", str(page)]
+    monkeypatch.setattr(sys, "argv", [*shown, "--picture", str(folder / "dots.png")])
+    breadth.main()
+    assert len(list(Runs(out))) == len(runs)
+    text = page.read_text()
+    assert "![A dot for each table: plain training against CoMet](../dots.png)" in text
+    for heading in ("as-is", "clean"):
+        assert f"## Training sets: {heading}" in text
+    plain = next(r for r in runs if r["key"]["set"] == "far" and r["key"]["method"] == "plain")
+    assert f"| far  | {plain['figures']['AUROC']:.3f} |" in text
     assert (folder / "dots.png").stat().st_size > 1000
     for run in runs:
         if run["key"]["method"] == "comet@rate" and run["key"]["condition"] == "clean":
@@ -60,9 +73,36 @@ def test_a_row_of_the_summary_by_hand(tmp_path):
         for method, value in zip(("plain", "oracle", "comet"), values, strict=True):
             key = {"set": name, "condition": "as-is", "detector": "svdd", "seed": 0}
             runs.add({**key, "method": method}, {"AUROC": value})
-    row = breadth.summary_row(runs, "svdd", "as-is", "comet")
+    row = breadth_page.summary_row(runs, "svdd", "as-is", "comet")
     assert row["AUROC"] == "0.700"
     assert row["losses > .005"] == "1"
     assert row["worst"] == "-0.100 b"
     assert row["gap recovered"].startswith("0.250 ")
     assert row["median of sets"] == "0.50"
+
+
+def test_a_loss_is_beyond_noise_by_two_standard_errors():
+    plain = {"a": dict.fromkeys(range(3), 0.9), "b": dict.fromkeys(range(3), 0.9)}
+    ours = {"a": {0: 0.88, 1: 0.87, 2: 0.89}, "b": {0: 0.80, 1: 0.93, 2: 0.89}}
+    assert breadth_page.beyond_noise(ours, plain) == "1"
+    assert breadth_page.beyond_noise({"a": {0: 0.5, 1: 0.5}}, plain) == "-"
+
+
+def test_halves_are_every_other_set_by_name(tmp_path):
+    runs = [
+        {
+            "key": {
+                "set": name,
+                "condition": "clean",
+                "detector": "svdd",
+                "seed": 0,
+                "method": method,
+            },
+            "figures": {"AUROC": value},
+        }
+        for name, gain in (("d", 0.4), ("a", 0.1), ("c", 0.3), ("b", 0.2))
+        for method, value in (("plain", 0.5), ("comet", 0.5 + gain))
+    ]
+    (row,) = breadth_page.halves(runs, ["svdd"], "clean", ["comet"])
+    assert row["half a"].startswith("0.200 ")
+    assert row["half b"].startswith("0.300 ")

@@ -19,6 +19,7 @@ from ablation import (
 )
 from comet_examples.training import TrainingSettings
 from contamination import GROUPS, VARIANTS, common_gap, cost, expanded, row
+from contamination_page import detector_rows, set_row
 from grid import Trial, by_method, weighting_figures
 from tiny_experiment import experiment
 
@@ -63,6 +64,24 @@ def test_finished_runs_are_kept_and_the_figure_drawn(ask, capsys, tmp_path):
     assert again == after
     assert "| trim@true | 2     |" in capsys.readouterr().out
     assert figure.stat().st_size > 1000
+
+
+def test_a_page_holds_the_finished_runs_of_todays_settings(ask, tmp_path):
+    ask("--variants", "plain", "oracle", "comet")
+    page, figure = tmp_path / "pages" / "pictures.md", tmp_path / "figure.png"
+    found = ask("--page", str(page), "--figure", str(figure))
+    assert len(found) == 6
+    text = page.read_text()
+    assert "## Noise 0.2" in text
+    assert "![I-AUROC against the share of bad training pictures](../figure.png)" in text
+    plain, oracle, comet = (
+        sum(run["figures"]["I-AUROC"] for run in found if run["key"]["method"] == name) / 2
+        for name in ("plain", "oracle", "comet")
+    )
+    assert f"| simplenet | 1    | {plain:.3f} | {comet:.3f} | {oracle:.3f}  |" in text
+    # A file of other settings has nothing to show.
+    with pytest.raises(SystemExit):
+        ask("--page", str(page), "--epochs", "3")
 
 
 def test_shards_share_the_work(ask):
@@ -205,3 +224,16 @@ def test_without_common_seeds_there_is_nothing_to_compare():
     assert common_gap(runs(0.8), runs(0.9), runs(0.9)) == ""
     assert cost(runs(0.8), {}) == ""
     assert cost({0: {"I-AUROC": 0.8}}, runs(0.9)) == ""
+
+
+def test_the_means_of_a_detector_are_over_its_sets():
+    good = {(0.1, "plain"): runs(0.80), (0.1, "comet"): runs(0.85), (0.1, "oracle"): runs(0.90)}
+    poor = {(0.1, "plain"): runs(0.70), (0.1, "comet"): runs(0.69), (0.1, "oracle"): runs(0.80)}
+    flat = {(0.1, "plain"): runs(0.90), (0.1, "comet"): runs(0.92), (0.1, "oracle"): runs(0.90)}
+    chosen = {("fastflow", "a/b"): good, ("fastflow", "c/d"): poor, ("fastflow", "e/f"): flat}
+    chosen |= {("simplenet", "a/b"): {(0.1, "plain"): runs(0.5)}}
+    (row,) = detector_rows(chosen, 0.1)
+    assert (row["sets"], row["plain"], row["comet"]) == ("3", "0.800", "0.820")
+    assert (row["comet - plain"], row["worst set"]) == ("+0.020", "-0.010")
+    assert (row["median gap"], row["least gap"]) == ("0.20", "-0.10")  # none for the flat set
+    assert set_row("fastflow", "e/f", flat, 0.1)["gap recovered"] == "-"

@@ -116,7 +116,12 @@ def test_every_script_has_the_same_command_line(monkeypatch, capsys, script):
         detector, dataset = script.split("_")
         assert runs(script, monkeypatch, "--help") == 0
         text = capsys.readouterr().out
-        for own in (f"{script}.py", f"Train {detector} on {dataset},", f"(default: {dataset})"):
+        for own in (
+            f"{script}.py",
+            f"Train {detector} on {dataset},",
+            f"(default: {dataset})",
+            f"(default: {detector})",
+        ):
             assert own in text
             text = text.replace(own, "")
         return text
@@ -144,6 +149,19 @@ def test_every_script_runs_end_to_end(tmp_path, monkeypatch, undrawn, script):
     # Without --out, in the folder that is named after detector and data set.
     figures = results(tmp_path / "runs" / script)["methods"]["comet"]["test"]
     assert set(figures) == {"I-AUROC", "I-AP", "P-AUROC", "P-AP", "AUPRO"}
+
+
+def test_train_takes_detector_and_data_set_by_name(tmp_path, monkeypatch, undrawn):
+    root = tree(tmp_path / "data", "viaduct")
+    monkeypatch.chdir(tmp_path)
+    named = ["--detector", "fastflow", "--dataset", "viaduct", "--data-root", str(root)]
+    assert runs("train", monkeypatch, *named, *SMALL) == 0
+    by_name = results(tmp_path / "runs" / "fastflow_viaduct")
+    assert run("fastflow_viaduct", root, tmp_path / "again") == 0
+    assert (
+        results(tmp_path / "again")["methods"]["comet"]["test"]
+        == (by_name["methods"]["comet"]["test"])
+    )
 
 
 @pytest.mark.parametrize("script", ["simplenet_mvtec", "fastflow_ksdd2"])

@@ -515,17 +515,18 @@ def test_evaluation_on_an_indexed_loader_or_a_plain_one(tmp_path, dataset):
     assert "validation_step" not in vars(module)
 
 
-def test_the_tuner_on_the_plain_data_set_before_the_training(tmp_path):
+class Tuned(Evaluated):
+    dataset = DATA  # the Tuner's trial runs leave the callbacks out
+
+    def train_dataloader(self):
+        return DataLoader(self.dataset, batch_size=self.batch_size)
+
+    def val_dataloader(self):
+        return DataLoader(DATA, batch_size=8)
+
+
+def test_the_tuner_scales_the_batch_before_the_training(tmp_path):
     from lightning.pytorch.tuner import Tuner
-
-    class Tuned(Evaluated):
-        dataset = DATA  # the Tuner's trial runs leave the callbacks out
-
-        def train_dataloader(self):
-            return DataLoader(self.dataset, batch_size=self.batch_size)
-
-        def val_dataloader(self):
-            return DataLoader(DATA, batch_size=8)
 
     module, callback = Tuned(), CoMetCallback()
     trainer = quiet(callback, tmp_path)
@@ -534,6 +535,27 @@ def test_the_tuner_on_the_plain_data_set_before_the_training(tmp_path):
     module.dataset = IndexedDataset(DATA)
     quiet(callback, tmp_path).fit(module)
     assert callback.weighter.scores.isfinite().all()
+
+
+def test_the_tuner_finds_the_same_learning_rate_with_and_without_the_callback(tmp_path):
+    from lightning.pytorch.tuner import Tuner
+
+    callback = CoMetCallback()
+    modules = [Tuned(), Tuned()]
+    trainers = [quiet(callback, tmp_path), quiet(pl.Callback(), tmp_path)]
+    found = []
+    for module, trainer in zip(modules, trainers, strict=True):
+        before = [p.clone() for p in module.parameters()]
+        finder = Tuner(trainer).lr_find(module, num_training=40, early_stop_threshold=None)
+        found.append(finder.suggestion())
+        assert module.lr == found[-1]
+        assert all(torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
+    assert found[0] == found[1]
+    assert 1e-8 < found[0] < 1
+    modules[0].dataset = IndexedDataset(DATA)
+    trainers[0].fit(modules[0])  # the same trainer goes on to train
+    assert callback.weighter.scores.isfinite().all()
+    assert float(callback.weighter.weights.min()) < 1
 
 
 def test_a_batch_that_is_changed_after_its_transfer_keeps_its_positions(tmp_path):

@@ -1,7 +1,7 @@
 """Time and memory of ``comet-meta rank`` on a folder of many pictures.
 
-    python benchmarks/cost/rank.py --pictures 2000
-    python benchmarks/cost/rank.py --pictures 50000 --random-features
+    python benchmarks/cost/rank_many.py --pictures 2000
+    python benchmarks/cost/rank_many.py --pictures 50000 --random-features
 
 The pictures are solar cells (elpv), each as a file, as often as it takes. With
 ``--random-features`` they are small pictures of noise, and random features lie in the cache: then

@@ -1,0 +1,116 @@
+"""The page of ``contamination.py``, from its finished runs alone."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from comet_examples.report import table
+from grid import BySeed
+from runs import gap_recovered, mean, paired, spread
+
+Chosen = Mapping[tuple[str, str], Mapping[tuple[float, str], BySeed]]
+"""Finished runs by detector and task, then by noise and variant."""
+
+_MAIN = {"plain": "plain", "comet": "comet", "contamination@true": "told", "oracle": "oracle"}
+_INTRO = """\
+# Pictures with bad ones among them
+
+Every training set holds the share of bad pictures that the headings say, drawn by the seed; noise 0
+is the set as it is on disk. I-AUROC on the test set after the last epoch, mean and standard
+deviation over seeds. *plain* is training without the library, *oracle* without the bad pictures,
+*comet* the library's default, *told* the same with the true share of bad pictures. `--help`
+describes the other variants. Differences are paired by seed, with p of a paired t-test. *Gap
+recovered* is (comet - plain) / (oracle - plain) on means; none where the bad pictures cost less
+than one point."""
+
+
+def write_page(
+    chosen: Chosen,
+    tables: Sequence[str],
+    machines: Sequence[str],
+    out: Path,
+    page: Path,
+    figure: Path | None,
+) -> None:
+    """All figures as a page.
+
+    Args:
+        chosen: Finished runs.
+        tables: What the command prints of each detector and task.
+        machines: What they ran on.
+        out: Their file.
+        page: Markdown file to write.
+        figure: I-AUROC against contamination, if it has been drawn.
+    """
+    seeds = {seed for own in chosen.values() for runs in own.values() for seed in runs}
+    shown = " ".join(str(seed) for seed in sorted(seeds))
+    command = f"python benchmarks/quality/contamination.py --out {out.as_posix()}"
+    if figure:
+        command += f" \\\n    --figure {figure.as_posix()}"
+    command += f" \\\n    --page {page.as_posix()}"
+    parts = [
+        _INTRO,
+        f"Seeds {shown}; {', '.join(machines)}. The command that trained them is the same without "
+        f"`--page`; this page is written by\n\n```bash\n{command}\n```",
+    ]
+    if figure:
+        link = Path(os.path.relpath(figure, page.parent)).as_posix()
+        parts.append(f"![I-AUROC against the share of bad training pictures]({link})")
+    levels = sorted({noise for own in chosen.values() for noise, _ in own})
+    for noise in levels:
+        rows = [row for key in chosen if (row := set_row(*key, chosen[key], noise)) is not None]
+        if rows:
+            parts += [f"## Noise {noise:g}", table(rows), table(detector_rows(chosen, noise))]
+    parts += ["## Every variant", *(text.strip() for text in tables if text)]
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def set_row(
+    detector: str, task: str, own: Mapping[tuple[float, str], BySeed], noise: float
+) -> dict[str, str | float] | None:
+    """A set at a level of noise; None without a plain training."""
+    runs = {name: own.get((noise, name), {}) for name in _MAIN}
+    if not runs["plain"]:
+        return None
+    row: dict[str, str | float] = {"detector": detector, "set": task}
+    row |= {
+        title: spread(one["I-AUROC"] for one in runs[name].values())
+        for name, title in _MAIN.items()
+        if runs[name]
+    }
+    row["comet - plain"] = paired(runs["comet"], runs["plain"], "I-AUROC") or "-"
+    row["gap recovered"] = _shown(gap_recovered(runs["comet"], runs["plain"], runs["oracle"]))
+    return row
+
+
+def detector_rows(chosen: Chosen, noise: float) -> list[dict[str, str | float]]:
+    """A detector's means over the sets that have plain and comet at a level of noise."""
+    rows: list[dict[str, str | float]] = []
+    for detector in dict.fromkeys(name for name, _ in chosen):
+        sets = [
+            {name: own.get((noise, name), {}) for name in _MAIN}
+            for (name, _), own in chosen.items()
+            if name == detector
+        ]
+        sets = [runs for runs in sets if runs["plain"] and runs["comet"]]
+        if not sets:
+            continue
+        row: dict[str, str | float] = {"detector": detector, "sets": str(len(sets))}
+        for name, title in _MAIN.items():
+            if all(runs[name] for runs in sets):
+                row[title] = f"{np.mean([mean(runs[name], 'I-AUROC') for runs in sets]):.3f}"
+        gains = [mean(r["comet"], "I-AUROC") - mean(r["plain"], "I-AUROC") for r in sets]
+        row["comet - plain"] = f"{np.mean(gains):+.3f}"
+        row["worst set"] = f"{min(gains):+.3f}"
+        gaps = np.array([gap_recovered(r["comet"], r["plain"], r["oracle"]) for r in sets])
+        gaps = gaps[np.isfinite(gaps)]
+        row["median gap"] = _shown(float(np.median(gaps))) if len(gaps) else "-"
+        row["least gap"] = _shown(float(gaps.min())) if len(gaps) else "-"
+        rows.append(row)
+    return rows
+
+
+def _shown(gap: float) -> str:
+    return f"{gap:.2f}" if np.isfinite(gap) else "-"
