@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
-from typing_extensions import override
 
 from comet_meta import distributed
 from comet_meta.data import as_index, collect_scores
@@ -18,6 +17,7 @@ from comet_meta.optimizer import CoMetOptimizerWrapper
 from comet_meta.penalty import CovarianceMetaRegularizer
 from comet_meta.restore import eval_mode, same_random_numbers
 from comet_meta.weights.weighter import SoftConfidentWeighter
+from comet_meta.wrapped import SteppedByTheLoop
 
 Losses = Tensor | Mapping[str, Tensor]
 
@@ -46,11 +46,13 @@ class CoMet:
             cost nothing, but come from a model that changes during the round.
         model: The module or modules that ``scores`` uses, to set them to eval mode. Not needed if
             ``scores`` is a method of the module, as ``model.scores`` is. ``[]`` if ``scores`` sets
-            the mode itself.
+            the mode itself. Batch norm in it survives a batch with NaN.
         index: Positions of a batch's samples in the data set, batch -> (B,), for streams and for
             loaders that aren't DataLoaders. The losses are then the scores.
         weighter: Weights of the samples; by default one with the default rule. With a prior its
-            weights hold from the first step, and are never refitted.
+            weights hold from the first step, and are never refitted. Without one, a weighter that
+            has served another CoMet object starts from the beginning; to go on with its weights,
+            load that object's state.
         regularizer: The penalty lambda(Sigma) ||theta||^2; without one there is none.
         exposure: Factor on the loss of a sample taken as anomalous, >= 0; see
             :class:`~comet_meta.CoMetOptimizerWrapper`.
@@ -122,11 +124,9 @@ class CoMet:
             )
         if weighter is None:
             weighter = SoftConfidentWeighter(size)
-        elif size is not None and weighter.num_samples not in (None, size):
-            raise ValueError(
-                f"the weighter is for {weighter.num_samples} samples, the loader's data set has "
-                f"{size}"
-            )
+        weighter.begin_fit(None if size is None else self._recording_loader.dataset)  # type: ignore[arg-type]
+        if regularizer is not None:
+            regularizer.reset()
         self.weighter = weighter
         self._size = weighter.num_samples if size is None else size
         if self._size is None and every is None and not hasattr(loader, "__len__"):
@@ -134,15 +134,19 @@ class CoMet:
                 "neither the loader's length nor the number of samples is known, so no epoch ends: "
                 "pass every=, the number of steps between refits"
             )
-        self._permit = _StepPermit(_register_guard(optimizers, self._guard))
         self._wrapper = CoMetOptimizerWrapper(
-            self._permit, weighter=weighter, regularizer=regularizer, exposure=exposure
+            SteppedByTheLoop(_register_guard(optimizers, self._guard)),
+            weighter=weighter,
+            regularizer=regularizer,
+            exposure=exposure,
+            model=nn.ModuleList(self.models),
         )
+        self._scoring_loader: RecordingLoader | None = None
         self._index: Tensor | None = None  # positions of the current batch's samples
         self._losses_as_scores: list[tuple[Tensor, Tensor]] = []  # positions and losses
         self._steps = self._samples = 0  # in this round
         self._model_changed = True  # since the set was scored
-        self._gradients_unchecked = False  # whether losses came since the last check
+        self._asked: set[int] = set()  # optimizers that have stepped since the last losses
         self._sums = torch.zeros(2)  # sum of weighted losses and sum of weights in this pass
 
     def __len__(self) -> int:
@@ -207,7 +211,8 @@ class CoMet:
 
         Args:
             losses: Losses with their graph, in any shape that :func:`comet_meta.per_sample` takes:
-                (B,), (B, P), (B, H, W), (B * P,), or a dictionary of such terms. Or a function from
+                (B,), (B, P), (B, H, W), (B * P,), or a dictionary of such terms. Under
+                ``torch.no_grad()``, as in validation, their plain mean counts. Or a function from
                 rows of the batch, shape (R,), to their losses: it is called with the rows whose
                 weight is above 0, so that batch norm sees no others. A batch with fewer than two
                 such rows is then left out.
@@ -225,6 +230,8 @@ class CoMet:
             ValueError: If losses can't be reduced to one per sample.
             IndexError: If a position lies outside the data set.
         """
+        if not torch.is_grad_enabled() and not callable(losses):  # validation: no weights
+            return self._wrapper.objective(per_sample(losses, _batch_size(losses)))
         index = self.index if index is None else as_index(index, self._size)
         if callable(losses):
             if anomalous is not None:
@@ -264,13 +271,27 @@ class CoMet:
             self._model_changed = False
         elif self._losses_as_scores:
             index = torch.cat([index for index, _ in self._losses_as_scores])
-            scores = torch.cat([losses for _, losses in self._losses_as_scores])
-            finite = scores.isfinite()
+            scores = torch.cat([losses for _, losses in self._losses_as_scores]).cpu()
             self._losses_as_scores.clear()
-            if distributed.all_agree(bool(finite.any()), scores.device):  # all update, or none
-                finite = finite.cpu()
-                self.weighter.update(index[finite], scores.cpu()[finite])
+            self.weighter.update_finite(index, scores)
             self.weighter.fit()
+
+    def allows_step(self) -> bool:
+        """Whether the gradients can be used; see :meth:`CoMetOptimizerWrapper.allows_step`.
+
+        For loops whose optimizers aren't passed as ``optimizers``.
+        """
+        return self._wrapper.allows_step()
+
+    def watch(self, loss: Tensor) -> None:
+        """Let :meth:`allows_step` count a loss of the current batch that doesn't go through here.
+
+        Args:
+            loss: The batch's loss, unweighted, shape ().
+        """
+        self._model_changed = True
+        self._asked.clear()
+        self._wrapper.watch(loss, self.index)
 
     def state_dict(self) -> dict[str, Any]:
         """The state of a run, without the states of model and optimizers.
@@ -278,9 +299,8 @@ class CoMet:
         Returns:
             Tensors and plain containers only: ``torch.load(..., weights_only=True)`` reads it.
         """
-        wrapper = self._wrapper.state_dict()
         return {
-            **{name: wrapper[name] for name in ("weighter", "regularizer", "generator")},
+            **self._wrapper.method_state_dict(),
             "round": [self.rounds, self._steps, self._samples],
             "seen": list(self._losses_as_scores),
         }
@@ -290,9 +310,11 @@ class CoMet:
 
         Args:
             state: The saved state, from an object with the same parts.
+
+        Raises:
+            ValueError: If it has other parts or belongs to other samples. Nothing has changed then.
         """
-        parts = {name: state[name] for name in ("weighter", "regularizer", "generator")}
-        self._wrapper.load_state_dict(self._wrapper.state_dict() | parts)
+        self._wrapper.load_method_state_dict(state)
         self.rounds, self._steps, self._samples = state["round"]
         self._losses_as_scores = list(state["seen"])
         self._model_changed = True
@@ -303,7 +325,8 @@ class CoMet:
         """The objective of losses (B,), multiplied by a factor; records them as scores."""
         detached = own.detach()
         if own.requires_grad:
-            self._model_changed = self._gradients_unchecked = True
+            self._model_changed = True
+            self._asked.clear()
             if self.scores is None and self.rounds + 1 >= self.warm_up:
                 self._losses_as_scores.append((index.cpu(), detached.float()))
         weights = self.weighter(index).to(detached)
@@ -338,38 +361,26 @@ class CoMet:
         if scores is None:
             raise RuntimeError("there are no scores= to score the set with")
         loader: DataLoader[Any] = self.loader  # type: ignore[assignment]
+        if self._scoring_loader is None:  # kept, with its workers if they are persistent
+            self._scoring_loader = scoring_loader(loader)
         with eval_mode(self.models), same_random_numbers(self.models):
-            return collect_scores(
-                lambda batch: torch.as_tensor(scores(batch)), scoring_loader(loader)
-            )
+            return collect_scores(scores, self._scoring_loader)
 
-    def _guard(self, optimizer: Optimizer, *_: Any) -> None:
+    def _guard(self, optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> Any:
         """Before an optimizer's step: clear its gradients if the step can't be taken."""
-        if self._gradients_unchecked:
-            self._permit.granted = False
-            self._wrapper.step()
-            self._gradients_unchecked = False
-        if not self._permit.granted:
+        if id(optimizer) not in self._asked and not self.allows_step():
             optimizer.zero_grad()
-
-
-class _StepPermit(Optimizer):
-    """A stand-in that the wrapper steps: it records that the loop's optimizers may step."""
-
-    def __init__(self, parameters: list[Tensor]) -> None:
-        super().__init__([{"params": parameters}], {})
-        self.granted = True
-
-    @override
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Record the permission; parameters and gradients stay as they are."""
-        self.granted = True
+        self._asked.add(id(optimizer))
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            return None
+        return (optimizer,), {**kwargs, "closure": self._wrapper.guarded(closure)}
 
 
 def _register_guard(
     optimizers: Optimizer | Sequence[Optimizer], guard: Callable[..., None]
-) -> list[Tensor]:
-    """Call ``guard`` before each step of the optimizers. Returns their parameters, each once."""
+) -> list[Optimizer]:
+    """Call ``guard`` before each step of the optimizers. Returns them as a list."""
     optimizers = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
     for optimizer in optimizers:
         if not isinstance(optimizer, Optimizer):
@@ -386,8 +397,13 @@ def _register_guard(
             )
     for optimizer in optimizers:
         optimizer.register_step_pre_hook(guard)
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    return list({id(p): p for group in groups for p in group["params"]}.values())
+    return optimizers
+
+
+def _batch_size(losses: Losses) -> int:
+    """B of losses (B, ...), or of the first term."""
+    first = next(iter(losses.values()), None) if isinstance(losses, Mapping) else losses
+    return len(first) if isinstance(first, Tensor) and first.dim() else 1
 
 
 def _models(

@@ -6,7 +6,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import ConcatDataset, Dataset, IterableDataset, Subset
 
 from comet_meta import distributed
 
@@ -30,7 +30,13 @@ def as_index(index: Tensor | Sequence[int], num_samples: int | None = None) -> T
         ValueError: If it isn't one-dimensional or is empty.
         IndexError: If a position lies outside the data set.
     """
-    index = torch.as_tensor(index)
+    try:
+        index = torch.as_tensor(index)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"index is a {type(index).__name__} that is no list of integers; expected data-set "
+            "positions, for instance those that comet_meta.IndexedDataset yields"
+        ) from error
     if index.dim() != 1:
         raise ValueError(
             f"index has shape {tuple(index.shape)}; expected (B,), one data-set position per sample"
@@ -92,9 +98,47 @@ class IndexedDataset(Dataset[tuple[int, T]], Generic[T]):
         """Number of samples."""
         return len(self.dataset)
 
+    def __add__(self, other: Any) -> "IndexedDataset[Any]":  # type: ignore[override]
+        """Both data sets as one, with the positions of the whole."""
+        if not isinstance(other, IndexedDataset):
+            raise TypeError(
+                "only one of the two data sets has positions; join them first and index the "
+                "whole: IndexedDataset(first + second)"
+            )
+        return IndexedDataset(ConcatDataset([self.dataset, other.dataset]))
+
     def __getitem__(self, index: int) -> tuple[int, T]:
         """The position and the item at it."""
         return index, self.dataset[index]
+
+
+def check_positions(dataset: Any) -> None:
+    """Check that positions in a data set are those that its items carry.
+
+    Args:
+        dataset: Any data set.
+
+    Raises:
+        TypeError: If parts of it carry positions of their own, so that those of two samples
+            collide or none is that of the whole.
+    """
+    inner = [dataset]
+    while inner:
+        current = inner.pop()
+        if isinstance(current, ConcatDataset):
+            parts = list(current.datasets)
+            advice = "IndexedDataset(ConcatDataset([first, second]))"
+        elif isinstance(current, Subset):
+            parts = [current.dataset]
+            advice = "IndexedDataset(Subset(data_set, indices))"
+        else:
+            continue
+        if any(isinstance(part, IndexedDataset) for part in parts):
+            raise TypeError(
+                f"a {type(current).__name__} of an IndexedDataset has the positions of its parts, "
+                f"which are not those of its own samples; index the whole instead: {advice}"
+            )
+        inner += parts
 
 
 @torch.no_grad()
@@ -132,10 +176,11 @@ def collect_scores(
             "the loader has no data set of known length; expected a DataLoader over "
             "comet_meta.IndexedDataset"
         )
+    check_positions(dataset)
     scores = torch.full((len(dataset),), torch.nan)
     for index, batch in loader:
         positions = as_index(index, len(scores)).cpu()
-        found = score_fn(batch)
+        found = torch.as_tensor(score_fn(batch))
         if found.shape != positions.shape:
             raise ValueError(
                 f"score_fn returned shape {tuple(found.shape)} for {len(positions)} samples; "
@@ -150,11 +195,21 @@ def collect_scores(
             f"{len(missing)} of {len(scores)} samples have no score (first: {missing[:5]}): the "
             "loader left them out; use drop_last=False and a sampler that reaches all of them"
         )
-    return _replace_not_finite(scores)
+    return finite_scores(scores)
 
 
-def _replace_not_finite(scores: Tensor) -> Tensor:
-    """Replace scores (N,) that are NaN or infinite by the highest finite score."""
+def finite_scores(scores: Tensor) -> Tensor:
+    """Replace scores that are NaN or infinite by the highest finite score; a warning names them.
+
+    Args:
+        scores: Shape (N,).
+
+    Returns:
+        Finite scores, shape (N,).
+
+    Raises:
+        ValueError: If no score is finite.
+    """
     finite = scores.isfinite()
     if finite.all():
         return scores

@@ -49,10 +49,23 @@ class RecordingLoader:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Any]]:
         """Pairs of positions (B,), on the CPU, and batch."""
+        earlier = self._recorder.drawn
         batches = iter(self._loader)
         drawn = self._recorder.drawn
         for batch in batches:
+            if drawn is earlier:  # the loader's __iter__ is a generator, which has started only now
+                drawn = self._recorder.drawn
+            if self._loader.num_workers == 0:
+                # A loader that resumes within an epoch draws batches that it doesn't yield.
+                while len(drawn) > 1:
+                    drawn.popleft()
             yield torch.tensor(drawn.popleft()), batch
+        if drawn:
+            raise RuntimeError(
+                f"the loader, a {type(self._loader).__name__}, left out {len(drawn)} of the "
+                "batches that its sampler drew, so the positions of the others can't be known; use "
+                "num_workers=0, or pass index=, a function from a batch to its samples' positions"
+            )
 
 
 class _Recorder(Sampler[list[int]]):

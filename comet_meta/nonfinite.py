@@ -1,13 +1,17 @@
 """The guard against NaN and infinite values: samples are left out, steps are skipped."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from comet_meta import distributed
+from comet_meta.restore import RunningStatistics
 
 _LOGGER = logging.getLogger(__name__)
 _MAX_NAMED = 8
@@ -51,12 +55,23 @@ class _Batch(NamedTuple):
 
 
 class StepGuard:
-    """Decides whether the next step can be taken, from the batches since the last one."""
+    """Decides whether the next step can be taken, from the batches since the last one.
 
-    def __init__(self) -> None:
+    Args:
+        model: The module whose batch-norm statistics survive a batch with NaN; None for none.
+    """
+
+    def __init__(self, model: nn.Module | None = None) -> None:
         self._unchecked: list[_Batch] = []
         self._any_left_out = False
         self._any_usable = False
+        self._answer: bool | None = None
+        self._statistics = RunningStatistics(model)
+
+    def reset(self) -> None:
+        """Forget the batches recorded so far."""
+        self._any_left_out = self._any_usable = False
+        self._answer = None
 
     def record_batch(self, finite: Tensor, index: Tensor | None, losses: Tensor | None) -> None:
         """Record a batch; its losses are checked later, by :meth:`check_batches`.
@@ -66,6 +81,8 @@ class StepGuard:
             index: Positions of its samples in the data set, shape (B,), where known.
             losses: Mean losses of its training and validation part, shape (2,), where needed.
         """
+        if self._answer is not None:
+            self.reset()
         all_finite = distributed.average(finite.all().float()) == 1
         self._unchecked.append(_Batch(finite, index, DeferredFlag(all_finite), losses))
 
@@ -91,33 +108,63 @@ class StepGuard:
 
     def record_gradient(self, *, usable: bool) -> None:
         """Record whether a batch had a gradient that could be added."""
+        if self._answer is not None:
+            self.reset()
         self._any_left_out |= not usable
         self._any_usable |= usable
 
-    def forbids_step(self, parameters: Sequence[Tensor]) -> bool:
-        """Whether the gradients can't be used. The record starts anew.
+    def allows_step(self, parameters: Sequence[Tensor]) -> bool:
+        """Whether the gradients can be used; the same answer until a new batch is recorded.
 
         Args:
             parameters: The trained parameters, with the gradients of the batches in ``.grad``.
         """
-        left_out, usable = self._any_left_out, self._any_usable
-        self._any_left_out = self._any_usable = False
-        if not left_out:
-            return False
-        if not usable:
+        if self._answer is None:
+            self._answer = self._gradients_usable(parameters)
+            if self._any_left_out:
+                self._statistics.restore_if_not_finite()
+            else:
+                self._statistics.keep()
+        return self._answer
+
+    def _gradients_usable(self, parameters: Sequence[Tensor]) -> bool:
+        if not self._any_left_out:
+            return True
+        if not self._any_usable:
             check_parameters_finite(parameters)
             _LOGGER.warning("step skipped: none of its losses could be used")
-            return True
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        if distributed.all_agree(all_finite(gradients), parameters[0].device):
             return False
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        if distributed.all_agree(all_finite(gradients), _device(parameters)):
+            return True
         check_parameters_finite(parameters)
         _LOGGER.warning(
             "step skipped: although they were left out, these samples made the gradients NaN or "
             "infinite (as a NaN in a picture does); step(closure, index) learns from the others "
             "all the same"
         )
-        return True
+        return False
+
+
+@contextmanager
+def finite_steps_only() -> Iterator[None]:
+    """Clear gradients that are NaN or infinite before any optimizer's step in the body.
+
+    For training code whose loss is out of reach. The check waits for the device.
+    """
+
+    def clear(optimizer: Optimizer, *_: object) -> None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        if not all_finite([p.grad for p in parameters if p.grad is not None]):
+            check_parameters_finite(parameters)
+            _LOGGER.warning("step skipped: its gradients are NaN or infinite; %s", _ADVICE)
+            optimizer.zero_grad()
+
+    handle = register_optimizer_step_pre_hook(clear)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def all_finite(tensors: Sequence[Tensor]) -> bool:
@@ -177,12 +224,16 @@ def check_parameters_finite(parameters: Sequence[Tensor]) -> None:
     Raises:
         ValueError: If one of them is NaN or infinite.
     """
-    if not distributed.all_agree(all_finite(parameters), parameters[0].device):
+    if not distributed.all_agree(all_finite(parameters), _device(parameters)):
         raise ValueError(
             "the model's parameters are NaN or infinite, so no step can be taken any more; go back "
             "to the last checkpoint and lower the learning rate, clip the gradients, or leave "
             "autocast for the loss"
         )
+
+
+def _device(parameters: Sequence[Tensor]) -> torch.device:
+    return parameters[0].device if parameters else torch.device("cpu")
 
 
 def _stored_values(tensor: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from comet_meta.penalty import CovarianceMetaRegularizer
 from comet_meta.step_report import StepReport, step_report
 from comet_meta.tasks import can_split, support_query_losses
 from comet_meta.weights.weighter import SoftConfidentWeighter
-from comet_meta.wrapped import OptimizerGroup
+from comet_meta.wrapped import OptimizerGroup, with_own_hooks
 
 if TYPE_CHECKING:
     from comet_meta.meta.step import MetaMode, MetaStep
@@ -130,7 +130,7 @@ class CoMetOptimizerWrapper(OptimizerGroup):
             generator = torch.Generator()
             generator.manual_seed(distributed.seed_of_first_process(torch.initial_seed()))
         self.generator = generator
-        self._guard = StepGuard()
+        self._guard = StepGuard(model)
         self._last_objective: tuple[Tensor, Tensor] | None = None  # weighted losses, weights
         if self.meta is not None and model is None:
             _LOGGER.info(
@@ -192,7 +192,9 @@ class CoMetOptimizerWrapper(OptimizerGroup):
 
         Args:
             losses: Per-sample losses with their graph, shape (B,), or pairs, (2, B). For losses
-                without a graph, as in validation, nothing is left out and nothing is recorded.
+                without a graph nothing is left out and nothing is recorded. Under
+                ``torch.no_grad()``, as in validation, they aren't those of training samples: the
+                result is then their plain mean plus penalty, whatever the index.
             index: Positions of the samples in the data set, shape (B,); needed with a weighter.
 
         Returns:
@@ -206,9 +208,13 @@ class CoMetOptimizerWrapper(OptimizerGroup):
         """
         check_losses(losses)
         batch_size = losses.shape[-1]
+        parameters = self.trained_parameters()
+        if not torch.is_grad_enabled():
+            # A validation loss: the weights are those of the training samples.
+            own = losses if losses.dim() == 1 else losses[0]
+            return own.mean() + self._penalty(parameters, self._strength(parameters))
         index = self._checked_index(index, batch_size)
         self._check_recorded_batches()
-        parameters = self.trained_parameters()
         # 1) Weights w_i and exposure * P(bad)_i.
         weights = self._weights(index, batch_size)
         # 2) Losses that are finite.
@@ -242,6 +248,7 @@ class CoMetOptimizerWrapper(OptimizerGroup):
     @overload
     def step(self, closure: Closure, index: Tensor | Sequence[int]) -> StepReport: ...
     @override
+    @with_own_hooks
     def step(
         self,
         closure: Callable[[], float] | Closure | None = None,
@@ -264,7 +271,8 @@ class CoMetOptimizerWrapper(OptimizerGroup):
             closure: With ``index``, a function from rows of the batch, shape (R,), to their losses
                 at the current parameters, shape (R,), or pairs, (2, R). It is called several times,
                 with each row either in the support or in the query. Without ``index``, as for any
-                torch optimizer.
+                torch optimizer: it computes the gradients. One wrapped optimizer gets it, so that
+                SAM and the like can call it as often as they need; several step after one call.
             index: Positions of the batch's samples in the data set, shape (B,), B >= 2 unless
                 ``meta="none"``. Rows come on its device.
 
@@ -288,17 +296,79 @@ class CoMetOptimizerWrapper(OptimizerGroup):
         self._step_optimizers()
         return report
 
+    def allows_step(self) -> bool:
+        """Whether the gradients in ``.grad`` can be used (step 7); a warning says so if not.
+
+        :meth:`step` asks by itself. A loop that steps the optimizers in another way asks before it,
+        after the last ``backward()``. If the answer is no, it clears the gradients instead. Asked
+        again before new losses came, the answer is the same. Running statistics of batch norm in
+        ``model`` that a batch made NaN are put back.
+
+        Returns:
+            False if a sample whose loss is NaN or infinite made the gradients so, or no loss was
+            finite.
+
+        Raises:
+            ValueError: If the parameters are NaN or infinite.
+
+        Example:
+            >>> theta = torch.ones(3, requires_grad=True)
+            >>> optimizer = CoMetOptimizerWrapper(torch.optim.SGD([theta], lr=0.1))
+            >>> optimizer.objective(theta * torch.tensor([1.0, torch.nan, 1.0])).backward()
+            >>> optimizer.allows_step()
+            False
+        """
+        self._check_recorded_batches()
+        return self._guard.allows_step(self.trained_parameters())
+
+    def watch(self, loss: Tensor, index: Tensor | Sequence[int]) -> None:
+        """Let :meth:`allows_step` count a loss that isn't weighted, such as another's batch mean.
+
+        Args:
+            loss: Shape ().
+            index: Positions of the batch's samples in the data set, shape (B,).
+        """
+        index = as_index(index, self._num_samples)
+        finite = torch.isfinite(loss.detach()).expand(len(index))
+        self._guard.record_batch(finite, index, None)
+
     def _step_optimizers(self, closure: Callable[[], float] | None = None) -> float | None:
         loss: float | None = None
-        if closure is not None:
+        if closure is not None and len(self.optimizers) > 1:
             with torch.enable_grad():
                 loss = closure()
+            closure = None
         # 7) Step, unless a gradient is NaN or infinite.
-        self._check_recorded_batches()
-        if not self._guard.forbids_step(self.trained_parameters()):
-            for optimizer in self.optimizers:
-                optimizer.step()
+        if self.allows_step():
+            if closure is not None:
+                loss = self.optimizers[0].step(self.guarded(closure))
+            else:
+                for optimizer in self.optimizers:
+                    optimizer.step()
+        self._guard.reset()
         return loss
+
+    def guarded(self, closure: Callable[[], float]) -> Callable[[], float]:
+        """A closure for an optimizer's step that clears the gradients if they can't be used.
+
+        Args:
+            closure: Computes loss and gradients, as for any torch optimizer.
+
+        Returns:
+            The same with :meth:`allows_step` behind it.
+        """
+        parameters = self.trained_parameters()
+        versions = [parameter._version for parameter in parameters]
+
+        def guarded() -> float:
+            loss = closure()
+            if not self.allows_step():
+                # An optimizer that has moved the parameters (SAM) needs gradients to move back.
+                moved = versions != [parameter._version for parameter in parameters]
+                self.zero_grad(set_to_none=not moved)
+            return loss
+
+        return guarded
 
     @property
     def loss(self) -> Tensor:
@@ -471,47 +541,85 @@ class CoMetOptimizerWrapper(OptimizerGroup):
     def state_dict(self) -> dict[str, Any]:
         """The state of a run: optimizers, weights, loss history and random state.
 
+        ``"state"`` and ``"param_groups"`` are as in any torch optimizer, so
+        ``torch.distributed.checkpoint`` can use it. That keeps these two alone: save the weighter
+        (a module) and the regularizer beside it.
+
         Returns:
             Tensors and plain containers only: ``torch.load(..., weights_only=True)`` reads it.
         """
         self._check_recorded_batches()
-        return {
-            **super().state_dict(),
-            "weighter": None if self.weighter is None else self.weighter.state_dict(),
-            "regularizer": None if self.regularizer is None else self.regularizer.state_dict(),
-            "generator": self.generator.get_state(),
-        }
+        return super().state_dict()
+
+    def method_state_dict(self) -> dict[str, Any]:
+        """The part of :meth:`state_dict` that isn't the optimizers'."""
+        self._check_recorded_batches()
+        return self._own_state()
+
+    def load_method_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what :meth:`method_state_dict` saved.
+
+        Args:
+            state_dict: The saved state, from a wrapper with the same parts.
+
+        Raises:
+            ValueError: As for :meth:`load_state_dict`.
+        """
+        self._check_own_state(state_dict)
+        self._load_own_state(state_dict)
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` saved; a resumed run then equals an uninterrupted one.
 
         Args:
-            state_dict: The saved state, from a wrapper with the same parts.
+            state_dict: The saved state, from a wrapper with the same parts. If it comes from
+                ``torch.distributed.checkpoint``, only the optimizers' state is restored.
 
         Raises:
-            ValueError: If it comes from something else, or from a wrapper with other parts.
+            ValueError: If it comes from something else, from a wrapper with other parts, or belongs
+                to other samples. Nothing has changed then.
         """
-        self.check_state_dict(state_dict)
         super().load_state_dict(state_dict)
+
+    @override
+    def check_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().check_state_dict(state_dict)
+        if "generator" in state_dict:
+            self._check_own_state(state_dict)
+
+    @override
+    def _own_state(self) -> dict[str, Any]:
+        return {
+            "weighter": None if self.weighter is None else self.weighter.state_dict(),
+            "regularizer": None if self.regularizer is None else self.regularizer.state_dict(),
+            "generator": self.generator.get_state(),
+        }
+
+    @override
+    def _load_own_state(self, state_dict: dict[str, Any]) -> None:
+        if "generator" not in state_dict:
+            _LOGGER.info("the saved state has the optimizers alone: weights and losses stay")
+            return
         if self.weighter is not None:
             self.weighter.load_state_dict(state_dict["weighter"])
         if self.regularizer is not None:
             self.regularizer.load_state_dict(state_dict["regularizer"])
         self.generator.set_state(state_dict["generator"].cpu())
+        self._guard = StepGuard(self.model)
 
-    @override
-    def check_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().check_state_dict(state_dict)
+    def _check_own_state(self, state_dict: dict[str, Any]) -> None:
         for name, part in (("weighter", self.weighter), ("regularizer", self.regularizer)):
             if (part is None) != (state_dict[name] is None):
                 here, there = ("no", "a") if part is None else ("a", "no")
                 raise ValueError(f"the saved state has {there} {name}, this wrapper has {here}")
+            if part is not None:
+                part.check_state_dict(state_dict[name])
 
     @override
     def __getstate__(self) -> dict[str, Any]:
         generator = self.generator.get_state()  # a generator itself can't be copied
-        return {**super().__getstate__(), "_guard": StepGuard(), "generator": generator}
+        return {**super().__getstate__(), "_guard": StepGuard(self.model), "generator": generator}
 
     @override
     def __setstate__(self, state: dict[str, Any]) -> None:

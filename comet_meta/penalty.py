@@ -1,7 +1,7 @@
 """Model uncertainty: an L2 penalty whose strength follows training and validation loss."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -138,7 +138,7 @@ class CovarianceMetaRegularizer(nn.Module):
         self.register_buffer("pairs", torch.zeros(window, 2))
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))
 
-    def update(self, train_loss: Tensor, validation_loss: Tensor) -> None:
+    def update(self, train_loss: Tensor | float, validation_loss: Tensor | float) -> None:
         """Append the losses of one step.
 
         Args:
@@ -149,13 +149,34 @@ class CovarianceMetaRegularizer(nn.Module):
             ValueError: If a loss on the CPU is NaN or infinite. On other devices this check would
                 wait for the device, so it is left to the optimizer wrapper.
         """
-        pair = torch.stack([train_loss.detach().float(), validation_loss.detach().float()])
+        losses = [torch.as_tensor(loss).detach().float() for loss in (train_loss, validation_loss)]
+        pair = torch.stack([loss.reshape(()) for loss in losses])
         if pair.device.type == "cpu" and not torch.isfinite(pair).all():
             raise ValueError(f"training and validation loss are {pair.tolist()}; expected finite")
         # Shift the window by one, so that no position has to be kept on the host.
         self.pairs.copy_(self.pairs.roll(-1, dims=0))
-        self.pairs[-1].copy_(pair.reshape(2))
+        self.pairs[-1].copy_(pair)
         self.count.add_(1)
+
+    def reset(self) -> None:
+        """Forget the losses: a new training starts."""
+        self.pairs.fill_(0)
+        self.count.fill_(0)
+
+    def check_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Check that a saved state fits, before anything is loaded.
+
+        Args:
+            state_dict: The saved state.
+
+        Raises:
+            ValueError: If it is of another window.
+        """
+        if state_dict["pairs"].shape != self.pairs.shape:
+            raise ValueError(
+                f"the saved regularizer has window={len(state_dict['pairs'])}, this one "
+                f"window={self.window}"
+            )
 
     @property
     def covariance(self) -> Tensor:

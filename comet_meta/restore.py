@@ -84,6 +84,37 @@ def same_random_numbers(models: Sequence[nn.Module] = ()) -> Iterator[None]:
         np.random.set_state(numpy)  # noqa: NPY002
 
 
+class RunningStatistics:
+    """The running statistics of a model's batch norm layers, kept to be put back.
+
+    Args:
+        model: The model, or None for no statistics.
+    """
+
+    def __init__(self, model: nn.Module | None) -> None:
+        modules = [] if model is None else model.modules()
+        self._layers = [m for m in modules if getattr(m, "track_running_stats", False)]
+        self._kept: list[Tensor] = []
+        self.keep()
+
+    def keep(self) -> None:
+        """Keep the values that the statistics have now."""
+        now = self._tensors()
+        if len(self._kept) != len(now):
+            self._kept = copy_tensors(now)
+        else:
+            copy_values(self._kept, now)
+
+    def restore_if_not_finite(self) -> None:
+        """Put the kept values back if one of the statistics is NaN or infinite."""
+        now = self._tensors()
+        if len(self._kept) == len(now) and not all(bool(t.isfinite().all()) for t in now):
+            copy_values(now, self._kept)
+
+    def _tensors(self) -> list[Tensor]:
+        return [buffer for layer in self._layers for buffer in layer.buffers(recurse=False)]
+
+
 def copy_tensors(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Copy tensors, without their graph."""
     new = [torch.empty_like(tensor, requires_grad=False) for tensor in tensors]

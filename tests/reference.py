@@ -15,6 +15,18 @@ def trimmed_weights(s, contamination):
     return 1 - left_out(s, min(contamination + 0.05, 0.5)), left_out(s, contamination)
 
 
+def trimmed_parts(s, w):
+    """Step 1 with scores of parts (N, P): the twentieth is one of the parts of samples with w > 0.
+
+    A sample's weight is then 1 - left_out(s, contamination), and L_i the mean over its parts of
+    part weight times part loss.
+    """
+    counting = w > 0
+    part_weights = torch.ones(s.shape)
+    part_weights[counting] -= left_out(s[counting].flatten(), 0.05).reshape(s[counting].shape)
+    return part_weights
+
+
 def left_out(s, fraction):
     """1 for the highest scores and 0 for the others: a ramp from 3/4 to 5/4 of the fraction."""
     values = []

@@ -118,11 +118,11 @@ def test_a_single_patch_scores_its_distance():
 
 def test_a_memory_holds_no_more_patches_than_it_may(monkeypatch):
     sizes = []
-    nearest = memory_module._nearest
+    nearest = MemoryScorer._nearest
     monkeypatch.setattr(
-        memory_module,
+        MemoryScorer,
         "_nearest",
-        lambda x, memory: sizes.append(len(memory)) or nearest(x, memory),
+        lambda self, x, memory: sizes.append(len(memory)) or nearest(x, memory),
     )
     features = torch.randn(30, 4, 6, generator=torch.Generator().manual_seed(0))
     scorer = MemoryScorer(max_patches=7)

@@ -14,7 +14,7 @@ from comet_meta import (
     MetaStep,
     SoftConfidentWeighter,
 )
-from comet_meta.weights.rules import ratio_weights, trimmed_weights
+from comet_meta.weights.rules import ratio_weights, trimmed_parts, trimmed_weights
 
 N, BATCH, EXPOSURE, INNER_LR, LR = 40, 10, 0.7, 0.3, 0.05
 DATA = torch.randn(N, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -31,6 +31,18 @@ def test_trimmed_weights(s, contamination):
     w, p_bad = reference.trimmed_weights(s, contamination)
     torch.testing.assert_close(found.weights, w.double(), atol=1e-5, rtol=0)
     torch.testing.assert_close(found.p_bad, p_bad.double(), atol=1e-5, rtol=0)
+
+
+@settings(max_examples=10, deadline=None)
+@given(s=score_lists, parts=st.integers(1, 3), contamination=st.sampled_from([0.1, 0.3]))
+def test_trimmed_parts(s, parts, contamination):
+    s = torch.stack([s.roll(shift) for shift in range(parts)], dim=1)
+    weighter = SoftConfidentWeighter(prior=s[:, 0], part_prior=s, contamination=contamination)
+    w = 1 - reference.left_out(s[:, 0], contamination)
+    torch.testing.assert_close(weighter.weights, w, atol=1e-5, rtol=0)
+    expected = reference.trimmed_parts(s, weighter.weights)
+    torch.testing.assert_close(weighter.part_weights(), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(trimmed_parts(s, w).float(), expected, atol=1e-5, rtol=0)
 
 
 @settings(max_examples=25, deadline=None)

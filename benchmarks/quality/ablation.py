@@ -19,7 +19,7 @@ from comet_meta import (
     SoftConfidentWeighter,
 )
 from comet_meta.meta.step import MetaMode
-from comet_meta.vision.picture_prior import memory_prior
+from comet_meta.vision.picture_prior import memory_part_prior, memory_prior
 from comet_meta.weights.rules import standardize
 
 _PENALTY = 0.01
@@ -34,8 +34,8 @@ def parts(weights: bool, meta: MetaMode, penalty: float) -> Variant:
     Args:
         weights: Those of the examples' ``"comet"``, or all 1.
         meta: The meta-step, ``"none"`` for a plain one.
-        penalty: Of the loss before training; 0 for none. The published lambda_0 = 0.005 is twice
-            the loss of SimpleNet's head on small features, and more of a larger network's.
+        penalty: As a part of the loss before training; 0 for none. The published lambda_0 = .005 is
+            twice the loss of SimpleNet's head on small features, and more of a larger network's.
     """
 
     def optimizer_for(
@@ -87,10 +87,12 @@ def chosen(
         def optimizer_for(
             detector: Detector, data: FeatureRows, _: TrainingSettings
         ) -> CoMetOptimizerWrapper:
-            prior = memory_prior(data.batches(), len(data))
+            scores, part_scores = memory_part_prior(data.batches(), len(data))
             return CoMetOptimizerWrapper(
                 detector.optimizers(),
-                weighter=SoftConfidentWeighter(prior=prior, contamination=told),
+                weighter=SoftConfidentWeighter(
+                    prior=scores, part_prior=part_scores, contamination=told
+                ),
                 exposure=exposure,
                 model=cast("nn.Module", detector),
             )

@@ -66,19 +66,13 @@ def trained(trial: Trial, wrap: Wrap = wrap) -> Figures:
 
 
 def by_method(name: str) -> Variant:
-    """A method of the examples: plain, oracle, paper, comet, or comet:<meta>.
-
-    ``comet@rate`` is told the share of bad pictures.
-    """
+    """A method of the examples: plain, oracle, paper, comet, or comet:<meta>."""
     base, _, meta = name.partition(":")
-    method, _, told = base.partition("@")
 
     def run(trial: Trial) -> Figures:
         settings = replace(
-            trial.settings, method=cast("Method", method), meta=cast("MetaMode", meta) or None
+            trial.settings, method=cast("Method", base), meta=cast("MetaMode", meta) or None
         )
-        if told:
-            settings = replace(settings, contamination=float(trial.bad.mean()))
         return trained(replace(trial, settings=settings))
 
     return run

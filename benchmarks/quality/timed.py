@@ -7,6 +7,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from comet_meta import SoftConfidentWeighter
+from comet_meta.arrays import ArrayLike
 
 
 class TimedWeighter(SoftConfidentWeighter):
@@ -33,7 +34,7 @@ class TimedWeighter(SoftConfidentWeighter):
         self.epoch = 0
 
     @override
-    def fit(self, scores: Tensor | None = None) -> None:
+    def fit(self, scores: ArrayLike | None = None) -> None:
         """Fit to the scores (N,) of an epoch, from epoch ``start`` on."""
         self.epoch += 1
         if self.epoch >= self.start:

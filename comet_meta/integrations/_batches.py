@@ -1,10 +1,9 @@
 """Loaders and batches, as the Lightning and the anomalib callback need them."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -38,10 +37,3 @@ def take_rows(batch: Any, rows: Tensor, size: int) -> Any:
         parts = [take_rows(part, rows, size) for part in batch]
         return tuple(parts) if isinstance(batch, tuple) else parts
     return batch
-
-
-def collate_pairs(
-    collate: Callable[[list[Any]], Any], pairs: list[tuple[int, Any]]
-) -> tuple[Tensor, Any]:
-    """Collate (position, item) pairs: positions (B,) and a batch of the items."""
-    return torch.tensor([index for index, _ in pairs]), collate([item for _, item in pairs])

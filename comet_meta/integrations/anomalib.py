@@ -85,6 +85,12 @@ class CoMetCallback(lightning.CoMetCallback):
         self._hooks: list[Any] = []
         self._kept = 1.0
         self._compared = False
+        self._factor = torch.ones(())  # B for a loss that is a sum over samples
+
+    @property
+    def paths(self) -> list[str]:
+        """Paths of the training images; log messages give positions in this list."""
+        return self._paths
 
     def suspects(self, k: int | None = None) -> list[str]:
         """Paths of the training images that fit in least, least confident first.
@@ -156,18 +162,26 @@ class CoMetCallback(lightning.CoMetCallback):
         self._kept = len(rows) / len(self._positions)
         if len(rows) < len(self._positions):
             batch = take_rows(batch, rows, len(self._positions))
+        self._positions = self._positions[rows]
         output = original(batch, *args, **kwargs)
-        if not module.automatic_optimization:
-            return output  # its losses have passed by manual_backward
-        if isinstance(output, Mapping):
-            return {**output, "loss": output["loss"] * self._kept}
-        return output * self._kept
+        if output is None or not module.automatic_optimization:
+            return output  # skipped, or its losses have passed by manual_backward
+        loss = output["loss"] if isinstance(output, Mapping) else output
+        self._watch(loss)
+        return (
+            {**output, "loss": loss * self._kept}
+            if isinstance(output, Mapping)
+            else loss * self._kept
+        )
 
     @override
     def _manual_backward(
         self, _: Any, original: Callable[..., Any], loss: Tensor, *args: Any, **kwargs: Any
     ) -> Any:
-        return original(loss * self._kept if self.by == "rows" else loss, *args, **kwargs)
+        if self.by == "rows":
+            self._watch(loss)
+            loss = loss * self._kept
+        return original(loss, *args, **kwargs)
 
     def _draw(self, index: Tensor) -> Tensor:
         """Rows of the batch that stay, each with the probability that its weight is, shape (K,)."""
@@ -184,12 +198,16 @@ class CoMetCallback(lightning.CoMetCallback):
         self, loss: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
         """The loss module's own value less what distrusted samples add to it."""
-        _, weighter = self._started()
+        comet, weighter = self._started()
         if not loss.training or not torch.is_grad_enabled():
             return output
         self._weighed += 1
         size = len(self._positions)
-        if self.regularizer is None and bool((weighter(self._positions) == 1).all()):
+        all_trusted = self.regularizer is None and bool((weighter(self._positions) == 1).all())
+        # This waits for the device; so do the models, which log their loss right away.
+        finite = bool(torch.isfinite(output.detach()).all())
+        if all_trusted and finite:
+            comet.watch(output, self._positions)
             return output
         losses = torch.stack(
             [
@@ -198,16 +216,16 @@ class CoMetCallback(lightning.CoMetCallback):
             ]
         ).flatten()
         # A sum over samples rather than a mean is size times as large.
-        with torch.no_grad():
-            total = losses.sum()
+        if finite:
+            total = losses.detach().sum()
             is_sum = (output - total).abs() < (output - total / size).abs()
-            factor = torch.where(is_sum, size, 1)
+            self._factor = torch.where(is_sum, size, 1).detach()
             if not self._compared:
-                _compare(loss, output, losses.mean() * factor)
+                _compare(loss, output.detach(), total / size * self._factor)
                 self._compared = True
-        losses = losses * factor
+        losses = losses * self._factor
         objective: Tensor = self._objective(losses)
-        return output + objective - losses.mean()
+        return output + objective - losses.mean() if finite else objective
 
 
 def _loss_modules(module: nn.Module) -> list[nn.Module]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from comet_meta import (
@@ -17,13 +17,17 @@ from comet_meta import (
     SoftConfidentWeighter,
     collect_scores,
 )
-from comet_meta.integrations._batches import collate_pairs, take_rows, training_loader
+from comet_meta.integrations._batches import take_rows, training_loader
+from comet_meta.loaders import RecordingLoader, scoring_loader
+from comet_meta.restore import eval_mode, same_random_numbers
+from comet_meta.wrapped import SteppedByTheLoop
 
 if TYPE_CHECKING:
     from comet_meta.meta.step import MetaMode, MetaStep
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
+    from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
         f"comet_meta.integrations.lightning needs the package {error.name!r}: "
@@ -97,6 +101,7 @@ class CoMetCallback(Callback):
         if warm_up < 1:
             raise ValueError(f"warm_up is {warm_up}; expected at least 1 epoch before the weights")
         self.weighter = weighter
+        self._default_weighter = weighter is None
         self.regularizer = regularizer
         self.scores = scores
         self.index = index
@@ -105,19 +110,33 @@ class CoMetCallback(Callback):
         self.settings = settings
         self._comet: CoMetOptimizerWrapper | None = None
         self._saved: dict[str, Any] = {}
+        self._scoring: tuple[DataLoader[Any], RecordingLoader] | None = None
         self._positions = torch.empty(0, dtype=torch.int64)  # of the batch
         self._steps = 0
         self._weighed = 0
         self._replaced: list[tuple[LightningModule, str]] = []
 
     @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Take the positions off the batches of the Tuner's trial runs, which have no callbacks."""
+        tuners = (BatchSizeFinder, LearningRateFinder)
+        if stage == "fit" and any(isinstance(each, tuners) for each in trainer.callbacks):
+            for name in ("training_step", "validation_step"):
+                self._replace(pl_module, name, self._trial_step)
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give the module its methods back."""
+        self._withdraw()
+
+    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Get ready to take the place of the module's loss."""
+        self._withdraw()
         self._check(trainer, pl_module)
-        if self.weighter is None:
-            self.weighter = SoftConfidentWeighter(len(training_loader(trainer).dataset))  # type: ignore[arg-type]
+        self._begin(trainer)
         self._comet = CoMetOptimizerWrapper(
-            [_Still(optimizer.param_groups) for optimizer in trainer.optimizers],
+            SteppedByTheLoop(trainer.optimizers),
             weighter=self.weighter,
             regularizer=self.regularizer,
             meta=self.meta,
@@ -125,7 +144,29 @@ class CoMetCallback(Callback):
             **self.settings,
         )
         if self._saved:
-            self._comet.load_state_dict(self._comet.state_dict() | self._saved)
+            self._comet.load_method_state_dict(self._saved)
+            self._saved = {}
+
+    def _begin(self, trainer: Trainer) -> None:
+        """Start with fresh weights, unless the trainer goes on with an earlier training."""
+        dataset: Any = training_loader(trainer).dataset
+        goes_on = trainer.global_step > 0 and not self._saved
+        if self.weighter is None or (self._default_weighter and not goes_on):
+            self.weighter = SoftConfidentWeighter(len(dataset))
+        if goes_on:
+            self.weighter.identify(dataset)
+            return
+        self.weighter.begin_fit(dataset)
+        if self.regularizer is not None:
+            self.regularizer.reset()
+
+    @override
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Keep the optimizer from a step on gradients that a sample made NaN or infinite."""
+        if self._comet is not None and not self._comet.allows_step():
+            optimizer.zero_grad()
 
     @override
     def on_train_batch_start(
@@ -209,10 +250,7 @@ class CoMetCallback(Callback):
     @override
     def state_dict(self) -> dict[str, Any]:
         """Weights, loss history and random state; the optimizers' state is Lightning's to save."""
-        if self._comet is None:
-            return self._saved
-        state = self._comet.state_dict()
-        return {name: state[name] for name in ("weighter", "regularizer", "generator")}
+        return self._saved if self._comet is None else self._comet.method_state_dict()
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -259,6 +297,15 @@ class CoMetCallback(Callback):
         if all(isinstance(getattr(each, "dataset", None), IndexedDataset) for each in loaders):
             self._replace(module, name, self._without_positions)
 
+    def _trial_step(
+        self, _: Any, original: Callable[..., Any], batch: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        """A step of the Tuner, on a batch without positions; its loss is the plain mean."""
+        if self.index is None and _is_indexed(batch):
+            batch = batch[1]
+        output = original(batch, *args, **kwargs)
+        return output.mean() if isinstance(output, Tensor) else output
+
     @staticmethod
     def _without_positions(
         _: Any, original: Callable[..., Any], batch: Any, *args: Any, **kwargs: Any
@@ -281,12 +328,15 @@ class CoMetCallback(Callback):
         if self._takes_meta_step:
             return self._meta_step(lambda part: original(part, *args, **kwargs), index, batch)
         output = original(batch, *args, **kwargs)
+        if output is None:  # Lightning skips the batch
+            self._weighed += 1
+            return None
         losses = _losses_of(output)
         objective = self._objective(losses)
         if self.scores is None and module.current_epoch + 1 >= self.warm_up:
             _, weighter = self._started()
             as_normal = losses if losses.dim() == 1 else losses[0]
-            weighter.update(index.cpu(), as_normal.detach().float().cpu())
+            weighter.update_finite(index.cpu(), as_normal)
         return {**output, "loss": objective} if isinstance(output, Mapping) else objective
 
     def _manual_backward(
@@ -294,22 +344,38 @@ class CoMetCallback(Callback):
     ) -> Any:
         if loss.dim():
             loss = self._objective(loss)
+        else:
+            self._watch(loss)
         return original(loss, *args, **kwargs)
+
+    def _watch(self, loss: Tensor) -> None:
+        comet, _ = self._started()
+        comet.watch(loss, self._positions)
 
     def _objective(self, losses: Tensor) -> Tensor:
         comet, _ = self._started()
         self._weighed += 1
         return comet.objective(losses, self._positions)
 
-    def _meta_step(self, step: Callable[[Any], Any], index: Tensor, batch: Any) -> Tensor:
+    def _meta_step(self, step: Callable[[Any], Any], index: Tensor, batch: Any) -> Tensor | None:
         """The objective of the full method, with the meta-gradient as its gradient."""
         comet, _ = self._started()
         self._weighed += 1
         parameters = [p for group in comet.param_groups for p in group["params"]]
         earlier = [parameter.grad for parameter in parameters]  # with gradient accumulation
-        report = comet.step(
-            lambda rows: _losses_of(step(take_rows(batch, rows, len(index)))), index
-        )
+
+        def closure(rows: Tensor) -> Tensor:
+            output = step(take_rows(batch, rows, len(index)))
+            if output is None:
+                raise _NoLosses
+            return _losses_of(output)
+
+        try:
+            report = comet.step(closure, index)
+        except _NoLosses:  # Lightning skips the batch
+            for parameter, gradient in zip(parameters, earlier, strict=True):
+                parameter.grad = gradient
+            return None
         gradients = [parameter.grad for parameter in parameters]
         for parameter, gradient in zip(parameters, earlier, strict=True):
             parameter.grad = gradient
@@ -319,10 +385,9 @@ class CoMetCallback(Callback):
     def _split(self, batch: Any) -> tuple[Tensor, Any]:
         if self.index is not None:
             return self.index(batch), batch
-        if isinstance(batch, (tuple, list)) and len(batch) == 2:
+        if _is_indexed(batch):
             index, rest = batch
-            if isinstance(index, Tensor) and index.dtype == torch.int64 and index.dim() == 1:
-                return index, rest
+            return index, rest
         raise TypeError(
             f"a training batch is a {type(batch).__name__} without sample positions; expected "
             "(index, batch): build the loader as DataLoader(IndexedDataset(train_set), ...), or "
@@ -333,45 +398,17 @@ class CoMetCallback(Callback):
         def score(batch: Any) -> Tensor:
             batch = trainer.strategy.batch_to_device(batch)
             with trainer.precision_plugin.forward_context():
-                return scores(pl_module, batch)
+                return scores(pl_module, batch if self.index is not None else self._split(batch)[1])
 
-        modes = [(module, module.training) for module in pl_module.modules()]
-        pl_module.eval()
-        try:
-            # Scoring must not change the random numbers that training goes on with.
-            with torch.random.fork_rng(devices=[]):
-                return collect_scores(score, self._scoring_loader(trainer))
-        finally:
-            for module, training in modes:
-                module.training = training
-
-    def _scoring_loader(self, trainer: Trainer) -> DataLoader[Any]:
-        """Every training sample once, each process its part, whatever the sampler leaves out."""
         loader = training_loader(trainer)
-        dataset: Dataset[Any] = loader.dataset
-        collate = loader.collate_fn
-        if self.index is not None:
-            dataset = IndexedDataset(dataset)
-            collate = functools.partial(collate_pairs, collate)
-        return DataLoader(
-            dataset,
-            batch_size=loader.batch_size or getattr(loader.batch_sampler, "batch_size", 1),
-            sampler=range(trainer.global_rank, len(dataset), trainer.world_size),  # type: ignore[arg-type]
-            collate_fn=collate,
-            num_workers=loader.num_workers,
-            pin_memory=loader.pin_memory,
-        )
+        if self._scoring is None or self._scoring[0] is not loader:
+            self._scoring = loader, scoring_loader(loader)
+        with eval_mode([pl_module]), same_random_numbers([pl_module]):
+            return collect_scores(score, self._scoring[1])
 
 
-class _Still(Optimizer):
-    """An optimizer that takes no step; Lightning takes them."""
-
-    def __init__(self, param_groups: list[dict[str, Any]]) -> None:
-        super().__init__(param_groups, {})
-
-    @override
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Leave parameters and gradients as they are."""
+class _NoLosses(Exception):  # noqa: N818
+    """``training_step`` returned None."""
 
 
 class _WithGradient(torch.autograd.Function):
@@ -388,6 +425,14 @@ class _WithGradient(torch.autograd.Function):
         """The gradients times the factor that the loop has put on the loss."""
         scaled = [None if gradient is None else gradient * scale for gradient in ctx.gradients]
         return None, None, *scaled
+
+
+def _is_indexed(batch: Any) -> bool:
+    """Whether a batch is a pair of positions (B,) and the rest."""
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        return False
+    index = batch[0]
+    return isinstance(index, Tensor) and index.dtype == torch.int64 and index.dim() == 1
 
 
 def _losses_of(output: Any) -> Tensor:

@@ -18,7 +18,9 @@ from torch.utils.data import BatchSampler, DataLoader
 from typing_extensions import Self, override
 
 from comet_meta.comet import CoMet
+from comet_meta.data import finite_scores
 from comet_meta.loaders import with_batches
+from comet_meta.nonfinite import finite_steps_only
 from comet_meta.restore import eval_mode, same_random_numbers
 from comet_meta.sampler import ConfidenceSampler
 from comet_meta.weights.weighter import SoftConfidentWeighter
@@ -148,7 +150,9 @@ def _fit_weighted(
         def criterion(*tensors: Tensor, **settings: Any) -> Tensor:
             if bool((weighter(comet.index) == 1).all()):
                 whole: Tensor = plain(*tensors, **settings)
-                return whole
+                if bool(whole.isfinite()):  # PyOD reads it after the step anyway
+                    comet.watch(whole)
+                    return whole
 
             def loss_of(*parts: Tensor) -> Tensor:
                 loss: Tensor = plain(*(part[None] for part in parts), **settings)
@@ -178,11 +182,18 @@ def _fit_drawn(
         if sampler.epoch >= warm_up and weighter.prior is None:
             models = [getattr(detector, model_name)]
             with eval_mode(models), same_random_numbers(models):
-                weighter.fit(torch.as_tensor(detector.decision_function(rows)).float())
+                scores = torch.as_tensor(detector.decision_function(rows)).float()
+                weighter.fit(finite_scores(scores))
         trust: Tensor = weighter()
         return trust
 
     sampler = ConfidenceSampler(weights, len(rows))
+    with finite_steps_only():
+        _fit_with(sampler, detector, rows)
+
+
+def _fit_with(sampler: ConfidenceSampler, detector: DeepSVDD | AE1SVM, rows: Array) -> None:
+    """Fit a detector with its rows drawn by a sampler."""
     if isinstance(detector, DeepSVDD):
         # DeepSVDD makes its loader inside fit. Run a copy of fit in which the name DataLoader
         # stands for a loader with our sampler.

@@ -1,6 +1,7 @@
 """skorch: nets that train on data that nobody has cleaned."""
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from skorch import NeuralNet
@@ -8,9 +9,10 @@ from skorch.callbacks import Callback
 from skorch.dataset import unpack_data
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from typing_extensions import override
+from typing_extensions import Self, override
 
 from comet_meta.comet import CoMet
+from comet_meta.identity import sample_identity
 from comet_meta.weights.weighter import SoftConfidentWeighter
 
 
@@ -56,9 +58,20 @@ class CoMetCallback(Callback):  # type: ignore[misc]
         self.warm_up = warm_up
 
     @override
+    def initialize(self) -> Self:
+        """Start a training from the beginning."""
+        self._previous: CoMet | None = None
+        return super().initialize()  # type: ignore[no-any-return]
+
+    @override
     def on_train_begin(self, net: NeuralNet, X: Any = None, y: Any = None, **_: Any) -> None:
         """Take the place of the net's iterator and loss."""
         get_iterator, get_loss = net.get_iterator, net.get_loss
+        # partial_fit goes on with the weights, if it is with the same samples.
+        previous = self._previous
+        goes_on = None
+        if previous is not None:
+            goes_on = previous.dataset, copy.deepcopy(previous.state_dict())
 
         def scores(batch: Any) -> Tensor:
             if self.scores is not None:
@@ -78,6 +91,9 @@ class CoMetCallback(Callback):  # type: ignore[misc]
                 weighter=self.weighter,
                 warm_up=self.warm_up,
             )
+            if goes_on is not None and _same_samples(goes_on[0], loader.dataset):
+                self.comet.load_state_dict(goes_on[1])
+            self._previous = self.comet
             return self.comet
 
         def loss(*args: Any, training: bool = False, **kwargs: Any) -> Tensor:
@@ -87,7 +103,20 @@ class CoMetCallback(Callback):  # type: ignore[misc]
         net.get_iterator, net.get_loss = iterator, loss
 
     @override
+    def on_grad_computed(
+        self, net: NeuralNet, named_parameters: Iterable[tuple[str, Tensor]], **_: Any
+    ) -> None:
+        """Keep the optimizers from a step on gradients that a sample made NaN or infinite."""
+        if not self.comet.allows_step():
+            for _name, parameter in named_parameters:
+                parameter.grad = None
+
+    @override
     def on_train_end(self, net: NeuralNet, X: Any = None, y: Any = None, **_: Any) -> None:
         """Give the net its own iterator and loss back."""
         for name in ("get_iterator", "get_loss"):
             vars(net).pop(name, None)
+
+
+def _same_samples(first: Any, second: Any) -> bool:
+    return sample_identity(first) == sample_identity(second)

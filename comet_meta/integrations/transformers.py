@@ -3,17 +3,20 @@
 import logging
 from collections.abc import Mapping, Sized
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils.data import Dataset
-from transformers import Trainer
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+from typing_extensions import override
 
-from comet_meta import distributed
 from comet_meta.losses import per_sample
+from comet_meta.optimizer import CoMetOptimizerWrapper
 from comet_meta.weights.weighter import SoftConfidentWeighter
+from comet_meta.wrapped import SteppedByTheLoop
 
 _LOGGER = logging.getLogger(__name__)
 KEY = "sample_index"
@@ -51,10 +54,12 @@ class WithPositions(Dataset[dict[str, Any]]):
 class CoMetTrainer(Trainer):
     """A Trainer that weighs each training sample by its losses so far.
 
+    The weights are saved in the Trainer's checkpoints. A step whose losses or gradients a sample
+    made NaN or infinite isn't taken.
+
     The model returns its losses by sample, ``{"losses": ...}``, of any shape that
     :func:`comet_meta.per_sample` takes. The losses of the training steps serve as anomaly scores,
-    and the weights are refitted about once an epoch. Evaluation gets the plain mean. Checkpoints
-    hold scores and weights too, and ``train(resume_from_checkpoint=...)`` restores them. Everything
+    and the weights are refitted about once an epoch. Evaluation gets the plain mean. Everything
     else is the Trainer's. ``remove_unused_columns`` must be off, so that positions reach the loss.
 
     Args:
@@ -91,39 +96,51 @@ class CoMetTrainer(Trainer):
         if weighter is None and self.train_dataset is not None:
             self.weighter = SoftConfidentWeighter(len(self.train_dataset))
         self.warm_up = warm_up
+        self._comet: CoMetOptimizerWrapper | None = None
+        self.add_callback(_Guard(self))
         self.model_accepts_loss_kwargs = False  # the loss is a mean over the batch
         self.can_return_loss = True  # evaluation needs no labels for it
 
+    @override
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
     ) -> Any:
-        """Train, from the weights of a checkpoint where one is given.
+        """Train, with fresh weights or with those of a checkpoint.
 
         Args:
-            resume_from_checkpoint: A checkpoint's folder; True: the last one in ``output_dir``.
-            *args: Further arguments of the Trainer's own ``train``.
-            **kwargs: The same.
+            resume_from_checkpoint: As for the Trainer; the weights come back with it.
+            *args: As for the Trainer.
+            **kwargs: As for the Trainer.
 
         Returns:
             What the Trainer returns.
+
+        Raises:
+            ValueError: If the checkpoint's weights belong to other samples.
         """
+        self._comet = None
+        self.weighter.begin_fit(cast("Sized | None", self.train_dataset))
         folder = resume_from_checkpoint
         if folder is True:
-            folder = get_last_checkpoint(self.args.output_dir)  # type: ignore[no-untyped-call]
-        if folder:
-            self._load_weights(Path(folder) / WEIGHTS_FILE)
+            folder = get_last_checkpoint(str(self.args.output_dir))  # type: ignore[no-untyped-call]
+        if isinstance(folder, str):
+            file = Path(folder) / WEIGHTS_FILE
+            if file.exists():
+                self.weighter.load_state_dict(torch.load(file, weights_only=True))
+            else:
+                _LOGGER.warning("%s is missing: the weights start anew", file)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the model, and scores and weights of the training samples beside it.
-
-        Args:
-            output_dir: Folder; by default the Trainer's ``output_dir``.
-        """
-        super().save_model(output_dir, _internal_call)
-        if self.args.should_save:
-            folder = Path(output_dir or self.args.output_dir or ".")
-            torch.save(self.weighter.state_dict(), folder / WEIGHTS_FILE)
+    @property
+    def comet(self) -> CoMetOptimizerWrapper:
+        """What weighs the losses of this training."""
+        if self._comet is None:
+            self._comet = CoMetOptimizerWrapper(
+                SteppedByTheLoop([cast("Optimizer", self.optimizer)]),
+                weighter=self.weighter,
+                model=self.model,
+            )
+        return self._comet
 
     def compute_loss(
         self,
@@ -157,19 +174,26 @@ class CoMetTrainer(Trainer):
             loss = self._weighted(per_sample(losses, len(index)), index.cpu())
         return (loss, {"loss": loss, **outputs}) if return_outputs else loss
 
-    def _load_weights(self, file: Path) -> None:
-        if file.exists():
-            self.weighter.load_state_dict(torch.load(file, weights_only=True))
-        else:
-            _LOGGER.warning("%s is missing: the weights start anew", file)
-
     def _weighted(self, losses: Tensor, index: Tensor) -> Tensor:
-        weights: Tensor = self.weighter(index)
-        loss = (weights.to(losses) * losses).mean()
+        loss = self.comet.objective(losses, index)
         if (self.state.epoch or 0) >= self.warm_up - 1:
-            scores = losses.detach().float()
-            finite = scores.isfinite()
-            if distributed.all_agree(bool(finite.any()), scores.device):  # all update, or none
-                finite = finite.cpu()
-                self.weighter.update(index[finite], scores.cpu()[finite])
+            self.weighter.update_finite(index, losses)
         return loss
+
+
+class _Guard(TrainerCallback):
+    """Keeps the optimizer from steps that can't be taken, and the weights in checkpoints."""
+
+    def __init__(self, trainer: CoMetTrainer) -> None:
+        self.trainer = trainer
+
+    @override
+    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+        if not self.trainer.comet.allows_step():
+            cast("Optimizer", self.trainer.optimizer).zero_grad()
+
+    @override
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.is_world_process_zero:
+            folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+            torch.save(self.trainer.weighter.state_dict(), folder / WEIGHTS_FILE)

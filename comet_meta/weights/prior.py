@@ -22,10 +22,10 @@ class MemoryScorer:
        far in a few. So distances are divided by m + scale * M: m is the upper quartile of the
        sample's own distances, M the median of m over all samples.
     4. A sample's score is the mean of its highest distances, averaged over several memories.
-    5. A patch's own score (:meth:`score_parts`) measures its distance of step 2 by the local scale
-       r + R, averaged over the memories: r is the distance between its nearest neighbour and the
-       patches of other samples in the memory, R the median of r. Some places of a product vary more
-       than others, in all samples; there, r is large.
+    5. A patch's own score (:meth:`score_parts`) is its distance of step 2, averaged over the
+       memories and divided by r + R: r is the median over the samples of the distances at the same
+       place, R the median of all distances. A place that varies in all samples, such as an edge, is
+       no defect.
 
     No memory holds the scored sample or a copy of it. A bad sample therefore looks normal only if
     most memories hold another one like it.
@@ -63,8 +63,7 @@ class MemoryScorer:
 
     Source: distance to the nearest patch of a memory as in Roth et al.: Towards total recall in
     industrial anomaly detection, CVPR 2022 (PatchCore); ensembles of random sub-samples as in
-    Bandaragoda et al.: Isolation-based anomaly detection using nearest-neighbor ensembles, 2018;
-    local scale as in Breunig et al.: LOF, identifying density-based local outliers, SIGMOD 2000.
+    Bandaragoda et al.: Isolation-based anomaly detection using nearest-neighbor ensembles, 2018.
     """
 
     def __init__(
@@ -109,8 +108,9 @@ class MemoryScorer:
             TypeError: If the features aren't floating-point.
             ValueError: If they have another shape or are not finite.
         """
-        return self._score(features, parts=False)[0]
+        return self.score_parts(features)[0]
 
+    @torch.no_grad()
     def score_parts(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Score the training set and each of its patches.
 
@@ -132,11 +132,6 @@ class MemoryScorer:
             >>> divmod(int(patch_scores.argmax()), 6)
             (7, 2)
         """
-        return self._score(features, parts=True)
-
-    @torch.no_grad()
-    def _score(self, features: Tensor, *, parts: bool) -> tuple[Tensor, Tensor]:
-        """Scores of the samples (N,) and of their patches (N, P), which are 0 without ``parts``."""
         if not features.is_floating_point():
             raise TypeError(f"features is {features.dtype}; expected a floating-point tensor")
         if features.dim() == 2:
@@ -170,14 +165,12 @@ class MemoryScorer:
             is_inside = torch.zeros(len(different), dtype=torch.bool, device=features.device)
             is_inside[inside] = True
             outside = (~is_inside[group]).nonzero().flatten()
-            memory, owners = self._memory(features, different[inside], generator)
-            memory -= centre
-            distances, nearest = self._distances(features, outside, memory, centre)
+            memory = self._memory(features, different[inside], generator) - centre
+            distances = self._distances(features, outside, memory, centre)
             relative = self._relative(distances)
             highest = relative.topk(min(self.top_patches, patches), dim=1).values
             totals[outside] += highest.mean(dim=1)
-            if parts:
-                patch_totals[outside] += distances / _local_scale(memory, owners)[nearest]
+            patch_totals[outside] += distances
             seen[outside] += 1
             draws += 1
         scores = totals / seen
@@ -192,42 +185,33 @@ class MemoryScorer:
                 f"features of {len(bad)} samples are NaN or infinite (first at positions "
                 f"{bad[:8].tolist()}); expected finite features"
             )
-        return scores, patch_totals / seen.unsqueeze(1)
+        distances = patch_totals / seen.unsqueeze(1)
+        scale = distances.median(dim=0).values + distances.median()
+        return scores, distances / scale.where(scale > 0, 1)
 
-    def _memory(
-        self, features: Tensor, inside: Tensor, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor]:
-        """The patches of some samples, or a random choice of at most ``max_patches``.
-
-        Returns:
-            The patches, (M, C), and the sample that each belongs to, (M,).
-        """
+    def _memory(self, features: Tensor, inside: Tensor, generator: torch.Generator) -> Tensor:
+        """The patches of some samples, or a random choice of at most ``max_patches``, (M, C)."""
         patches = features.shape[1]
         if len(inside) * patches <= self.max_patches:
-            return features[inside].flatten(0, 1).float(), inside.repeat_interleave(patches)
+            return features[inside].flatten(0, 1).float()
         kept = torch.randperm(len(inside) * patches, generator=generator)[: self.max_patches]
         kept = kept.to(features.device)
-        owners = inside[kept // patches]
-        return features[owners, kept % patches].float(), owners
+        return features[inside[kept // patches], kept % patches].float()
 
     def _distances(
         self, features: Tensor, samples: Tensor, memory: Tensor, centre: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Distances of some samples' patches to a centred memory (M, C).
-
-        Returns:
-            The distances and the positions of the nearest neighbours in the memory, (S, P) each.
-        """
+    ) -> Tensor:
+        """Distances (S, P) of some samples' patches to a centred memory (M, C)."""
         patches = features.shape[1]
         chunk = max(1, _CHUNK_VALUES // (patches * len(memory)))
-        found = [
-            _nearest(features[part].flatten(0, 1).float() - centre, memory)
-            for part in torch.split(samples, chunk)
-        ]
-        distances, nearest = (
-            torch.cat(values).reshape(-1, patches) for values in zip(*found, strict=True)
+        return torch.cat(
+            [
+                self._nearest(features[part].flatten(0, 1).float() - centre, memory).reshape(
+                    -1, patches
+                )
+                for part in torch.split(samples, chunk)
+            ]
         )
-        return distances, nearest
 
     def _relative(self, distances: Tensor) -> Tensor:
         """Distances (S, P) by those that are usual in the sample and in the set, see step 3."""
@@ -240,6 +224,16 @@ class MemoryScorer:
         if math.isinf(self.scale):
             return distances / usual
         return distances * (1 + self.scale) / (own + self.scale * usual)
+
+    @staticmethod
+    def _nearest(queries: Tensor, memory: Tensor) -> Tensor:
+        """Euclidean distance of each query (Q, C) to the nearest entry of the memory, (Q,)."""
+        # argmin over m of |q - m|^2 = |q|^2 + |m|^2 - 2 q m: the search is one matrix product.
+        # The distance is then computed directly, since the product leaves a rounding error between
+        # equal vectors.
+        cross = torch.addmm(memory.square().sum(dim=1), queries, memory.T, alpha=-2)
+        distance: Tensor = (queries - memory[cross.argmin(dim=1)]).norm(dim=1)
+        return distance
 
 
 class RowScorer:
@@ -390,45 +384,6 @@ class RowScorer:
         if parts:
             differences /= seen.unsqueeze(1).float()
         return (totals / seen).float(), differences
-
-
-def _nearest(
-    queries: Tensor, memory: Tensor, excluded: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """The nearest entry of a memory (M, C) to each query (Q, C).
-
-    Args:
-        queries: Shape (Q, C).
-        memory: Shape (M, C).
-        excluded: Which entries are left out for which query, bool (Q, M); none by default.
-
-    Returns:
-        Euclidean distances, infinite where all entries are left out, and positions, (Q,) each.
-    """
-    # argmin over m of |q - m|^2 = |q|^2 + |m|^2 - 2 q m: the search is one matrix product.
-    # The distance is then computed directly, since the product leaves a rounding error between
-    # equal vectors.
-    cross = torch.addmm(memory.square().sum(dim=1), queries, memory.T, alpha=-2)
-    if excluded is not None:
-        cross.masked_fill_(excluded, torch.inf)
-    nearest = cross.min(dim=1)
-    distances: Tensor = (queries - memory[nearest.indices]).norm(dim=1)
-    return distances.where(nearest.values.isfinite(), torch.inf), nearest.indices
-
-
-def _local_scale(memory: Tensor, owners: Tensor) -> Tensor:
-    """The local scale of step 5 for a memory's patches (M, C), of the samples ``owners`` (M,)."""
-    positions = torch.arange(len(memory), device=memory.device)
-    r = torch.cat(
-        [
-            _nearest(memory[part], memory, excluded=owners[part].unsqueeze(1) == owners)[0]
-            for part in torch.split(positions, max(1, _CHUNK_VALUES // len(memory)))
-        ]
-    )
-    known = r.isfinite()
-    typical = r[known].median() if bool(known.any()) else r.new_tensor(1.0)
-    typical = typical.where(typical > 0, 1)  # 0 where most patches are equal
-    return r.where(known, typical) + typical
 
 
 def group_equal_rows(rows: Tensor) -> tuple[Tensor, Tensor]:

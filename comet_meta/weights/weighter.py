@@ -1,13 +1,15 @@
 """The weights of the training samples: state by sample, set from anomaly scores by a rule."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from comet_meta import distributed
-from comet_meta.data import as_index
+from comet_meta.arrays import ArrayLike, as_floats
+from comet_meta.data import as_index, check_positions
+from comet_meta.identity import sample_identity
 from comet_meta.weights.contamination import NO_EVIDENCE, Contamination
 from comet_meta.weights.rules import (
     MAX_LEFT_OUT,
@@ -105,12 +107,12 @@ class SoftConfidentWeighter(nn.Module):
         kappa: float = 1.5,
         contamination: float | Literal["auto"] = "auto",
         momentum: float = 0.0,
-        prior: Tensor | None = None,
-        part_prior: Tensor | None = None,
+        prior: ArrayLike | None = None,
+        part_prior: ArrayLike | None = None,
     ) -> None:
         super().__init__()
         if prior is not None:
-            _check_scores(prior, "prior")
+            prior = as_scores(prior, "prior")
             if num_samples not in (None, len(prior)):
                 raise ValueError(f"the prior has {len(prior)} scores for {num_samples} samples")
             num_samples = len(prior)
@@ -132,7 +134,8 @@ class SoftConfidentWeighter(nn.Module):
         if part_prior is not None:
             if prior is None or rule != "trimmed":
                 raise ValueError("part_prior goes with prior= and rule='trimmed'; give both")
-            _check_scores(part_prior.flatten(), "part_prior")
+            part_prior = as_floats(part_prior, "part_prior").detach().cpu()
+            as_scores(part_prior.flatten(), "part_prior")
             if len(part_prior) != len(prior) or part_prior.dim() < 2:
                 raise ValueError(
                     f"part_prior has shape {tuple(part_prior.shape)} for {len(prior)} samples; "
@@ -144,40 +147,44 @@ class SoftConfidentWeighter(nn.Module):
         self.contamination: float | Literal["auto"] = contamination
         self.momentum = momentum
         self._updates = 0
+        self._passed_once = num_samples is not None  # whether a whole pass told the size
+        self._samples: str | None = None  # their identity
+        self._in_use = False  # whether a fit was begun with it
         size = num_samples or 0
         self.register_buffer("scores", torch.full((size,), torch.nan))
         self.register_buffer("weights", torch.ones(size))
         self.register_buffer("p_bad", torch.zeros(size))
         self.register_buffer("threshold", torch.tensor(torch.inf))
-        self.register_buffer("prior", None if prior is None else prior.detach().cpu().float())
+        self.register_buffer("prior", None if prior is None else prior.detach().cpu())
         self.register_buffer("_part_weights", None)
         if part_prior is not None:
             self._part_weights = torch.ones(part_prior.shape)
         if prior is not None:
             self.fit()
         if part_prior is not None and contamination != 0:
-            part_scores = part_prior.detach().cpu().float().flatten(1)
+            part_scores = part_prior.float().flatten(1)
             if not _too_few_or_equal(part_scores.flatten()):
                 fitted = trimmed_parts(part_scores, self.weights)
                 self._part_weights = fitted.reshape(part_prior.shape)
 
     @torch.no_grad()
-    def fit(self, scores: Tensor | None = None) -> None:
+    def fit(self, scores: ArrayLike | None = None) -> None:
         """Set the weights from the scores of all samples. Call it once an epoch.
 
         Args:
             scores: Anomaly scores of the whole training set, higher = more anomalous, any sign,
-                shape (N,), sample i at position i (:func:`comet_meta.collect_scores`). None: refit
-                on the scores that ``update`` has gathered.
+                shape (N,), sample i at position i (:func:`comet_meta.collect_scores`): a tensor, an
+                array or a list. None: refit on the scores that ``update`` has gathered.
 
         Raises:
             TypeError: If the scores aren't floating-point.
             ValueError: If they are not (N,) or not finite.
         """
         if scores is not None:
-            _check_scores(scores)
+            scores = as_scores(scores)
             if self.num_samples is None:
                 self._grow(len(scores))
+                self._passed_once = True
             if len(scores) != len(self.scores):
                 raise ValueError(f"got {len(scores)} scores for {len(self.scores)} samples")
             self._store(slice(None), scores)
@@ -211,11 +218,12 @@ class SoftConfidentWeighter(nn.Module):
         own[known] = standardize(self.scores[known])
         return torch.where(known, (prior + own) / 2, prior)
 
-    def update(self, index: Tensor | Sequence[int], scores: Tensor) -> None:
+    def update(self, index: Tensor | Sequence[int], scores: ArrayLike) -> None:
         """Add the scores of a batch; for loops that don't score the whole set.
 
         The weights are refitted when as many scores were added as there are samples (about once an
-        epoch), or by ``fit()``. With several processes, all of them get the scores of all.
+        epoch), or by ``fit()``. Where the number of samples isn't known, the first sample that
+        comes again ends the first epoch. With several processes, all of them get the scores of all.
 
         Args:
             index: Positions of the samples, shape (B,).
@@ -226,17 +234,131 @@ class SoftConfidentWeighter(nn.Module):
             ValueError: If shapes differ or scores are not finite.
             IndexError: If a position lies outside the training set.
         """
+        self._update(index, as_scores(scores))
+
+    def update_finite(self, index: Tensor | Sequence[int], losses: Tensor) -> None:
+        """As :meth:`update`, with losses in the place of scores: those that aren't finite are left.
+
+        Args:
+            index: Positions of the samples, shape (B,).
+            losses: Their losses, shape (B,).
+        """
+        self._update(index, losses.detach().float().cpu())
+
+    def _update(self, index: Tensor | Sequence[int], scores: Tensor) -> None:
         index = as_index(index, self.num_samples)
-        _check_scores(scores)
         if len(scores) != len(index):
             raise ValueError(f"got {len(scores)} scores and {len(index)} indices; expected as many")
         index, scores = distributed.gather_batches(index, scores)
+        finite = scores.isfinite()
+        index, scores = index[finite.to(index.device)].to(self.scores.device), scores[finite]
+        if not len(index):
+            return
         if self.num_samples is None:
             self._grow(int(index.max()) + 1)
-        self._store(index.to(self.scores.device), scores)
-        self._updates += len(index)
-        if self._updates >= len(self.scores):
+        if not self._passed_once and not bool(self.scores[index].isnan().all()):
+            self._passed_once = True
             self.fit()
+        self._store(index, scores)
+        self._updates += len(index)
+        if self._passed_once and self._updates >= len(self.scores):
+            self.fit()
+
+    def identify(self, dataset: Sized) -> None:
+        """Note which samples the positions stand for. Saved weights are refused for others.
+
+        :class:`~comet_meta.CoMet` and the integrations do this by themselves.
+
+        Args:
+            dataset: The training set, as it is given to the DataLoader.
+
+        Raises:
+            TypeError: If its items carry positions in parts of it.
+            ValueError: If it has another size, or isn't the set that the weights belong to.
+
+        Example:
+            >>> weighter = SoftConfidentWeighter(2)
+            >>> weighter.identify(["a.png", "b.png"])
+            >>> weighter.identify(["a.png", "c.png"])
+            Traceback (most recent call last):
+            ValueError: the weights belong to other samples: ...
+        """
+        check_positions(dataset)
+        if self.num_samples not in (None, len(dataset)):
+            raise ValueError(
+                f"the weighter is for {self.num_samples} samples, the data set has {len(dataset)}"
+            )
+        samples = sample_identity(dataset)
+        self._check_samples(samples)
+        self._samples = samples
+
+    def begin_fit(self, dataset: Sized | None = None) -> None:
+        """Start a training from the beginning, with the scores of no earlier one.
+
+        The first training keeps what was set before it: loaded state, or weights that were fitted.
+
+        Args:
+            dataset: The training set, where known.
+
+        Raises:
+            TypeError: As for :meth:`identify`.
+            ValueError: As for :meth:`identify`. Or if the weighter has a prior, which belongs to
+                the samples of an earlier training.
+        """
+        if self._in_use:
+            self.reset()
+        if dataset is not None:
+            self.identify(dataset)
+        self._in_use = True
+
+    def reset(self) -> None:
+        """Forget all scores, and which samples they belong to. A prior and its weights stay."""
+        self._updates = 0
+        self.scores.fill_(torch.nan)
+        if self.prior is not None:
+            self.fit()
+            return
+        self._samples = None
+        if self.num_samples is None:
+            self.scores, self.weights, self.p_bad = (
+                kept[:0].clone() for kept in (self.scores, self.weights, self.p_bad)
+            )
+            self._passed_once = False
+        self.weights.fill_(1)
+        self.p_bad.fill_(0)
+        self.threshold.fill_(torch.inf)
+
+    def check_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Check that a saved state fits, before anything is loaded.
+
+        Args:
+            state_dict: The saved state.
+
+        Raises:
+            ValueError: If it is of another number of samples, or of other samples.
+        """
+        saved = state_dict.get("scores")
+        if saved is not None and self.num_samples not in (None, len(saved)):
+            raise ValueError(
+                f"the saved weights are of {len(saved)} samples, this weighter is for "
+                f"{self.num_samples}: they belong to another training set"
+            )
+        if (state_dict.get("prior") is None) != (self.prior is None):
+            here, there = ("no", "a") if self.prior is None else ("a", "no")
+            raise ValueError(f"the saved weighter has {there} prior, this one has {here}")
+        extra = state_dict.get("_extra_state")
+        if isinstance(extra, Mapping):
+            self._check_samples(extra.get("samples"))
+
+    def _check_samples(self, samples: str | None) -> None:
+        if None in (samples, self._samples) or samples == self._samples:
+            return
+        then, now = (str(each).split(":")[0] for each in (self._samples, samples))
+        raise ValueError(
+            f"the weights belong to other samples: {then} here and {now} there, "
+            "of other names or in another order. Use the data set as it was, or start from the "
+            "beginning, without the saved weights or with a new weighter"
+        )
 
     @property
     def contamination_(self) -> Contamination:
@@ -381,17 +503,25 @@ class SoftConfidentWeighter(nn.Module):
             self.weights = torch.cat([self.weights, self.weights.new_ones(missing)])
             self.p_bad = torch.cat([self.p_bad, self.p_bad.new_zeros(missing)])
 
-    def get_extra_state(self) -> Tensor:
-        """The number of scores added by :meth:`update` since the last fit, for an exact resume."""
-        return torch.tensor(self._updates)
+    def get_extra_state(self) -> dict[str, Any]:
+        """The number of scores since the last fit, for an exact resume, and whose they are."""
+        return {
+            "updates": self._updates,
+            "passed_once": self._passed_once,
+            "samples": self._samples,
+        }
 
-    def set_extra_state(self, state: Tensor) -> None:
+    def set_extra_state(self, state: dict[str, Any]) -> None:
         """Restore :meth:`get_extra_state`."""
-        self._updates = int(state)
+        self._updates = state["updates"]
+        self._passed_once = state["passed_once"]
+        self._samples = state["samples"] or self._samples
 
     def _load_from_state_dict(
         self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
+        own = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
+        self.check_state_dict(own)
         # A weighter of unknown size gets the size of the saved one.
         saved = state_dict.get(f"{prefix}scores")
         if self.num_samples is None and saved is not None:
@@ -416,21 +546,36 @@ def _too_few_or_equal(scores: Tensor) -> bool:
     return bool(high - low <= rounding)
 
 
-def _check_scores(scores: Tensor, name: str = "scores") -> None:
-    if not isinstance(scores, Tensor) or not scores.is_floating_point():
-        kind = scores.dtype if isinstance(scores, Tensor) else type(scores).__name__
-        raise TypeError(f"{name} is {kind}; expected a floating-point tensor")
+def as_scores(scores: ArrayLike, name: str = "scores") -> Tensor:
+    """Check scores and return them as a tensor.
+
+    Args:
+        scores: One anomaly score per sample, shape (N,): a tensor, an array or a list.
+        name: Their name in errors.
+
+    Returns:
+        The scores (N,), floating-point.
+
+    Raises:
+        TypeError: If they aren't floating-point numbers.
+        ValueError: If they have another shape or are not finite.
+    """
+    scores = as_floats(scores, name)
     if scores.dim() != 1:
         raise ValueError(
             f"{name} has shape {tuple(scores.shape)}; expected one anomaly score per sample: "
             "reduce patch scores to image scores first, for instance with .amax(dim=(1, 2))"
         )
     # One pass in the common case: the sum is finite only if all its terms are.
-    if scores.sum(dtype=torch.float64).isfinite():
-        return
-    bad = (~torch.isfinite(scores)).nonzero().flatten()
-    if len(bad):
+    if not scores.float().sum(dtype=torch.float64).isfinite():
+        bad = (~torch.isfinite(scores)).nonzero().flatten()
+        if len(bad):
+            raise ValueError(
+                f"{len(bad)} of {len(scores)} {name} are NaN or infinite (first at positions "
+                f"{bad[:8].tolist()}); expected finite anomaly scores"
+            )
         raise ValueError(
-            f"{len(bad)} of {len(scores)} {name} are NaN or infinite (first at positions "
-            f"{bad[:8].tolist()}); expected finite anomaly scores"
+            f"{name} reach {float(scores.abs().max()):.0e}, more than single precision holds; "
+            "divide them by a constant"
         )
+    return scores.float()
