@@ -41,7 +41,7 @@ class Times(NamedTuple):
 
     Attributes:
         wall: On the wall.
-        processor: Of all threads of this process.
+        processor: Used by all threads of this process.
     """
 
     wall: np.ndarray

@@ -34,8 +34,8 @@ def parts(weights: bool, meta: MetaMode, penalty: float) -> Variant:
     Args:
         weights: Those of the examples' ``"comet"``, or all 1.
         meta: The meta-step, ``"none"`` for a plain one.
-        penalty: Of the loss before training; 0 for none. The published lambda_0 = 0.005 is twice
-            the loss of SimpleNet's head on small features, and more of a larger network's.
+        penalty: As a part of the loss before training; 0 for none. The published lambda_0 = .005 is
+            twice the loss of SimpleNet's head on small features, and more of a larger network's.
     """
 
     def optimizer_for(

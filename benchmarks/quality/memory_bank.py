@@ -37,7 +37,7 @@ class Memory(NamedTuple):
     Attributes:
         patches: Shape (M, C).
         weights: Factors on the distances to each of them, shape (M,).
-        outlier_factors: Of all training patches where they were computed, shape (N, P).
+        outlier_factors: Those of all training patches where they were computed, (N, P).
         kept: Which of them were not dropped, bool of shape (N, P).
     """
 
@@ -56,7 +56,7 @@ class Patches:
 
     Args:
         batches: The training set's features, levels (B, C, h, w) each.
-        channels: Of each level.
+        channels: Number of each level's channels.
         pool: Positions, in either direction, that are averaged to a patch.
     """
 
@@ -120,8 +120,8 @@ def soft_patch(patches: Tensor, seed: int, *, share: float = 0.15) -> Memory:
 
     Args:
         patches: Shape (N, P, C); position p of all pictures is compared with itself.
-        seed: Of the coreset.
-        share: Of all patches that is dropped.
+        seed: Decides the coreset.
+        share: Part of all patches that is dropped.
     """
     factors = outlier_factors(patches)
     threshold = torch.from_numpy(np.quantile(factors.cpu(), 1 - share, keepdims=True)).flatten()
@@ -156,7 +156,7 @@ def greedy_coreset(points: Tensor, size: int, seed: int) -> Tensor:
         points: Shape (N, C); above 128 channels their distances are those of a random projection
             to 128, as published.
         size: How many to choose, <= N.
-        seed: Of the first one and the projection.
+        seed: Decides the first one and the projection.
 
     Returns:
         Their indices, shape (size,).

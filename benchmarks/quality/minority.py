@@ -115,7 +115,7 @@ def detection(
         experiment: Knows the cells of both kinds.
         major: Cells of the one.
         minor: Cells of the other, of which some are drawn.
-        share: Of these, among the training cells and among good and bad test cells.
+        share: What these make up, of the training cells and among good and bad test cells.
         settings: How to train.
     """
     generator = np.random.default_rng(settings.seed)

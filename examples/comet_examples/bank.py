@@ -27,7 +27,7 @@ class MemoryBank(nn.Module):
     Args:
         map_size: Height and width of the anomaly maps, in pixels of the pictures.
         top: Patch scores that a picture's score is the mean of, >= 1.
-        blur_sigma: Of the Gaussian that smooths the maps, in pixels, >= 0.
+        blur_sigma: Width of the Gaussian that smooths the maps, in pixels, >= 0.
 
     Example:
         >>> features = [torch.arange(8.0).reshape(2, 1, 2, 2)]
@@ -57,8 +57,8 @@ class MemoryBank(nn.Module):
 
         Args:
             data: Features of the training set.
-            seed: Of the draw.
-            share: Of all patches, in (0, 1]; at most 30,000 of them are kept.
+            seed: Decides the draw.
+            share: Part of all patches that is kept, in (0, 1]; at most 30,000.
         """
         (first,) = patched(next(data.batches()))
         self.scaler = FeatureScaler([first.shape[1]])

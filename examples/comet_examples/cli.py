@@ -303,7 +303,7 @@ def ahead(rows: Sequence[Mapping[str, str | float]]) -> list[str]:
     """Where the memory bank beats CoMet, in a sentence each.
 
     Args:
-        rows: Of the table, with ``category``, ``method`` and, where it could be judged, I-AUROC.
+        rows: Lines of the table: ``category``, ``method`` and, where it could be judged, I-AUROC.
 
     Example:
         >>> ahead([{"category": "tile", "method": "bank", "I-AUROC": 0.9},

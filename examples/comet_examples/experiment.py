@@ -48,8 +48,8 @@ class Judged:
     Attributes:
         figures: Image metrics, and pixel metrics where there are masks; none where
             :func:`can_be_judged` denies it.
-        scores: Of the test pictures, shape (N,).
-        maps: Of the test pictures, shape (N, H, W).
+        scores: Those of the test pictures, shape (N,).
+        maps: Those of the test pictures, shape (N, H, W).
     """
 
     figures: dict[str, float]
@@ -75,7 +75,7 @@ class Experiment:
         clean: The category as it is on disk.
         detector: Name in ``DETECTORS``.
         preset: Picture size and detector settings.
-        backbone: Of the frozen features.
+        backbone: Makes the frozen features.
         store: Keeps them.
         device: Where to train.
         surveyed: What is known of the pictures; by default they are all looked at first.
@@ -163,7 +163,7 @@ class Experiment:
 
         Args:
             split: From :meth:`split`.
-            seed: Of the memory's draw.
+            seed: Decides the memory's draw.
 
         Returns:
             The test set, judged by :class:`~comet_examples.bank.MemoryBank` on the detector's

@@ -17,7 +17,7 @@ class Preset:
         epochs: Passes over the training set; None where ``steps`` says the length.
         detector: Keyword arguments of the detector that differ from its own defaults.
         steps: Optimizer steps, in place of ``epochs``.
-        schedule: Of the learning rates.
+        schedule: How the learning rates change.
     """
 
     transform: Transform

@@ -134,7 +134,7 @@ def contaminated(rows: Rows, noise: float, seed: int) -> Draw:
     Args:
         rows: All rows.
         noise: Share of bad rows in the training set, in [0, 1).
-        seed: Of the draw.
+        seed: Decides the draw.
 
     Returns:
         Training and test set.

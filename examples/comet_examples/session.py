@@ -42,7 +42,7 @@ class Session:
         preset: Picture size and detector settings.
         training: How to train; its method is replaced by each of ``methods``.
         methods: What to train, in this order; ``"bank"``, which isn't trained, may be among them.
-        backbone: Of the frozen features.
+        backbone: Makes the frozen features.
         out: Folder that gets a folder for each category.
         device: Where to train.
         noise: Share of bad training pictures to add, in [0, 1).

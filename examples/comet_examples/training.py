@@ -42,7 +42,7 @@ class FeatureRows(Dataset[tuple[Tensor, ...]]):
     """Some rows of the cached features of a category, without copying them.
 
     Args:
-        features: Of all pictures, levels (M, C, h, w), of any floating-point type.
+        features: Those of all pictures, levels (M, C, h, w), of any floating-point type.
         rows: Which of them, shape (N,).
     """
 
@@ -74,7 +74,7 @@ class TrainingSettings:
             or ``"paper"`` (the published formulas).
         epochs: Passes over the training set, >= 1. The last one is the result.
         batch_size: Pictures in a batch, >= 2.
-        seed: Of initialisation, order and noise.
+        seed: Decides initialisation, order and noise.
         meta: Meta-step of ``"comet"``; None for the library's default.
         strength: lambda_0 of ``"comet"``; 0 for no penalty.
         steps: In place of ``epochs``: optimizer steps, >= 1, rounded up to whole epochs. The same
@@ -186,7 +186,7 @@ def scheduled(optimizer: Optimizer, schedule: Schedule, steps: int) -> LRSchedul
     Args:
         optimizer: All its groups fall alike, each from its own rate.
         schedule: See :class:`TrainingSettings`.
-        steps: Of the whole training, >= 1.
+        steps: Length of the whole training, >= 1.
 
     Returns:
         torch's scheduler.

@@ -44,7 +44,7 @@ def main(steps: int, seed: int = 0) -> Usage:
 
     Args:
         steps: Their number, at least 200.
-        seed: Of data and batches.
+        seed: Decides data and batches.
     """
     torch.manual_seed(seed)
     data = torch.randn(_SAMPLES, 4)

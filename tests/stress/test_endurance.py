@@ -6,6 +6,7 @@ import endurance
 import pytest
 
 
+@pytest.mark.slow
 def test_memory_and_files_stay_as_they_are():
     pytest.importorskip("psutil")
     logging.disable()

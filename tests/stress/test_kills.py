@@ -12,6 +12,7 @@ import pytest
 SCRIPT = Path(__file__).with_name("kills.py")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="forks processes")
 def test_killed_trainings_resume_bit_equal():
     # In a process of its own: this one may have threads, which don't go with forks.

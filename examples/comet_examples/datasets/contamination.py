@@ -25,7 +25,7 @@ def contaminate(split: Split, noise: float, *, seed: int, overlap: bool = False)
     Args:
         split: A split with a clean training set.
         noise: Share of bad pictures in the new training set, in [0, 1).
-        seed: Of the draw and the shuffle.
+        seed: Decides the draw and the shuffle.
         overlap: Whether the drawn objects stay in the test set too.
 
     Returns:

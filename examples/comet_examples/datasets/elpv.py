@@ -41,8 +41,8 @@ def load(root: Path | None, category: str, seed: int = 0) -> Split:
     Args:
         root: A folder with ``labels.csv``; None for the installed package.
         category: A name out of :func:`categories`.
-        seed: Of the split. It is no part of the contamination protocol: keep it for all seeds of a
-            comparison.
+        seed: Decides the split. It is no part of the contamination protocol: keep it for all seeds
+            of a comparison.
 
     Returns:
         Its split: 400 normal cells, drawn with the seed, are the training set (70 % of them where

@@ -28,8 +28,8 @@ class Coupling(nn.Module):
     tanh. The network starts at 0, the step therefore as a mere shuffle.
 
     Args:
-        channels: Of the features, >= 2.
-        kernel_size: Of the network's two convolutions, odd.
+        channels: Number of channels of the features, >= 2.
+        kernel_size: Side of the network's two convolutions, odd.
         hidden_ratio: Width of the network, as a multiple of its input's channels.
         clamp: Bound on the absolute log scale.
 
@@ -90,7 +90,7 @@ class Flow(nn.Module):
     """Coupling steps in a row, with kernels 3 x 3 and 1 x 1 in turn.
 
     Args:
-        channels: Of the features, >= 2.
+        channels: Number of channels of the features, >= 2.
         steps: How many.
         hidden_ratio: See :class:`Coupling`.
     """
@@ -153,15 +153,16 @@ class FastFlow(nn.Module):
     determinant, so that the likelihood can be raised by shrinking the features.)
 
     Args:
-        channels: Of each level, finest first.
+        channels: Number of each level's channels, finest first.
         map_size: Height and width of the anomaly maps, in pixels of the pictures.
         steps: Coupling steps of each flow.
         hidden_ratio: Width of the couplings' networks; the paper's 1.0 for WRN50 and ResNet18.
-        learning_rate: Of Adam; the paper's 1e-3.
+        learning_rate: Adam's; 1e-3 in the paper.
         exposed: Share of an anomalous picture's positions that show it, in (0, 1]; see
             :meth:`loss_pairs`.
         top: Positions that a picture's score is the mean of, >= 1; the paper has 1.
-        blur_sigma: Of the Gaussian that smooths the maps, in pixels, >= 0; the paper has none.
+        blur_sigma: Width of the Gaussian that smooths the maps, in pixels, >= 0; none in the
+            paper.
     """
 
     extractor = PyramidFeatures

@@ -52,14 +52,14 @@ class Reconstruction(nn.Module):
     Features are brought to mean 0 and standard deviation 1 by channel over the training set.
 
     Args:
-        channels: Of each level, finest first.
+        channels: Number of each level's channels, finest first.
         map_size: Height and width of the anomaly maps, in pixels of the pictures.
         width: Channels of bottleneck and decoder.
-        blocks: Of the decoder.
+        blocks: Depth of the decoder.
         dropout: Share of the bottleneck's values that training hides, in [0, 1).
-        learning_rate: Of AdamW.
+        learning_rate: AdamW's.
         top: Positions that a picture's score is the mean of, >= 1.
-        blur_sigma: Of the Gaussian that smooths the maps, in pixels, >= 0.
+        blur_sigma: Width of the Gaussian that smooths the maps, in pixels, >= 0.
     """
 
     extractor = PyramidFeatures

@@ -33,13 +33,13 @@ class SimpleNet(nn.Module):
     standardize=False, noise_std=0.015, hidden=1024, patches=None, top=1``.
 
     Args:
-        channels: Of the features, a single level: ``[dim]``.
+        channels: Width of the features, a single level: ``[dim]``.
         map_size: Height and width of the anomaly maps, in pixels of the pictures.
         hidden: Width of the discriminator.
         noise_std: Standard deviation of the noise on the (adapted) features, > 0.
         adaptor: Whether a trained linear map comes first.
-        learning_rate: Of the discriminator; the adaptor has half of it, as in the paper.
-        margin: Of the hinge loss, > 0.
+        learning_rate: The discriminator's; the adaptor has half of it, as in the paper.
+        margin: The hinge loss's, > 0.
         standardize: Whether features are standardised first.
         pool: Positions of the features, in either direction, that are averaged to a patch, >= 1.
             More than 1 suits defects that are large against the features' stride.
@@ -47,7 +47,7 @@ class SimpleNet(nn.Module):
         exposed: Share of an anomalous picture's patches that show it, in (0, 1]; see
             :meth:`loss_pairs`.
         top: Patch scores that a picture's score is the mean of, >= 1.
-        blur_sigma: Of the Gaussian that smooths the maps, in pixels, >= 0.
+        blur_sigma: Width of the Gaussian that smooths the maps, in pixels, >= 0.
     """
 
     extractor = PatchFeatures
