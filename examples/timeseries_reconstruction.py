@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from comet_meta import (
     CoMetOptimizerWrapper,
     IndexedDataset,
-    MemoryScorer,
+    RowScorer,
     SoftConfidentWeighter,
     collect_scores,
 )
@@ -33,23 +33,28 @@ def fit(rows: Tensor, weights: Weights, contamination: Contamination) -> Fitted:
         *(nn.ConvTranspose1d(8, 1, 4, stride=2, padding=1), nn.Flatten()),
     )
 
-    def errors(batch: Tensor) -> Tensor:  # (B,)
-        return (model(batch) - batch).square().mean(dim=1)
+    def errors(batch: Tensor) -> Tensor:  # (B, 24)
+        return (model(batch) - batch).square()
 
     def scores(batch: Tensor) -> Tensor:  # (B,); squares have too heavy a tail
-        return errors(batch).sqrt()
+        return errors(batch).mean(dim=1).sqrt()
 
     loader = DataLoader(IndexedDataset(rows), batch_size=32, shuffle=True)  # 1
-    prior = MemoryScorer()(rows) if weights == "prior" else None
+    prior, part_prior = RowScorer().score_parts(rows) if weights == "prior" else (None, None)
     weighter = None
     if weights != "none":
-        weighter = SoftConfidentWeighter(len(rows), prior=prior, contamination=contamination)
+        weighter = SoftConfidentWeighter(
+            len(rows), prior=prior, part_prior=part_prior, contamination=contamination
+        )
     adam = torch.optim.Adam(model.parameters(), lr=3e-3)
     optimizer = CoMetOptimizerWrapper(adam, weighter=weighter)  # 2
     for epoch in range(EPOCHS):
         for index, batch in loader:
+            losses = errors(batch)
+            if weighter is not None and weighter.has_parts:
+                losses = weighter.part_weights(index) * losses  # weights of the hours
             optimizer.zero_grad()
-            optimizer.objective(errors(batch), index).backward()  # 3: not errors(batch).mean()
+            optimizer.objective(losses.mean(dim=1), index).backward()  # 3: not losses.mean()
             optimizer.step()
         if weighter is not None and epoch + 1 >= WARM_UP:
             weighter.fit(collect_scores(scores, loader))
