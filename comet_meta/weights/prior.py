@@ -9,6 +9,8 @@ import math
 import torch
 from torch import Tensor
 
+from comet_meta.arrays import ArrayLike, as_floats
+
 _CHUNK_VALUES = 2**25
 _MAX_WHITENED_COLUMNS = 2048  # the work grows with their cube
 
@@ -88,7 +90,7 @@ class MemoryScorer:
         self.seed = seed
 
     @torch.no_grad()
-    def __call__(self, features: Tensor) -> Tensor:
+    def __call__(self, features: ArrayLike) -> Tensor:
         """Score the training set.
 
         Args:
@@ -102,8 +104,7 @@ class MemoryScorer:
             TypeError: If the features aren't floating-point.
             ValueError: If they have another shape or are not finite.
         """
-        if not features.is_floating_point():
-            raise TypeError(f"features is {features.dtype}; expected a floating-point tensor")
+        features = as_floats(features, "features")
         if features.dim() == 2:
             features = features.unsqueeze(1)
         if features.dim() != 3 or len(features) < 2:
@@ -232,7 +233,7 @@ class RowScorer:
         self.seed = seed
 
     @torch.no_grad()
-    def __call__(self, rows: Tensor) -> Tensor:
+    def __call__(self, rows: ArrayLike) -> Tensor:
         """Score the training set.
 
         Args:
@@ -245,9 +246,7 @@ class RowScorer:
             TypeError: If the rows aren't a floating-point tensor.
             ValueError: If they have another shape or are not finite.
         """
-        if not isinstance(rows, Tensor) or not rows.is_floating_point():
-            kind = rows.dtype if isinstance(rows, Tensor) else type(rows).__name__
-            raise TypeError(f"rows is {kind}; expected a floating-point tensor, (N, C)")
+        rows = as_floats(rows, "rows")
         if rows.dim() != 2 or len(rows) < 2:
             raise ValueError(f"rows has shape {tuple(rows.shape)}; expected (N, C), N >= 2")
         bad = (~rows.isfinite().all(dim=1)).nonzero().flatten()
