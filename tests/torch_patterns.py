@@ -8,6 +8,7 @@ of ``docs/reliability.md``.
 
 import copy
 import io
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -332,12 +333,13 @@ def row(name: str) -> str:
     outcomes = {info.optim_cls.__name__: outcome(name, info) for info in optim_db}
     passed = sum(each == "passes" for each in outcomes.values())
     cells = [f"`{name}`", str(passed)]
-    for kind in ("not applicable", "fails"):
-        cells.append(", ".join(key for key, each in outcomes.items() if each == kind) or "none")
+    cells += [
+        ", ".join(key for key, each in outcomes.items() if each == kind) or "none"
+        for kind in ("not applicable", "fails")
+    ]
     return "| " + " | ".join(cells) + " |"
 
 
 if __name__ == "__main__":
-    print("| pattern | passes | not applicable | fails |\n|---|---|---|---|")
-    for pattern in PATTERNS:
-        print(row(pattern))
+    head = ["| pattern | passes | not applicable | fails |", "|---|---|---|---|"]
+    sys.stdout.write("\n".join([*head, *map(row, PATTERNS)]) + "\n")

@@ -2,8 +2,9 @@
 
 Good monocrystalline cells make up the folder, good polycrystalline ones a minor share of it; with
 --noise, cells of either kind are bad. The weights come from MemoryScorer as in the examples, before
-training. Mean weights, their patches' included, and the variant's P(bad), over seeds (draws of the bad cells and of the
-variant's), by the default prior, a more cautious one, and one for folders of one product.
+training. Mean weights, their patches' included, and the variant's P(bad), over seeds (draws of the
+bad cells and of the variant's), by the default prior, a more cautious one, and one for folders of
+one product.
 
 With --train, what a detector is worth that has been trained on the folder: I-AUROC on test cells of
 which the variant makes up the same share, and on those of either kind alone.
