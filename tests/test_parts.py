@@ -133,7 +133,7 @@ def test_samples_that_are_known_to_be_bad_still_go_as_a_whole():
     scores[:12] += 5
     weighter = weighter_of(scores, contamination=0.2)
     assert int((weighter.weights == 0).sum()) == 9  # three quarters of a fifth
-    assert weighter.weights[12:].min() > 0.9
+    assert int((weighter.weights[12:] == 1).sum()) == 45  # the ramp ends at a quarter
     assert weighter.p_bad.sum() == pytest.approx(12, abs=1e-3)
     gone = weighter.weights == 0
     counting = P * int((~gone).sum())
@@ -168,6 +168,11 @@ def test_equal_part_scores_tell_nothing():
     prior = some_scores()[:, 0]
     weighter = SoftConfidentWeighter(prior=prior, part_prior=torch.full((N, P), 3.0))
     assert (weighter.part_weights() == 1).all()
+
+
+def test_parts_of_fewer_than_eight_samples_tell_nothing():
+    assert (weighter_of(some_scores(shape=(7, 40))).part_weights() == 1).all()
+    assert (weighter_of(some_scores(shape=(8, 40))).part_weights() < 1).any()
 
 
 def test_later_scores_of_a_model_change_no_part():
@@ -374,11 +379,20 @@ def test_the_memory_finds_the_strange_patch():
     assert not patch_scores.requires_grad
 
 
-def test_patch_scores_are_mean_distances_by_hand():
+def test_patch_scores_by_hand():
     # Each of two samples is scored against the other.
     features = torch.tensor([[[0.0, 0.0], [3.0, 4.0]], [[0.0, 1.0], [3.0, 0.0]]])
     _, patch_scores = MemoryScorer(draws=4, fraction=0.5).score_parts(features)
-    torch.testing.assert_close(patch_scores, torch.tensor([[1.0, 4.0], [1.0, 3.0]]))
+    # Distances are (1, 4) and (1, 3); medians, the lower of two, are 1 and 3 by place, 1 of all.
+    torch.testing.assert_close(patch_scores, torch.tensor([[0.5, 1.0], [0.5, 0.75]]))
+
+
+def test_a_place_that_varies_in_all_samples_is_no_defect():
+    features = patches()
+    features[:, 4] *= 20  # an edge
+    features[7, 2] += 9
+    _, patch_scores = MemoryScorer().score_parts(features)
+    assert divmod(int(patch_scores.argmax()), 6) == (7, 2)
 
 
 @pytest.mark.parametrize("max_patches", [8192, 20])
@@ -398,7 +412,8 @@ def test_equal_samples_and_samples_of_one_patch_have_patch_scores_too():
     scores, patch_scores = MemoryScorer().score_parts(torch.ones(10, 6, 3))
     assert (scores.tolist(), patch_scores.tolist()) == ([0] * 10, [[0] * 6] * 10)
     scores, patch_scores = MemoryScorer().score_parts(patches()[:, 0])
-    torch.testing.assert_close(patch_scores, scores.unsqueeze(1))
+    # One place: twice the median divides all distances.
+    torch.testing.assert_close(patch_scores, scores.unsqueeze(1) / (2 * scores.median()))
 
 
 def test_a_picture_that_is_not_finite_gets_the_highest_scores():

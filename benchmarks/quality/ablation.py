@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Literal, cast
 
 import torch
-from comet_examples.detectors import Detector, FastFlow, SimpleNet
+from comet_examples.detectors import Detector
 from comet_examples.training import FeatureRows, TrainingSettings, wrap
 from grid import Trial, Variant, trained
 from runs import Figures
@@ -25,7 +25,7 @@ from comet_meta.weights.rules import standardize
 _PENALTY = 0.01
 
 Score = Callable[[Detector, list[Tensor]], Tensor]
-"""Scores (B,) of pictures to weight them by, from a detector in eval mode and their features."""
+"""Scores or losses (B,) of pictures, from a detector in eval mode and their features."""
 
 
 def parts(weights: bool, meta: MetaMode, penalty: float) -> Variant:
@@ -73,12 +73,14 @@ def chosen(
     *,
     contamination: float | Literal["auto"] | None = "auto",
     exposure: float = 0.5,
+    parts: bool = True,
 ) -> Variant:
     """The examples' ``"comet"`` with other settings.
 
     Args:
         contamination: What the weighter is told; None for the true share.
         exposure: What losses of likely bad pictures taken as anomalous count.
+        parts: Whether patches have weights too, or whole pictures alone.
     """
 
     def run(trial: Trial) -> Figures:
@@ -91,7 +93,9 @@ def chosen(
             return CoMetOptimizerWrapper(
                 detector.optimizers(),
                 weighter=SoftConfidentWeighter(
-                    prior=scores, part_prior=part_scores, contamination=told
+                    prior=scores,
+                    part_prior=part_scores if parts else None,
+                    contamination=told,
                 ),
                 exposure=exposure,
                 model=cast("nn.Module", detector),
@@ -102,16 +106,10 @@ def chosen(
     return run
 
 
-def scored(
-    score: Score | None = None,
-    *,
-    prior: bool = True,
-    start: float = 1,
-) -> Variant:
+def scored(*, prior: bool = True, start: float = 1) -> Variant:
     """The examples' ``"comet"``, weighted by the model's own scores, or their mean with the prior.
 
     Args:
-        score: Takes the place of the detector's score of a picture.
         prior: Whether the prior from frozen features counts; it decides until the first fit.
         start: First epoch after which the model's own scores count.
     """
@@ -122,7 +120,7 @@ def scored(
         memory = standardize(memory_prior(data.batches(), len(data))) if prior else None
 
         def source() -> Tensor:
-            own = _scores(detector, data, score or _score)
+            own = _scores(detector, data, _score)
             return own if memory is None else (standardize(own) + memory) / 2
 
         weighter = TimedWeighter(len(data), start=start, source=source)
@@ -153,12 +151,6 @@ def _grid() -> dict[str, Variant]:
     return found
 
 
-def _mean(detector: Detector, levels: list[Tensor]) -> Tensor:
-    if not isinstance(detector, SimpleNet | FastFlow):
-        raise TypeError(f"{type(detector).__name__} has no scores of patches")
-    return detector.patch_scores(levels).flatten(1).mean(dim=1)
-
-
 def _score(detector: Detector, levels: list[Tensor]) -> Tensor:
     return detector.scores(levels)
 
@@ -178,13 +170,12 @@ GRID = _grid()
 # The model's own scores without the prior, and their mean with it.
 SCORES: dict[str, Variant] = {
     "own": scored(prior=False),
-    "own+loss": scored(_loss, prior=False),
-    "own+mean": scored(_mean, prior=False),
     "own+warmup4": scored(prior=False, start=4),
     "both": scored(),
 }
 CHOICES: dict[str, Variant] = {
     "no-exposure": chosen(exposure=0.0),
+    "whole-pictures": chosen(parts=False),
     "contamination@true": chosen(contamination=None),
     "false-alarm": chosen(contamination=0.2),
 }

@@ -161,7 +161,7 @@ class SoftConfidentWeighter(nn.Module):
             self._part_weights = torch.ones(part_prior.shape)
         if prior is not None:
             self.fit()
-        if part_prior is not None and contamination != 0:
+        if part_prior is not None and contamination != 0 and size >= _MIN_SAMPLES:
             part_scores = part_prior.float().flatten(1)
             if not _too_few_or_equal(part_scores.flatten()):
                 fitted = trimmed_parts(part_scores, self.weights)

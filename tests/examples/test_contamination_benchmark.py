@@ -122,10 +122,15 @@ def test_unchanged_choices_are_comet(trial):
     assert same(chosen()(trial), by_method("comet")(trial))
 
 
-def test_scores_that_never_come_leave_the_prior(trial):
-    late, comet = scored(start=math.inf)(trial), by_method("comet")(trial)
-    assert late["I-AUROC"] == comet["I-AUROC"]
-    assert late["weight of bad"] == pytest.approx(comet["weight of bad"], rel=1e-4)
+def test_scores_that_never_come_leave_the_prior_of_whole_pictures(trial):
+    late, whole = scored(start=math.inf)(trial), CHOICES["whole-pictures"](trial)
+    assert late["I-AUROC"] == whole["I-AUROC"]
+    assert late["weight of bad"] == pytest.approx(whole["weight of bad"], rel=1e-4)
+
+
+def test_whole_pictures_are_another_training_than_comet(trial):
+    whole, comet = CHOICES["whole-pictures"](trial), by_method("comet")(trial)
+    assert whole["weight of bad"] != pytest.approx(comet["weight of bad"], rel=1e-3)
 
 
 def test_the_weighter_is_told_the_share(trial):

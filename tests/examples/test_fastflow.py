@@ -159,6 +159,30 @@ def test_the_loss_is_in_nats_per_feature_value_over_all_levels():
     )
 
 
+def test_losses_of_weighted_patches_by_hand():
+    net, features = detector(), levels(3)
+    assert torch.equal(net.losses(features, torch.ones(3, 4, 2)), net.losses(features))
+    weights = torch.rand(3, 4, 2, generator=torch.Generator().manual_seed(0))
+    fine, coarse = (-flow.log_likelihood(x) for flow, x in zip(net.flows, features, strict=True))
+    doubled = weights.repeat_interleave(2, dim=1).repeat_interleave(2, dim=2)
+    expected = (doubled * fine).sum(dim=(1, 2)) + (weights * coarse).sum(dim=(1, 2))
+    found = net.losses(features, weights)
+    torch.testing.assert_close(found, expected / (6 * 8 * 4 + 5 * 4 * 2))
+    assert torch.equal(net.loss_pairs(features, weights)[0], found)
+    assert torch.equal(net.loss_pairs(features, weights)[1], net.loss_pairs(features)[1])
+
+
+def test_patches_of_weight_zero_have_no_gradient():
+    net = randomised(FastFlow([4], (24, 24), steps=1))  # it looks two positions around
+    level = torch.randn(2, 4, 12, 12, requires_grad=True)
+    weights = torch.ones(2, 3, 3)
+    weights[0, :, :2] = 0  # eight columns of positions
+    (gradient,) = torch.autograd.grad(net.losses([level], weights).sum(), [level])
+    assert (gradient[0, ..., :6] == 0).all()
+    assert (gradient[0, ..., 8:] != 0).any()
+    assert (gradient[1, ..., :6] != 0).any()
+
+
 def test_pairs_of_losses_by_hand():
     detector = FastFlow([4, 6], (8, 8), steps=2)
     features = [torch.randn(3, 4, 4, 4), torch.randn(3, 6, 2, 2)]

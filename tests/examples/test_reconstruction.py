@@ -61,6 +61,32 @@ def test_the_distance_is_one_minus_the_cosine_by_hand():
     torch.testing.assert_close(detector.losses(features), (mean[0] + mean[1]) / 2)
 
 
+def test_losses_of_weighted_patches_by_hand():
+    detector, features = build().eval(), levels(2)
+    assert torch.equal(detector.losses(features, torch.ones(2, 4, 4)), detector.losses(features))
+    weights = torch.rand(2, 4, 4, generator=torch.Generator().manual_seed(0))
+    fine, coarse = detector.distances(features)
+    doubled = weights.repeat_interleave(2, dim=1).repeat_interleave(2, dim=2)
+    expected = ((doubled * fine).mean(dim=(1, 2)) + (weights * coarse).mean(dim=(1, 2))) / 2
+    torch.testing.assert_close(detector.losses(features, weights), expected)
+
+
+def test_patches_of_weight_zero_have_no_gradient():
+    detector = build(blocks=1).eval()  # it looks two coarse positions around
+    generator = torch.Generator().manual_seed(0)
+    leaves = [
+        torch.randn(2, width, side, side, generator=generator).requires_grad_()
+        for width, side in zip(CHANNELS, (16, 8), strict=True)
+    ]
+    weights = torch.ones(2, 8, 8)
+    weights[0, :, :6] = 0
+    fine, coarse = torch.autograd.grad(detector.losses(leaves, weights).sum(), leaves)
+    assert (coarse[0, ..., :4] == 0).all()
+    assert (fine[0, ..., :8] == 0).all()
+    assert (coarse[0, ..., 6:] != 0).any()
+    assert (coarse[1, ..., :4] != 0).any()
+
+
 def test_it_learns_what_is_normal_and_marks_what_is_not():
     detector = trained()
     good = levels(4, seed=1)

@@ -418,6 +418,21 @@ def test_words_without_evidence(size):
     assert float(unweighted.weights.min()) == 1
 
 
+def test_words_without_evidence_where_parts_have_weights():
+    prior = torch.erfinv(torch.linspace(-0.95, 0.95, 40))
+    part_prior = torch.arange(400.0).reshape(40, 10)
+    told = in_words(SoftConfidentWeighter(prior=prior, part_prior=part_prior))
+    assert told == (
+        "No evidence of bad pictures: none is taken for bad. As a precaution, training leaves out "
+        "the twentieth of their patches that fits in least."
+    )
+    # Equal patches say nothing, so none is left out.
+    told = in_words(SoftConfidentWeighter(prior=prior, part_prior=torch.ones(40, 10)))
+    assert told == "No evidence of bad pictures: nothing was down-weighted."
+    few = SoftConfidentWeighter(prior=prior[:7], part_prior=part_prior[:7])
+    assert in_words(few).endswith("nothing was down-weighted.")
+
+
 def test_words_with_evidence():
     weighter = SoftConfidentWeighter(400)
     good = torch.erfinv(torch.linspace(-0.99, 0.99, 360))
