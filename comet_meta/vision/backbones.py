@@ -1,6 +1,7 @@
 """Frozen timm backbones, with weights from a package, a file or the network."""
 
 import hashlib
+import logging
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -226,6 +227,9 @@ def _lite0_of_package() -> Path | None:
 
 
 def _download_state(name: str) -> dict[str, Tensor]:
+    hub = logging.getLogger("huggingface_hub")  # warns of each of its many attempts
+    level = hub.level
+    hub.setLevel(logging.ERROR)
     try:
         state: dict[str, Tensor] = timm.create_model(name, pretrained=True).state_dict()
     except Exception as error:  # each hub and network layer has errors of its own
@@ -239,4 +243,6 @@ def _download_state(name: str) -> dict[str, Tensor]:
             f"can't download the pretrained weights of {name} ({cause}). Without a network,"
             f"{package} or pass --weights with a .pth or .safetensors file of {name}"
         ) from error
+    finally:
+        hub.setLevel(level)
     return state
