@@ -57,9 +57,7 @@ def check_losses(losses: Tensor, size: int | None = None) -> None:
         TypeError: If losses aren't a floating-point tensor.
         ValueError: If they have another shape, are empty, or B differs from ``size``.
     """
-    if not isinstance(losses, Tensor) or not losses.is_floating_point():
-        kind = losses.dtype if isinstance(losses, Tensor) else type(losses).__name__
-        raise TypeError(f"losses is {kind}; expected a floating-point tensor of shape (B,)")
+    _check_floats(losses, "losses", "of shape (B,)")
     if losses.dim() == 0:
         raise ValueError(
             "losses is a scalar; expected (B,), one loss per sample: a mean over the batch can't "
@@ -113,9 +111,7 @@ def weigh_losses(losses: Tensor, weights: Tensor) -> Tensor:
 
 def _reduced(losses: Tensor, batch_size: int, name: str) -> Tensor:
     """Losses of shape (B,). ``name`` is their name in errors."""
-    if not isinstance(losses, Tensor) or not losses.is_floating_point():
-        kind = losses.dtype if isinstance(losses, Tensor) else type(losses).__name__
-        raise TypeError(f"{name} is {kind}; expected a floating-point tensor, or a dictionary")
+    _check_floats(losses, name, "or a dictionary of them")
     shape = tuple(losses.shape)
     if losses.dim() == 0:
         raise ValueError(
@@ -139,4 +135,17 @@ def _reduced(losses: Tensor, batch_size: int, name: str) -> Tensor:
     raise ValueError(
         f"{name} has shape {shape}; expected the batch's {batch_size} samples first: (B,), "
         "(B, ...) or (B * P,) with the parts of a sample side by side"
+    )
+
+
+def _check_floats(losses: object, name: str, expected: str) -> None:
+    if isinstance(losses, Tensor):
+        if not losses.is_floating_point():
+            raise TypeError(
+                f"{name} is {losses.dtype}; expected a floating-point tensor {expected}"
+            )
+        return
+    raise TypeError(
+        f"{name} is {type(losses).__name__}; expected a floating-point tensor {expected}. Arrays, "
+        "lists and numbers carry no gradient; torch.stack makes a tensor of a list of tensors"
     )

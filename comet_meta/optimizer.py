@@ -287,6 +287,11 @@ class CoMetOptimizerWrapper(OptimizerGroup):
         """
         if index is None:
             return self._step_optimizers(cast("Callable[[], float] | None", closure))
+        if getattr(getattr(closure, "func", None), "__name__", "") == "_wrap_closure":
+            raise TypeError(
+                "Lightning calls the closure of a step itself, without rows; call "
+                "optimizer.backward(closure, index) and then optimizer.step()"
+            )
         if closure is None:
             raise TypeError(
                 "step(closure, index) needs a closure from rows of the batch to their losses"
@@ -344,7 +349,7 @@ class CoMetOptimizerWrapper(OptimizerGroup):
                 loss = self.optimizers[0].step(self.guarded(closure))
             else:
                 for optimizer in self.optimizers:
-                    optimizer.step()
+                    _step_without_closure(optimizer)
         self._guard.reset()
         return loss
 
@@ -634,6 +639,19 @@ class CoMetOptimizerWrapper(OptimizerGroup):
             f"{type(self).__name__}({wrapped}, meta={self.meta or 'none'!r}, "
             f"weighter={self.weighter}, regularizer={self.regularizer})"
         )
+
+
+def _step_without_closure(optimizer: Optimizer) -> None:
+    try:
+        optimizer.step()
+    except (AssertionError, TypeError) as error:
+        if "closure" not in str(error):
+            raise
+        raise TypeError(
+            f"{type(optimizer).__name__} computes gradients in its step and needs a closure: call "
+            "wrapper.backward(closure, index) or objective(losses, index).backward(), and then "
+            "wrapper.step(again) with a function that does the same once more"
+        ) from error
 
 
 def _gradient_scale(

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DistributedSampler, RandomSampler, Sampler
 
+from comet_meta.arrays import ArrayLike
+
 _GOLDEN = (5**0.5 - 1) / 2
 
 
@@ -55,7 +57,7 @@ class ConfidenceSampler(Sampler[int]):
 
     def __init__(
         self,
-        weights: Tensor | Callable[[], Tensor],
+        weights: ArrayLike | Callable[[], ArrayLike],
         num_samples: int | None = None,
         *,
         generator: torch.Generator | None = None,
@@ -70,6 +72,8 @@ class ConfidenceSampler(Sampler[int]):
                 "several processes draw from one order: pass seed=, the same in all of them, "
                 "instead of a generator"
             )
+        if not isinstance(weights, Tensor) and not callable(weights):
+            weights = torch.as_tensor(weights)
         self.weights = weights
         self.generator = generator
         self.num_replicas = num_replicas
@@ -101,7 +105,7 @@ class ConfidenceSampler(Sampler[int]):
         weights = self.weights if isinstance(self.weights, Tensor) else self.weights()
         # Offsets that fill [0, 1) evenly over the epochs, so that the mean count converges fast.
         drawn = systematic_resample(
-            self._checked(weights, self._size), offset=self.epoch * _GOLDEN % 1
+            self._checked(torch.as_tensor(weights), self._size), offset=self.epoch * _GOLDEN % 1
         ).tolist()
         places = range(self._size)
         order: Sampler[int]

@@ -69,7 +69,7 @@ def test_copies_are_numbered_by_their_first_rows():
     ("table", "error", "message"),
     [
         (torch.ones(4, 2, dtype=torch.int64), TypeError, "floating-point"),
-        ([[1.0]], TypeError, "list"),
+        ([["a"]], TypeError, "list"),
         (torch.ones(1, 2), ValueError, "N >= 2"),
         (torch.ones(4, 2, 2), ValueError, r"\(N, C\)"),
         (torch.tensor([[0.0], [torch.nan], [1.0]]), ValueError, r"1 rows have .*\[1\]"),

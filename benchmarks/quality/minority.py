@@ -2,8 +2,9 @@
 
 Good monocrystalline cells make up the folder, good polycrystalline ones a minor share of it; with
 --noise, cells of either kind are bad. The weights come from MemoryScorer as in the examples, before
-training. Mean weights, and the variant's P(bad), over seeds (draws of the bad cells and of the
-variant's), by the default prior, a more cautious one, and one for folders of one product.
+training. Mean weights, their patches' included, and the variant's P(bad), over seeds (draws of the
+bad cells and of the variant's), by the default prior, a more cautious one, and one for folders of
+one product.
 
 With --train, what a detector is worth that has been trained on the folder: I-AUROC on test cells of
 which the variant makes up the same share, and on those of either kind alone.
@@ -29,7 +30,7 @@ from torch import Tensor
 
 from comet_meta import MemoryScorer, SoftConfidentWeighter
 from comet_meta.vision.backbones import DEFAULT_BACKBONE, load_backbone
-from comet_meta.vision.picture_prior import memory_prior
+from comet_meta.vision.picture_prior import memory_part_prior
 
 _TASKS = ("elpv/mono", "elpv/poly")  # the many, and the variant
 _SCORERS = {
@@ -63,8 +64,8 @@ def main() -> None:
             for seed in options.seeds:
                 features, bad, minor = folder(bench, share, noise, seed)
                 for name, scorer in _SCORERS.items():
-                    prior = memory_prior([[features]], len(features), scorer)
-                    found[name].append(figures(prior, bad, minor, options.contamination))
+                    priors = memory_part_prior([[features]], len(features), scorer)
+                    found[name].append(figures(*priors, bad, minor, options.contamination))
             rows += [
                 {"variant": f"{share:.0%}", "bad": f"{noise:.0%}", "prior": name}
                 | {figure: spread([run[figure] for run in runs], 2) for figure in runs[0]}
@@ -163,11 +164,17 @@ def _kinds(bench: Benchmark, noise: float, seed: int) -> Iterator[tuple[Tensor, 
 
 
 def figures(
-    prior: Tensor, bad: Tensor, minor: Tensor, contamination: float | Literal["auto"]
+    prior: Tensor,
+    part_prior: Tensor,
+    bad: Tensor,
+    minor: Tensor,
+    contamination: float | Literal["auto"],
 ) -> dict[str, float]:
     """Mean weights of good cells of either kind and of bad ones, and the AUROC of the prior."""
-    weighter = SoftConfidentWeighter(prior=prior, contamination=contamination)
-    weights = weighter.weights
+    weighter = SoftConfidentWeighter(
+        prior=prior, part_prior=part_prior, contamination=contamination
+    )
+    weights = weighter.mean_weights()
     result = {
         "weight of the others": float(weights[~bad & ~minor].mean()),
         "of the variant": float(weights[~bad & minor].mean()),

@@ -9,6 +9,8 @@ import math
 import torch
 from torch import Tensor
 
+from comet_meta.arrays import ArrayLike, as_floats
+
 _CHUNK_VALUES = 2**25
 _MAX_WHITENED_COLUMNS = 2048  # the work grows with their cube
 
@@ -94,7 +96,7 @@ class MemoryScorer:
         self.max_patches = max_patches
         self.seed = seed
 
-    def __call__(self, features: Tensor) -> Tensor:
+    def __call__(self, features: ArrayLike) -> Tensor:
         """Score the training set.
 
         Args:
@@ -111,7 +113,7 @@ class MemoryScorer:
         return self.score_parts(features)[0]
 
     @torch.no_grad()
-    def score_parts(self, features: Tensor) -> tuple[Tensor, Tensor]:
+    def score_parts(self, features: ArrayLike) -> tuple[Tensor, Tensor]:
         """Score the training set and each of its patches.
 
         Args:
@@ -132,8 +134,7 @@ class MemoryScorer:
             >>> divmod(int(patch_scores.argmax()), 6)
             (7, 2)
         """
-        if not features.is_floating_point():
-            raise TypeError(f"features is {features.dtype}; expected a floating-point tensor")
+        features = as_floats(features, "features")
         if features.dim() == 2:
             features = features.unsqueeze(1)
         if features.dim() != 3 or len(features) < 2:
@@ -278,7 +279,7 @@ class RowScorer:
         self.size = size
         self.seed = seed
 
-    def __call__(self, rows: Tensor) -> Tensor:
+    def __call__(self, rows: ArrayLike) -> Tensor:
         """Score the training set.
 
         Args:
@@ -293,7 +294,7 @@ class RowScorer:
         """
         return self._score(rows, parts=False)[0]
 
-    def score_parts(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def score_parts(self, rows: ArrayLike) -> tuple[Tensor, Tensor]:
         """Score the training set and each of its values.
 
         Args:
@@ -318,11 +319,9 @@ class RowScorer:
         return self._score(rows, parts=True)
 
     @torch.no_grad()
-    def _score(self, rows: Tensor, *, parts: bool) -> tuple[Tensor, Tensor]:
+    def _score(self, rows: ArrayLike, *, parts: bool) -> tuple[Tensor, Tensor]:
         """Scores of the rows (N,), and of their values (N, C), which are 0 without ``parts``."""
-        if not isinstance(rows, Tensor) or not rows.is_floating_point():
-            kind = rows.dtype if isinstance(rows, Tensor) else type(rows).__name__
-            raise TypeError(f"rows is {kind}; expected a floating-point tensor, (N, C)")
+        rows = as_floats(rows, "rows")
         if rows.dim() != 2 or len(rows) < 2:
             raise ValueError(f"rows has shape {tuple(rows.shape)}; expected (N, C), N >= 2")
         bad = (~rows.isfinite().all(dim=1)).nonzero().flatten()

@@ -57,7 +57,7 @@ def test_figures_say_who_of_the_variant_is_taken_for_bad():
     prior = torch.cat([torch.linspace(-1, 1, 80), torch.linspace(9, 10, 20)])
     bad = torch.arange(100) >= 90
     minor = (torch.arange(100) >= 80) & (torch.arange(100) < 90)
-    figures = minority.figures(prior, bad, minor, 0.2)
+    figures = minority.figures(prior, prior.repeat(4, 1).T, bad, minor, 0.2)
     # Told that a fifth is bad, the weights take the variant and the bad ones for that fifth.
     assert figures["of the variant"] < 0.1
     assert figures["its P(bad)"] > 0.7
