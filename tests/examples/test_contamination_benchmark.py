@@ -4,6 +4,7 @@ import json
 import math
 import sys
 
+import ablation
 import contamination
 import grid
 import pytest
@@ -128,9 +129,17 @@ def test_scores_that_never_come_leave_the_prior_of_whole_pictures(trial):
     assert late["weight of bad"] == pytest.approx(whole["weight of bad"], rel=1e-4)
 
 
-def test_whole_pictures_are_another_training_than_comet(trial):
-    whole, comet = CHOICES["whole-pictures"](trial), by_method("comet")(trial)
-    assert whole["weight of bad"] != pytest.approx(comet["weight of bad"], rel=1e-3)
+def test_whole_pictures_have_no_weights_of_patches(trial, monkeypatch):
+    asked = []
+
+    def weighter(**options):
+        asked.append(options["part_prior"] is None)
+        return SoftConfidentWeighter(**options)
+
+    monkeypatch.setattr(ablation, "SoftConfidentWeighter", weighter)
+    CHOICES["whole-pictures"](trial)
+    chosen()(trial)
+    assert asked == [True, False]
 
 
 def test_the_weighter_is_told_the_share(trial):
