@@ -73,18 +73,20 @@ def chosen(
     *,
     contamination: float | Literal["auto"] | None = "auto",
     exposure: float = 0.5,
-    parts: bool = True,
+    parts: bool | None = None,
 ) -> Variant:
     """The examples' ``"comet"`` with other settings.
 
     Args:
         contamination: What the weighter is told; None for the true share.
         exposure: What losses of likely bad pictures taken as anomalous count.
-        parts: Whether patches have weights too, or whole pictures alone.
+        parts: Whether patches have weights too; None: where the contamination isn't ``"auto"``, as
+            in the examples.
     """
 
     def run(trial: Trial) -> Figures:
         told = float(trial.bad.mean()) if contamination is None else contamination
+        weighted = told != "auto" if parts is None else parts
 
         def optimizer_for(
             detector: Detector, data: FeatureRows, _: TrainingSettings
@@ -94,7 +96,7 @@ def chosen(
                 detector.optimizers(),
                 weighter=SoftConfidentWeighter(
                     prior=scores,
-                    part_prior=part_scores if parts else None,
+                    part_prior=part_scores if weighted else None,
                     contamination=told,
                 ),
                 exposure=exposure,
@@ -175,7 +177,7 @@ SCORES: dict[str, Variant] = {
 }
 CHOICES: dict[str, Variant] = {
     "no-exposure": chosen(exposure=0.0),
-    "whole-pictures": chosen(parts=False),
+    "patches": chosen(parts=True),
     "contamination@true": chosen(contamination=None),
     "false-alarm": chosen(contamination=0.2),
 }

@@ -10,8 +10,8 @@ part holds:
 - ``0.1`` (any share): as many of its anomalies as make up that share, where there are enough.
 
 The detectors train in a plain loop of 600 steps. ``comet`` is the library's default with the prior
-of ``RowScorer``, by value where the loss is a mean over the values of a row (autoencoder);
-``comet@rate`` is told the share of anomalies; ``comet-rows`` weights whole rows alone;
+of ``RowScorer``; ``comet@rate`` is told the share of anomalies, and weights values too where the loss
+is a mean over the values of a row (autoencoder); ``comet-parts`` does the latter without being told;
 ``comet-own`` has no prior and refits on the model's own scores. Rivals: ``trim-prior@rate`` and
 ``trim-own@rate`` leave out the highest scores of the prior or the model at the true rate,
 ``trim-own@0.1`` at a guessed one,
@@ -229,7 +229,7 @@ def folding(task: Task, detector: str) -> Tensor:
     return ranks
 
 
-def with_prior(task: Task, detector: str, **options: Any) -> SoftConfidentWeighter:
+def with_parts(task: Task, detector: str, **options: Any) -> SoftConfidentWeighter:
     """A weighter with the prior of the rows, and of their values where losses come by value."""
     scores, value_scores = RowScorer(seed=task.seed).score_parts(task.train)
     parts = value_scores if DETECTORS[detector] is AutoEncoder else None
@@ -240,17 +240,17 @@ Method = Callable[[Task, str], tuple[AutoEncoder | DeepSVDD, SoftConfidentWeight
 
 
 def _comet(task: Task, detector: str) -> tuple[Any, SoftConfidentWeighter]:
-    weighter = with_prior(task, detector)
+    weighter = SoftConfidentWeighter(prior=RowScorer(seed=task.seed)(task.train))
     return trained(task, detector, weighter), weighter
 
 
 def _comet_rate(task: Task, detector: str) -> tuple[Any, SoftConfidentWeighter]:
-    weighter = with_prior(task, detector, contamination=min(task.rate, 0.49))
+    weighter = with_parts(task, detector, contamination=min(task.rate, 0.49))
     return trained(task, detector, weighter), weighter
 
 
-def _comet_rows(task: Task, detector: str) -> tuple[Any, SoftConfidentWeighter]:
-    weighter = SoftConfidentWeighter(prior=RowScorer(seed=task.seed)(task.train))
+def _comet_parts(task: Task, detector: str) -> tuple[Any, SoftConfidentWeighter]:
+    weighter = with_parts(task, detector)
     return trained(task, detector, weighter), weighter
 
 
@@ -278,7 +278,7 @@ METHODS: dict[str, Method] = {
     ),
     "comet": _comet,
     "comet@rate": _comet_rate,
-    "comet-rows": _comet_rows,
+    "comet-parts": _comet_parts,
     "comet-own": _comet_own,
     "trim-prior@rate": lambda task, detector: (
         trained(task, detector, rows=kept_by(task, RowScorer(seed=task.seed)(task.train))),

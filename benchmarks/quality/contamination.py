@@ -15,8 +15,8 @@ settings with seeds of 100 and up; report with the default ones.
 adds a meta-step and a penalty (1 % of the loss before training), with and without the weights.
 *scores* fits the weights, in place of the prior, to the model's own scores (own; own+warmup4 waits
 for four epochs) or to their mean with the prior (both). *choices* changes single settings:
-no-exposure only leaves likely bad pictures out, whole-pictures has no weights of patches,
-false-alarm is told that a fifth is bad. The groups of variants: {groups}
+no-exposure only leaves likely bad pictures out, patches gives weights to patches though nobody said
+that there are bad pictures, false-alarm is told that a fifth is bad. The groups of variants: {groups}
 
 ``--page`` runs nothing: it writes a page from all finished runs of ``--out`` that have today's
 settings.

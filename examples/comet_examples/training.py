@@ -174,8 +174,13 @@ def wrap(
     if settings.strength > 0:
         options["regularizer"] = CovarianceMetaRegularizer(settings.strength)
     scores, patch_scores = memory_part_prior(data.batches(), len(data))
+    # Weights of patches recover more, but on some clean folders they cost points. They come where
+    # somebody says that there are bad pictures.
+    told = settings.contamination != "auto"
     weighter = SoftConfidentWeighter(
-        prior=scores, part_prior=patch_scores, contamination=settings.contamination
+        prior=scores,
+        part_prior=patch_scores if told else None,
+        contamination=settings.contamination,
     )
     return CoMetOptimizerWrapper(optimizers, weighter=weighter, model=model, **options)
 

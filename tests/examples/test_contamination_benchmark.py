@@ -124,12 +124,12 @@ def test_unchanged_choices_are_comet(trial):
 
 
 def test_scores_that_never_come_leave_the_prior_of_whole_pictures(trial):
-    late, whole = scored(start=math.inf)(trial), CHOICES["whole-pictures"](trial)
+    late, whole = scored(start=math.inf)(trial), chosen()(trial)
     assert late["I-AUROC"] == whole["I-AUROC"]
     assert late["weight of bad"] == pytest.approx(whole["weight of bad"], rel=1e-4)
 
 
-def test_whole_pictures_have_no_weights_of_patches(trial, monkeypatch):
+def test_patches_have_weights_where_asked_for_and_where_the_share_is_told(trial, monkeypatch):
     asked = []
 
     def weighter(**options):
@@ -137,9 +137,10 @@ def test_whole_pictures_have_no_weights_of_patches(trial, monkeypatch):
         return SoftConfidentWeighter(**options)
 
     monkeypatch.setattr(ablation, "SoftConfidentWeighter", weighter)
-    CHOICES["whole-pictures"](trial)
     chosen()(trial)
-    assert asked == [True, False]
+    CHOICES["patches"](trial)
+    CHOICES["contamination@true"](trial)
+    assert asked == [True, False, False]
 
 
 def test_the_weighter_is_told_the_share(trial):
