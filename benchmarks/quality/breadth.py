@@ -10,14 +10,13 @@ part holds:
 - ``0.1`` (any share): as many of its anomalies as make up that share, where there are enough.
 
 The detectors train in a plain loop of 600 steps. ``comet`` is the library's default with the prior
-of ``RowScorer``; ``comet@rate`` is told the share of anomalies, and weights values too where the loss
-is a mean over the values of a row (autoencoder); ``comet-parts`` does the latter without being told;
-``comet-own`` has no prior and refits on the model's own scores. Rivals: ``trim-prior@rate`` and
-``trim-own@rate`` leave out the highest scores of the prior or the model at the true rate,
-``trim-own@0.1`` at a guessed one,
-``forest@rate`` those of an isolation forest, ``folding@rate`` those of detectors trained on fifths
-of the data and applied to the rest (after McIntosh and Albu, 2026), ``retrain`` those above the
-fence of a box plot of the scores of a first training.
+of ``RowScorer``; ``comet@rate`` is told the share of anomalies, and weights values too where the
+loss is a mean over the values of a row (autoencoder); ``comet-parts`` does the latter without being
+told; ``comet-own`` has no prior and refits on the model's own scores. Rivals: ``trim-prior@rate``
+and ``trim-own@rate`` leave out the highest scores of the prior or the model at the true rate,
+``trim-own@0.1`` at a guessed one, ``forest@rate`` those of an isolation forest, ``folding@rate``
+those of detectors trained on fifths of the data and applied to the rest (after McIntosh and Albu,
+2026), ``retrain`` those above the fence of a box plot of the scores of a first training.
 
 Every run becomes a line of ``--out``; the same command goes on where it stopped, and several
 processes may share the work (``--shard 1/4``). Then it prints a table for each condition, with

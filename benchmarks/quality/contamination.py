@@ -16,7 +16,8 @@ adds a meta-step and a penalty (1 % of the loss before training), with and witho
 *scores* fits the weights, in place of the prior, to the model's own scores (own; own+warmup4 waits
 for four epochs) or to their mean with the prior (both). *choices* changes single settings:
 no-exposure only leaves likely bad pictures out, patches gives weights to patches though nobody said
-that there are bad pictures, false-alarm is told that a fifth is bad. The groups of variants: {groups}
+that there are bad pictures, false-alarm is told that a fifth is bad. The groups of variants:
+{groups}
 
 ``--page`` runs nothing: it writes a page from all finished runs of ``--out`` that have today's
 settings.
