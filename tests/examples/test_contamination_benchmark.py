@@ -148,7 +148,8 @@ def test_the_weighter_is_told_the_share(trial):
     for given, told in ((0.1, 0.1), (None, share)):
         figures = chosen(contamination=given)(trial)
         mean = share * figures["weight of bad"] + (1 - share) * figures["weight of good"]
-        assert mean == pytest.approx(1 - told - 0.05, abs=0.01)
+        # A twentieth of the patches besides, of which some lie in pictures that lose weight anyway.
+        assert 1 - told - 0.05 - 1e-3 <= mean < 1 - told - 0.02
 
 
 @pytest.mark.parametrize("name", CHOICES)

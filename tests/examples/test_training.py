@@ -58,12 +58,12 @@ def test_a_stopped_run_resumes_bit_equal(tmp_path, method, stop_at):
     calls = []
 
     class Stopping(SimpleNet):
-        def _confidence(self, features):  # of either kind of loss
+        def _confidence(self, features, part_weights):  # of either kind of loss
             calls.append(1)
             steps = 8 if method == "paper" else 1
             if len(calls) > stop_at * steps:
                 raise StopError
-            return super()._confidence(features)
+            return super()._confidence(features, part_weights)
 
     def stopping():
         return Stopping([6], (12, 12), hidden=16)
@@ -379,7 +379,7 @@ def test_wrong_arguments_get_a_sentence(tmp_path, capsys, arguments, message):
 
 def test_without_a_data_root_the_first_line_says_demo(capsys, monkeypatch):
     asked = {}
-    monkeypatch.setattr(cli, "_run", lambda options, detector: asked.update(vars(options)) or 0)
+    monkeypatch.setattr(cli, "_run", lambda options: asked.update(vars(options)) or 0)
     assert cli.main("fastflow", "ksdd2", []) == 0
     assert capsys.readouterr().out.startswith("DEMO: no --data-root")
     assert (asked["dataset"], asked["category"], asked["noise"]) == ("elpv", ["mono"], 0.1)
@@ -409,7 +409,7 @@ def test_comet_starts_from_the_prior_of_the_frozen_features():
 
 def test_comet_can_be_told_how_many_are_bad(monkeypatch):
     asked = {}
-    monkeypatch.setattr(cli, "_run", lambda options, detector: asked.update(vars(options)) or 0)
+    monkeypatch.setattr(cli, "_run", lambda options: asked.update(vars(options)) or 0)
     assert cli.main("simplenet", "elpv", ["--contamination", "0.25"]) == 0
     settings = TrainingSettings("comet", epochs=1, contamination=asked["contamination"])
     weighter = training.wrap(build(), a_data_set(), settings).weighter
