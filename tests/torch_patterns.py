@@ -30,7 +30,9 @@ NOT_APPLICABLE = {"LBFGS"}  # refused: it evaluates its closure as often as it l
 class Pair:
     """A bare optimizer and a wrapped one, each on parameters of its own with equal values."""
 
-    def __init__(self, info: OptimizerInfo, settings: dict[str, Any], *, named: bool = False) -> None:
+    def __init__(
+        self, info: OptimizerInfo, settings: dict[str, Any], *, named: bool = False
+    ) -> None:
         self.sparse = info.only_supports_sparse_grads
         self.named = named
         self.sides = [self._side(info, settings, wrapped=wrapped) for wrapped in (False, True)]
@@ -329,10 +331,11 @@ def row(name: str) -> str:
     """A row of the table: how many optimizers pass, and which of them do not."""
     outcomes = {info.optim_cls.__name__: outcome(name, info) for info in optim_db}
     passed = sum(each == "passes" for each in outcomes.values())
-    cells = [f"`{name}`", str(passed)]
-    for kind in ("not applicable", "fails"):
-        cells.append(", ".join(key for key, each in outcomes.items() if each == kind) or "none")
-    return "| " + " | ".join(cells) + " |"
+    others = [
+        ", ".join(key for key, each in outcomes.items() if each == kind) or "none"
+        for kind in ("not applicable", "fails")
+    ]
+    return "| " + " | ".join([f"`{name}`", str(passed), *others]) + " |"
 
 
 if __name__ == "__main__":
