@@ -141,9 +141,8 @@ def _reduced(losses: Tensor, batch_size: int, name: str) -> Tensor:
 def _check_floats(losses: object, name: str, expected: str) -> None:
     if isinstance(losses, Tensor):
         if not losses.is_floating_point():
-            raise TypeError(
-                f"{name} is {losses.dtype}; expected a floating-point tensor {expected}"
-            )
+            kind = losses.dtype
+            raise TypeError(f"{name} is {kind}; expected a floating-point tensor {expected}")
         return
     raise TypeError(
         f"{name} is {type(losses).__name__}; expected a floating-point tensor {expected}. Arrays, "

@@ -135,7 +135,8 @@ class StepGuard:
             _LOGGER.warning("step skipped: none of its losses could be used")
             return False
         gradients = [p.grad for p in parameters if p.grad is not None]
-        if distributed.all_agree(all_finite(gradients), _device(parameters)):
+        finite = bool(parameters) and all_finite(gradients)  # unknown without parameters
+        if distributed.all_agree(finite, _device(parameters)):
             return True
         check_parameters_finite(parameters)
         _LOGGER.warning(

@@ -332,12 +332,11 @@ def row(name: str) -> str:
     """A row of the table: how many optimizers pass, and which of them do not."""
     outcomes = {info.optim_cls.__name__: outcome(name, info) for info in optim_db}
     passed = sum(each == "passes" for each in outcomes.values())
-    cells = [f"`{name}`", str(passed)]
-    cells += [
+    others = [
         ", ".join(key for key, each in outcomes.items() if each == kind) or "none"
         for kind in ("not applicable", "fails")
     ]
-    return "| " + " | ".join(cells) + " |"
+    return "| " + " | ".join([f"`{name}`", str(passed), *others]) + " |"
 
 
 if __name__ == "__main__":

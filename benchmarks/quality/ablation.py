@@ -9,7 +9,6 @@ import torch
 from comet_examples.detectors import Detector
 from comet_examples.training import FeatureRows, TrainingSettings, wrap
 from grid import Trial, Variant, trained
-from runs import Figures
 from timed import TimedWeighter
 from torch import Tensor, nn
 
@@ -21,6 +20,7 @@ from comet_meta import (
 from comet_meta.meta.step import MetaMode
 from comet_meta.vision.picture_prior import memory_part_prior, memory_prior
 from comet_meta.weights.rules import standardize
+from runs import Figures
 
 _PENALTY = 0.01
 

@@ -35,12 +35,12 @@ import torch
 from breadth_page import draw, summaries, write_page
 from comet_examples.report import table
 from numpy.typing import NDArray
-from runs import Figures, Runs
 from sklearn.ensemble import IsolationForest
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
 from comet_meta import CoMetOptimizerWrapper, RowScorer, SoftConfidentWeighter
+from runs import Figures, Runs
 
 Array = NDArray[Any]
 MOST_ROWS = 10_000

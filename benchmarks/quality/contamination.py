@@ -49,6 +49,7 @@ from grid import (
 from matplotlib.figure import Figure
 from memory_bank import memory_bank, random_memory, soft_patch
 from rivals import filter_and_retrain, latent_outlier_exposure, trimming
+
 from runs import Runs, gap_recovered, paired, spread
 
 _LOGGER = logging.getLogger(__name__)

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from comet_examples.report import table
 from grid import BySeed
+
 from runs import gap_recovered, mean, paired, spread
 
 Chosen = Mapping[tuple[str, str], Mapping[tuple[float, str], BySeed]]

@@ -20,12 +20,12 @@ from comet_examples.metrics import curation_metrics
 from comet_examples.presets import Preset, preset_for
 from comet_examples.report import table
 from comet_examples.training import Method, TrainingSettings, Wrap, wrap
-from runs import Figures, Runs, spread
 
 from comet_meta import SoftConfidentWeighter
 from comet_meta.meta.step import MetaMode
 from comet_meta.vision.backbones import DEFAULT_BACKBONE, load_backbone
 from comet_meta.vision.features import FeatureStore
+from runs import Figures, Runs, spread
 
 _LOGGER = logging.getLogger(__name__)
 

@@ -25,12 +25,12 @@ from comet_examples.metrics import curation_metrics, image_metrics
 from comet_examples.report import table
 from comet_examples.training import Method, TrainingSettings
 from grid import Benchmark
-from runs import spread
 from torch import Tensor
 
 from comet_meta import MemoryScorer, SoftConfidentWeighter
 from comet_meta.vision.backbones import DEFAULT_BACKBONE, load_backbone
 from comet_meta.vision.picture_prior import memory_part_prior
+from runs import spread
 
 _TASKS = ("elpv/mono", "elpv/poly")  # the many, and the variant
 _SCORERS = {

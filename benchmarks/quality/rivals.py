@@ -16,12 +16,12 @@ import torch.nn.functional as F
 from comet_examples.detectors import Detector, FastFlow, SimpleNet
 from comet_examples.training import FeatureRows, Training, TrainingSettings, predict, train
 from grid import Trial, Variant, curation_figures, trained
-from runs import Figures
 from timed import TimedWeighter
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from comet_meta import CoMetOptimizerWrapper, SoftConfidentWeighter
+from runs import Figures
 
 Pair = tuple[Tensor, Tensor]
 """Losses (B,) of pictures taken as normal, and taken as anomalous."""

@@ -114,7 +114,7 @@ class CoMetCallback(Callback):
         self._positions = torch.empty(0, dtype=torch.int64)  # of the batch
         self._steps = 0
         self._weighed = 0
-        self._replaced: list[tuple[LightningModule, str]] = []
+        self._replaced: list[tuple[LightningModule, str, Any]] = []
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -288,8 +288,8 @@ class CoMetCallback(Callback):
         def method(*args: Any, **kwargs: Any) -> Any:
             return by(module, original, *args, **kwargs)
 
+        self._replaced.append((module, name, vars(module).get(name)))
         setattr(module, name, method)
-        self._replaced.append((module, name))
 
     def _unpack(self, module: LightningModule, name: str, loaders: Any) -> None:
         """Have a step called without positions, where all its loaders are indexed."""
@@ -314,8 +314,11 @@ class CoMetCallback(Callback):
         return original(batch[1], *args, **kwargs)
 
     def _withdraw(self) -> None:
-        for module, name in self._replaced:
-            delattr(module, name)
+        for module, name, own in reversed(self._replaced):
+            if own is None:  # the method is that of the class again
+                delattr(module, name)
+            else:
+                setattr(module, name, own)
         self._replaced.clear()
 
     def _training_step(

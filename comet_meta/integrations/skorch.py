@@ -1,7 +1,7 @@
 """skorch: nets that train on data that nobody has cleaned."""
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 from skorch import NeuralNet
@@ -86,6 +86,7 @@ class CoMetCallback(Callback):  # type: ignore[misc]
                 return loader
             self.comet = CoMet(
                 loader,
+                [getattr(net, f"{name}_") for name in net._optimizers],
                 scores=scores,
                 model=net.module_,
                 weighter=self.weighter,
@@ -101,15 +102,6 @@ class CoMetCallback(Callback):  # type: ignore[misc]
             return self.comet.loss(losses) if training else losses.mean()
 
         net.get_iterator, net.get_loss = iterator, loss
-
-    @override
-    def on_grad_computed(
-        self, net: NeuralNet, named_parameters: Iterable[tuple[str, Tensor]], **_: Any
-    ) -> None:
-        """Keep the optimizers from a step on gradients that a sample made NaN or infinite."""
-        if not self.comet.allows_step():
-            for _name, parameter in named_parameters:
-                parameter.grad = None
 
     @override
     def on_train_end(self, net: NeuralNet, X: Any = None, y: Any = None, **_: Any) -> None:

@@ -6,6 +6,7 @@ import breadth
 import breadth_page
 import numpy as np
 import pytest
+
 from runs import Runs
 
 

@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 from detectors import key_of, rows, run
 from grid import Benchmark
-from runs import Runs
 from tiny_experiment import experiment
+
+from runs import Runs
 
 
 class Tiny(Benchmark):

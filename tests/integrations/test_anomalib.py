@@ -1,5 +1,6 @@
 """anomalib's models train with CoMet, from generated pictures and without pretrained weights."""
 
+import shutil
 from functools import partial, partialmethod
 from pathlib import Path
 from types import SimpleNamespace
@@ -404,6 +405,67 @@ def test_arguments_of_a_loss_are_told_apart_by_sample():
     assert part["b"][0].tolist() == [[0, 1]]
     with pytest.raises(ValueError, match="by='rows'"):
         _of_sample(torch.arange(3), 0, 2)
+
+
+def spoiled(model: nn.Module) -> nn.Module:
+    """The model, whose loss module or step finds a NaN in one batch of each epoch."""
+    step, seen = model.training_step, []
+
+    def training_step(batch, *args, **kwargs):
+        seen.append(len(batch.image))
+        if len(seen) % 3 == 2:
+            batch.image[1] = torch.nan
+        return step(batch, *args, **kwargs)
+
+    model.training_step = training_step
+    return model
+
+
+@pytest.mark.parametrize(
+    ("name", "by"), [("Fastflow", "losses"), ("Stfpm", "losses"), ("Fastflow", "rows")]
+)
+@pytest.mark.parametrize("rule", [halves, ones])
+def test_a_picture_with_nan_costs_its_batch_alone(pictures, name, by, rule, caplog):
+    model = spoiled(MODELS[name][1](pictures))
+    before = {key: value.clone() for key, value in model.model.state_dict().items()}
+    fit(model, pictures, callback(rule, by=by))
+    after = model.model.state_dict()
+    assert all(torch.isfinite(value).all() for value in after.values())
+    assert any(not torch.equal(value, before[key]) for key, value in after.items())
+    assert "losses are NaN or infinite" in caplog.text
+    assert "step skipped" in caplog.text
+
+
+def test_a_checkpoint_is_refused_after_a_picture_was_renamed(pictures, tmp_path):
+    root = tmp_path / "copy"
+    shutil.copytree(pictures / "train", root / "train")
+    saving = ModelCheckpoint(dirpath=tmp_path, save_last=True)
+    comet = callback()
+    fit(fastflow(), root, comet, saving)
+    moved = tmp_path / "moved"
+    shutil.copytree(root / "train", moved / "train")
+    fit(fastflow(), moved, callback(), epochs=3, ckpt_path=tmp_path / "last.ckpt")
+    renamed = Path(comet.paths[4])
+    renamed.rename(renamed.with_name("zebra.png"))
+    with pytest.raises(ValueError, match="the weights belong to other samples"):
+        fit(fastflow(), root, callback(), epochs=3, ckpt_path=tmp_path / "last.ckpt")
+
+
+def test_one_callback_over_two_folders_starts_fresh(pictures, tmp_path):
+    shutil.copytree(pictures / "train", tmp_path / "other" / "train")
+    comet = callback()
+    seen = []
+
+    class Looks(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if trainer.global_step == 0:
+                seen.append(float(comet.weighter(comet._index(batch)).min()))
+
+    for root in (pictures, tmp_path / "other"):
+        fit(fastflow(), root, comet, Looks())
+        assert comet.weighter().min() < 0.5
+    assert seen == [1.0, 1.0]
+    assert str(tmp_path) in comet.suspects(1)[0]
 
 
 class TestErrors:

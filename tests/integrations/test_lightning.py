@@ -567,3 +567,236 @@ def test_a_batch_that_is_changed_after_its_transfer_keeps_its_positions(tmp_path
     callback = CoMetCallback()
     quiet(callback, tmp_path).fit(Changed())
     assert callback.weighter.scores.isfinite().all()
+
+
+# What other people's data and loops do.
+
+
+def broken(rows: torch.Tensor = DATA) -> torch.Tensor:
+    rows = rows.clone()
+    rows[5] = torch.nan
+    return rows
+
+
+class Plain(Module):
+    """Without batch norm, which spreads a NaN over its batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net.body[1] = nn.Identity()
+
+
+@pytest.mark.parametrize("scores", [None, lambda module, batch: module.net.losses(batch)])
+@pytest.mark.parametrize("kind", [Plain, Module])
+def test_one_sample_with_nan_is_named_and_costs_its_batch_alone(kind, scores, caplog):
+    module, comet = kind(), CoMetCallback(scores=scores)
+    fit(module, comet, data=loader(broken()))
+    assert all(torch.isfinite(value).all() for value in module.net.state_dict().values())
+    named = (
+        "samples [0, 1, 2, 3, 4, 5, 6, 7]" if kind is Module and scores is None else "samples [5"
+    )
+    assert named in caplog.text
+    assert "step skipped" in caplog.text
+    known = comet.weighter.scores.isfinite()
+    assert known[8:].all()
+    if scores is not None:
+        assert comet.weighter.ranking(30)[:7].tolist().count(5) == 1  # as suspect as the worst
+    # The other batches' steps are those of a training that never met this one.
+    if kind is Plain and scores is None:
+        other, ones = Plain(), SoftConfidentWeighter(N, rule=torch.ones_like)
+        fit(other, CoMetCallback(ones), data=loader(broken()), epochs=1)
+        by_hand = Plain()
+        optimizer = by_hand.configure_optimizers()
+        for rows in DATA.split(BATCH)[1:]:
+            optimizer.zero_grad()
+            by_hand.net.losses(rows).mean().backward()
+            optimizer.step()
+        assert_same(other, by_hand.net)
+
+
+@pytest.mark.parametrize("meta", ["none", "mldg"])
+def test_manual_steps_and_meta_steps_survive_nan_too(meta):
+    module = Manual() if meta == "none" else Module()
+    fit(module, callback(meta=meta), data=loader(broken()))
+    assert all(torch.isfinite(value).all() for value in module.net.state_dict().values())
+
+
+class Files(Dataset):
+    """Rows with the names of files."""
+
+    def __init__(self, names: list[str]) -> None:
+        self.samples = [(name, 0) for name in names]
+
+    def __len__(self) -> int:
+        return N
+
+    def __getitem__(self, k: int) -> torch.Tensor:
+        return DATA[k]
+
+
+def test_a_checkpoint_is_refused_after_a_file_was_renamed(tmp_path):
+    names = [f"/pictures/{k:02}.png" for k in range(N)]
+    saving = ModelCheckpoint(dirpath=tmp_path, save_last=True)
+    fit(Module(), callback(), data=loader(Files(names)), callbacks=[saving],
+        enable_checkpointing=True)  # fmt: skip
+    moved = [name.replace("/pictures", "/moved/pictures") for name in names]
+    again = callback()
+    fit(Module(), again, data=loader(Files(moved)), epochs=5, ckpt_path=tmp_path / "last.ckpt")
+    assert again.weighter().min() == 0
+    names[7] = "/pictures/zebra.png"
+    with pytest.raises(ValueError, match="the weights belong to other samples"):
+        fit(Module(), callback(), data=loader(Files(names)), epochs=5,
+            ckpt_path=tmp_path / "last.ckpt")  # fmt: skip
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_one_callback_over_two_data_sets_starts_fresh(own):
+    first = callback() if own else CoMetCallback()
+    seen = []
+
+    class Watches(pl.Callback):
+        def on_train_batch_start(self, trainer, *_):
+            if trainer.global_step == 0:
+                seen.append((first.weighter().min(), first.weighter.scores.isnan().all()))
+
+    for rows in (DATA, DATA.flip(0)):
+        fit(Module(), first, data=loader(rows), callbacks=[Watches()])
+        assert first.weighter().min() < 1
+    assert [(float(weight), bool(unknown)) for weight, unknown in seen] == [(1, True)] * 2
+    if not own:  # also of another size
+        fit(Module(), first, data=loader(DATA[:18]))
+        assert len(first.weighter.scores) == 18
+
+
+def test_a_trainer_that_goes_on_keeps_the_weights():
+    module, comet = Module(), callback()
+    trainer = fit(module, comet)
+    weights = comet.weighter().clone()
+    trainer.fit_loop.max_epochs = EPOCHS + 1
+    comet.warm_up = 9  # fits no more
+    trainer.fit(module, loader())
+    assert torch.equal(comet.weighter(), weights)
+
+
+def test_a_training_step_may_return_nothing():
+    class Skips(Module):
+        def training_step(self, batch, batch_idx):
+            return None if batch_idx == 1 else super().training_step(batch, batch_idx)
+
+    for settings in ({"scores": None}, {"meta": "mldg"}):
+        module, comet = Skips(), callback(**settings)
+        fit(module, comet)
+        assert comet.weighter.scores.isfinite().sum() >= N - BATCH
+        assert all(torch.isfinite(p).all() for p in module.parameters())
+
+
+@pytest.mark.parametrize("what", ["lr_find", "scale_batch_size"])
+def test_the_tuner_on_an_indexed_loader(tmp_path, what):
+    from lightning.pytorch.tuner import Tuner
+
+    class Tuned(Evaluated):
+        def val_dataloader(self):
+            return DataLoader(IndexedDataset(DATA), batch_size=8)
+
+    module, comet = Tuned(), CoMetCallback()
+    trainer = quiet(comet, tmp_path)
+    if what == "lr_find":
+        found = Tuner(trainer).lr_find(module, num_training=30, early_stop_threshold=None)
+        assert 0 < found.suggestion() < 1
+    else:
+        assert Tuner(trainer).scale_batch_size(module, max_trials=3, steps_per_trial=1) == 8
+    assert "training_step" not in vars(module)
+    trainer.fit(module)
+    assert comet.weighter.scores.isfinite().any()
+
+
+def started(worker: int) -> None:
+    torch.manual_seed(worker)
+
+
+def test_the_scoring_loader_keeps_the_loaders_arguments():
+    seen = []
+
+    class Rows(Dataset):
+        def __len__(self):
+            return N
+
+        def __getitem__(self, k):
+            return DATA[k]
+
+    data = loader(
+        Rows(), num_workers=1, worker_init_fn=started, multiprocessing_context="fork",
+        prefetch_factor=3, persistent_workers=True,
+    )  # fmt: skip
+    comet = callback()
+
+    class Looks(pl.Callback):
+        def on_train_end(self, *_):
+            seen.append(comet._scoring[1]._loader)
+
+    fit(Module(), comet, data=data, callbacks=[Looks()], epochs=3)
+    (scoring,) = seen
+    for name in ("worker_init_fn", "multiprocessing_context", "prefetch_factor", "num_workers",
+                 "persistent_workers", "collate_fn", "pin_memory"):  # fmt: skip
+        assert getattr(scoring, name) is getattr(data, name), name
+    assert comet.weighter.scores.isfinite().all()
+
+
+def test_scores_see_batches_as_the_hooks_of_the_module_leave_them():
+    class Changed(Module):
+        def on_after_batch_transfer(self, batch, dataloader_idx):
+            index, rows = batch
+            return index, rows + 1
+
+    seen = []
+
+    def scores(module, batch):
+        seen.append(batch)
+        return module.net.losses(batch)
+
+    fit(Changed(), callback(scores=scores, warm_up=1), epochs=1)
+    assert torch.equal(torch.cat(seen), DATA + 1)
+
+
+def test_a_wrapper_of_ones_own_in_manual_optimisation():
+    """Lightning's optimizer calls the closure of a step itself; the two halves go through it."""
+
+    class Own(Module):
+        def __init__(self, way: str) -> None:
+            super().__init__()
+            self.way = way
+            self.automatic_optimization = False
+
+        def configure_optimizers(self):
+            return CoMetOptimizerWrapper(
+                torch.optim.Adam(self.net.parameters(), lr=0.02),
+                weighter=SoftConfidentWeighter(N),
+                model=self.net,
+            )
+
+        def training_step(self, pair, batch_idx):
+            index, batch = pair
+            optimizer = self.optimizers()
+
+            def losses(rows):
+                return self.net.losses(batch[rows])
+
+            if self.way == "index=":
+                optimizer.step(losses, index=index)
+            else:
+                optimizer.zero_grad()
+                optimizer.backward(losses, index)
+                optimizer.step()
+
+    module = Own("two halves")
+    fit(module)
+    net, comet = Net(), None
+    comet = CoMetOptimizerWrapper(
+        torch.optim.Adam(net.parameters(), lr=0.02), weighter=SoftConfidentWeighter(N), model=net
+    )
+    for _ in range(EPOCHS):
+        for index, batch in loader():
+            comet.step(lambda rows, batch=batch: net.losses(batch[rows]), index)
+    assert_same(module, net)
+    with pytest.raises(TypeError, match=r"optimizer\.backward\(closure, index\)"):
+        fit(Own("index="))

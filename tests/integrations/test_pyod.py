@@ -152,3 +152,23 @@ def test_the_page(monkeypatch):
     assert snippet("docs/integrations/pyod.md", "svdd")
     names = run("docs/integrations/pyod.md", "svdd", names)
     assert names["detector"].weights_.shape == (N,)
+
+
+def beyond_single_precision(name: str) -> CoMetDetector:
+    data = rows()
+    data[20] = 1e25  # its square is infinite
+    detector = DETECTORS[name]()
+    detector.preprocessing = False  # which would scale it
+    return CoMetDetector(detector, weighter=SoftConfidentWeighter(N, rule=unit)).fit(data)
+
+
+def test_a_row_beyond_single_precision_costs_the_others_nothing(caplog):
+    robust = beyond_single_precision("AutoEncoder")
+    assert all(torch.isfinite(p).all() for p in model_of(robust.detector_).parameters())
+    assert "1 of 32 losses are NaN or infinite and left out: samples [20]" in caplog.text
+
+
+def test_a_row_that_spoils_the_centre_gets_a_sentence(caplog):
+    with pytest.raises(ValueError, match="no sample's score is finite"):
+        beyond_single_precision("DeepSVDD")
+    assert "step skipped" in caplog.text

@@ -70,3 +70,29 @@ def test_the_page():
     names = {"X": rows(), "Autoencoder": Autoencoder}
     names = run("docs/integrations/skorch.md", "skorch", names)
     assert (names["suspects"][:15] < 15).sum() >= 13
+
+
+def test_a_row_with_nan_takes_no_step_away_from_the_others(caplog):
+    data = rows()
+    data[5] = torch.nan
+    ours = net(CoMetCallback(), "none", train_split=None).fit(data, data)
+    assert all(torch.isfinite(p).all() for p in ours.module_.parameters())
+    assert "samples [5]" in caplog.text
+    comet = dict(ours.callbacks_)["comet"].comet
+    assert comet.weighter.scores.isfinite().all()
+
+
+def test_state_belongs_to_a_fit_and_partial_fit_goes_on():
+    ours = net(CoMetCallback(weighter=SoftConfidentWeighter(300, rule="hard")), "none",
+               train_split=None)  # fmt: skip
+    ours.fit(rows(), rows())
+    comet = dict(ours.callbacks_)["comet"].comet
+    assert (comet.rounds, bool(comet.weighter().min() < 1)) == (3, True)
+    ours.partial_fit(rows(), rows())
+    assert dict(ours.callbacks_)["comet"].comet.rounds == 6
+    other = rows().flip(0)
+    ours.set_params(max_epochs=0)
+    ours.partial_fit(other, other)  # other rows: from the beginning
+    ours.set_params(max_epochs=1)
+    ours.fit(other, other)
+    assert dict(ours.callbacks_)["comet"].comet.rounds == 1

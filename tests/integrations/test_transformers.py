@@ -132,3 +132,46 @@ def test_the_page(tmp_path, monkeypatch):
     names = {"train_set": samples(), "torch": torch, "__name__": "docs"}
     names = run("docs/integrations/transformers.md", "transformers", names)
     assert (names["suspects"][:15] < 15).sum() >= 13
+
+
+def test_a_sample_with_nan_takes_no_step_away_from_the_others(tmp_path, caplog):
+    data = samples()
+    data[5]["values"] = data[5]["values"] * torch.nan
+    trainer = CoMetTrainer(Detector(), arguments(tmp_path), train_dataset=data)
+    before = [p.clone() for p in trainer.model.parameters()]
+    trainer.train()
+    after = list(trainer.model.parameters())
+    assert all(torch.isfinite(p).all() for p in after)
+    assert not any(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert "samples [5]" in caplog.text
+    assert trainer.weighter.scores.isfinite().sum() == 299
+
+
+def test_checkpoints_hold_the_weights_and_know_their_samples(tmp_path):
+    def trainer(data, epochs):
+        settings = arguments(tmp_path)
+        settings.save_strategy, settings.num_train_epochs = "epoch", epochs
+        weighter = SoftConfidentWeighter(300, rule="hard")
+        return CoMetTrainer(Detector(), settings, train_dataset=Rows(data), weighter=weighter)
+
+    rows = torch.stack([sample["values"] for sample in samples()])
+    trainer(rows, 2).train()
+    again = trainer(rows, 2)
+    again.train(resume_from_checkpoint=True)  # nothing is left to do
+    assert again.weighter().min() == 0
+    with pytest.raises(ValueError, match="the weights belong to other samples"):
+        trainer(rows.flip(0), 3).train(resume_from_checkpoint=True)
+    # A training that doesn't resume starts fresh, also with the same trainer.
+    again.weighter.begin_fit(again.train_dataset)
+    assert again.weighter().min() == 1
+
+
+class Rows(torch.utils.data.Dataset):
+    def __init__(self, data: torch.Tensor) -> None:
+        self.data = data
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, k):
+        return {"values": self.data[k]}
