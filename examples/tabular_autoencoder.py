@@ -4,10 +4,10 @@ Rows of malignant tumours in a training set of benign ones: see ``breast_cancer`
 """
 
 import torch
-from comet_examples.rows import Contamination, Fitted, Weights, breast_cancer, main
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from comet_examples.rows import Contamination, Fitted, Weights, breast_cancer, main
 from comet_meta import (
     CoMetOptimizerWrapper,
     IndexedDataset,

@@ -6,10 +6,10 @@ Ruff et al.: Deep one-class classification, ICML 2018.
 """
 
 import torch
-from comet_examples.rows import Contamination, Fitted, Weights, digits, main
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from comet_examples.rows import Contamination, Fitted, Weights, digits, main
 from comet_meta import (
     CoMetOptimizerWrapper,
     IndexedDataset,

@@ -7,10 +7,10 @@ Days of the summer half-year in a training set of the winter half-year, a real s
 import sys
 
 import torch
-from comet_examples.rows import Contamination, Fitted, Weights, main, power_demand
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from comet_examples.rows import Contamination, Fitted, Weights, main, power_demand
 from comet_meta import (
     CoMetOptimizerWrapper,
     IndexedDataset,

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from snippets import run
 from torch import nn
+
+from snippets import run
 
 PAGE = "docs/integrations/distributed.md"
 

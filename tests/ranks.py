@@ -15,7 +15,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
-from wrapping import wrap
 
 from comet_meta import (
     CoMet,
@@ -26,6 +25,7 @@ from comet_meta import (
     collect_scores,
 )
 from comet_meta.meta import step as meta_step
+from wrapping import wrap
 
 N = 21
 DATA = torch.randn(N, 3, generator=torch.Generator().manual_seed(0)).double()

@@ -6,12 +6,12 @@ import sys
 from itertools import count
 from pathlib import Path
 
-import docs_ranks
 import pytest
-import ranks
 import torch
 import torch.distributed as dist
 
+import docs_ranks
+import ranks
 from comet_meta import CovarianceMetaRegularizer, SoftConfidentWeighter, distributed
 from comet_meta.meta import step as meta_step
 from comet_meta.tasks import Task

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from torch import nn
-from wrapping import wrap
 
 from comet_meta import (
     CoMetOptimizerWrapper,
@@ -12,6 +11,7 @@ from comet_meta import (
     SoftConfidentWeighter,
     collect_scores,
 )
+from wrapping import wrap
 
 DATA = torch.randn(8, 3)
 

@@ -5,12 +5,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from wrapping import wrap
 
 from comet_meta import CovarianceMetaRegularizer, SoftConfidentWeighter
 from comet_meta.meta.first_order import first_order
 from comet_meta.meta.second_order import AdamDirection, second_order
 from comet_meta.tasks import Task, split_tasks
+from wrapping import wrap
 
 FIRST_ORDER = ("fomaml", "mldg", "reptile")
 

@@ -10,11 +10,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
-from wrapping import wrap
 
 from comet_meta import CoMetOptimizerWrapper, CovarianceMetaRegularizer, SoftConfidentWeighter
 from comet_meta.nonfinite import DeferredFlag, all_finite
 from comet_meta.restore import undo_on_error
+from wrapping import wrap
 
 MODES = ("none", "mldg", "fomaml", "maml", "reptile")
 INDEX = torch.arange(100, 112)

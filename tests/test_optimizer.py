@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
-from wrapping import wrap
 
 from comet_meta import (
     CoMetOptimizerWrapper,
@@ -17,6 +16,7 @@ from comet_meta import (
     SoftConfidentWeighter,
     collect_scores,
 )
+from wrapping import wrap
 
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=0.01),

@@ -7,9 +7,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
-from wrapping import wrap
 
 from comet_meta import CovarianceMetaRegularizer, SoftConfidentWeighter
+from wrapping import wrap
 
 MODES = ("none", "mldg", "fomaml", "maml", "reptile")
 QUICK = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -1,13 +1,13 @@
 """The library computes what the plain lines of reference.py do."""
 
 import pytest
-import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.func import functional_call
 
+import reference
 from comet_meta import (
     CoMetOptimizerWrapper,
     CovarianceMetaRegularizer,

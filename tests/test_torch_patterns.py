@@ -1,6 +1,7 @@
 """Patterns of torch's own optimizer tests, and the table of them in the documentation."""
 
 import pytest
+
 from snippets import ROOT
 
 pytest.importorskip("expecttest", reason="torch.testing._internal needs it")

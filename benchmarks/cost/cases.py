@@ -8,12 +8,13 @@ from typing import cast
 import timm
 import torch
 import torch.nn.functional as F
-from comet_examples.detectors import Detector
-from comet_examples.detectors.fastflow import FastFlow
-from comet_examples.detectors.simplenet import SimpleNet
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from typing_extensions import override
+
+from comet_examples.detectors import Detector
+from comet_examples.detectors.fastflow import FastFlow
+from comet_examples.detectors.simplenet import SimpleNet
 
 BATCH = 8
 NUM_SAMPLES = 64

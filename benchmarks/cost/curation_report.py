@@ -16,10 +16,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from comet_examples.report import machine
 from PIL import Image
 from selenium import webdriver
 
+from comet_examples.report import machine
 from comet_meta import SoftConfidentWeighter
 from comet_meta.vision.html_report import Run, write_report
 from comet_meta.vision.images import Transform

@@ -7,17 +7,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
+
 from comet_examples.datasets import DATASETS, load_image
 from comet_examples.detectors import DETECTORS
 from comet_examples.experiment import Experiment
 from comet_examples.metrics import image_metrics
 from comet_examples.presets import preset_for
 from comet_examples.report import machine, table
-from overhead import interleaved, quartiles
-from torch import Tensor
-
 from comet_meta.vision.backbones import load_backbone
 from comet_meta.vision.features import FeatureExtractor, FeatureStore, PatchFeatures
+from overhead import interleaved, quartiles
 
 
 def main() -> None:

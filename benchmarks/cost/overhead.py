@@ -19,11 +19,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from cases import CASES, NUM_SAMPLES, Case
-from comet_examples.report import machine, table
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from cases import CASES, NUM_SAMPLES, Case
+from comet_examples.report import machine, table
 from comet_meta import (
     CoMetOptimizerWrapper,
     CovarianceMetaRegularizer,

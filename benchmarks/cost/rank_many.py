@@ -27,10 +27,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import psutil
-from comet_examples.datasets import elpv
 from PIL import Image
 from typing_extensions import override
 
+from comet_examples.datasets import elpv
 from comet_meta.vision.backbones import load_backbone
 from comet_meta.vision.features import PatchFeatures
 from comet_meta.vision.files import sole_writer

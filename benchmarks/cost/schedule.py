@@ -27,14 +27,14 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from torch import Tensor, nn
+from torch.optim import Adam
+
 from comet_examples.datasets import DATASETS, load_image
 from comet_examples.detectors.simplenet import SimpleNet
 from comet_examples.presets import preset_for
 from comet_examples.report import machine, table
 from comet_examples.training import FeatureRows, Method, TrainingSettings, train
-from torch import Tensor, nn
-from torch.optim import Adam
-
 from comet_meta.vision.backbones import load_backbone
 from comet_meta.vision.features import FeatureStore, PatchFeatures
 

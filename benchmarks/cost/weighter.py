@@ -7,11 +7,11 @@ from typing import get_args
 
 import numpy as np
 import torch
-from comet_examples.report import machine, table
-from overhead import peak_bytes
 
+from comet_examples.report import machine, table
 from comet_meta import SoftConfidentWeighter
 from comet_meta.weights.rules import RuleName
+from overhead import peak_bytes
 
 _BATCH = 256
 

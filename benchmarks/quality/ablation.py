@@ -6,12 +6,10 @@ from dataclasses import replace
 from typing import Literal, cast
 
 import torch
-from comet_examples.detectors import Detector
-from comet_examples.training import FeatureRows, TrainingSettings, wrap
-from grid import Trial, Variant, trained
-from timed import TimedWeighter
 from torch import Tensor, nn
 
+from comet_examples.detectors import Detector
+from comet_examples.training import FeatureRows, TrainingSettings, wrap
 from comet_meta import (
     CoMetOptimizerWrapper,
     CovarianceMetaRegularizer,
@@ -20,7 +18,9 @@ from comet_meta import (
 from comet_meta.meta.step import MetaMode
 from comet_meta.vision.picture_prior import memory_part_prior, memory_prior
 from comet_meta.weights.rules import standardize
+from grid import Trial, Variant, trained
 from runs import Figures
+from timed import TimedWeighter
 
 _PENALTY = 0.01
 

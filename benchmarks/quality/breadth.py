@@ -32,13 +32,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from breadth_page import draw, summaries, write_page
-from comet_examples.report import table
 from numpy.typing import NDArray
 from sklearn.ensemble import IsolationForest
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
+from breadth_page import draw, summaries, write_page
+from comet_examples.report import table
 from comet_meta import CoMetOptimizerWrapper, RowScorer, SoftConfidentWeighter
 from runs import Figures, Runs
 

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from comet_examples.report import table
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
+
+from comet_examples.report import table
 
 Array = NDArray[Any]
 Run = Mapping[str, Any]

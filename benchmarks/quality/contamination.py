@@ -30,6 +30,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib.figure import Figure
+
 from ablation import CHOICES, GRID, SCORES
 from comet_examples.detectors import DETECTORS
 from contamination_page import Chosen, write_page
@@ -46,10 +48,8 @@ from grid import (
     run_missing,
     tables,
 )
-from matplotlib.figure import Figure
 from memory_bank import memory_bank, random_memory, soft_patch
 from rivals import filter_and_retrain, latent_outlier_exposure, trimming
-
 from runs import Runs, gap_recovered, paired, spread
 
 _LOGGER = logging.getLogger(__name__)

@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+
 from comet_examples.report import table
 from grid import BySeed
-
 from runs import gap_recovered, mean, paired, spread
 
 Chosen = Mapping[tuple[str, str], Mapping[tuple[float, str], BySeed]]

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from comet_examples.datasets import oracle
 from comet_examples.report import table
 from grid import Benchmark, add_arguments, benchmark
-
 from runs import Figures, Runs, mean
 
 _LOGGER = logging.getLogger(__name__)

@@ -13,6 +13,7 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 import torch
+
 from comet_examples.datasets import DATASETS, DatasetError, Split, bad_samples
 from comet_examples.detectors import DETECTORS
 from comet_examples.experiment import Experiment
@@ -20,7 +21,6 @@ from comet_examples.metrics import curation_metrics
 from comet_examples.presets import Preset, preset_for
 from comet_examples.report import table
 from comet_examples.training import Method, TrainingSettings, Wrap, wrap
-
 from comet_meta import SoftConfidentWeighter
 from comet_meta.meta.step import MetaMode
 from comet_meta.vision.backbones import DEFAULT_BACKBONE, load_backbone

@@ -15,14 +15,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from comet_examples.bank import nearest_in
-from comet_examples.detectors.maps import image_scores, smooth_maps
-from comet_examples.training import FeatureRows
-from grid import Trial, Variant, curation_figures
 from sklearn.neighbors import LocalOutlierFactor
 from torch import Tensor
 
+from comet_examples.bank import nearest_in
+from comet_examples.detectors.maps import image_scores, smooth_maps
+from comet_examples.training import FeatureRows
 from comet_meta.vision.statistics import FeatureScaler
+from grid import Trial, Variant, curation_figures
 from runs import Figures
 
 _SHARE = 0.1

@@ -18,18 +18,18 @@ from typing import Literal
 
 import numpy as np
 import torch
+from torch import Tensor
+
 from comet_examples.datasets import Sample, Split, bad_samples
 from comet_examples.detectors import DETECTORS
 from comet_examples.experiment import Experiment
 from comet_examples.metrics import curation_metrics, image_metrics
 from comet_examples.report import table
 from comet_examples.training import Method, TrainingSettings
-from grid import Benchmark
-from torch import Tensor
-
 from comet_meta import MemoryScorer, SoftConfidentWeighter
 from comet_meta.vision.backbones import DEFAULT_BACKBONE, load_backbone
 from comet_meta.vision.picture_prior import memory_part_prior
+from grid import Benchmark
 from runs import spread
 
 _TASKS = ("elpv/mono", "elpv/poly")  # the many, and the variant

@@ -12,16 +12,16 @@ import math
 from collections.abc import Callable, Iterable
 
 import torch
+from torch import Tensor
+
 from comet_examples.datasets import bad_samples
 from comet_examples.metrics import curation_metrics
 from comet_examples.report import table
-from grid import Benchmark
-from torch import Tensor
-
 from comet_meta import SoftConfidentWeighter
 from comet_meta.vision.backbones import DEFAULT_BACKBONE
 from comet_meta.vision.picture_prior import memory_prior
 from comet_meta.weights.rules import estimate_contamination
+from grid import Benchmark
 from runs import spread
 
 # From rows of four independent normal numbers.

@@ -15,11 +15,11 @@ from functools import partial
 from pathlib import Path
 
 import torch
+
 from comet_examples.datasets import bad_samples, contaminate, elpv
 from comet_examples.metrics import curation_metrics
 from comet_examples.report import table
 from comet_examples.training import FeatureRows
-
 from comet_meta import cli
 from comet_meta.vision.backbones import load_backbone
 from comet_meta.vision.features import FeatureStore, PatchFeatures

@@ -13,15 +13,15 @@ from typing import cast
 
 import torch
 import torch.nn.functional as F
-from comet_examples.detectors import Detector, FastFlow, SimpleNet
-from comet_examples.training import FeatureRows, Training, TrainingSettings, predict, train
-from grid import Trial, Variant, curation_figures, trained
-from timed import TimedWeighter
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from comet_examples.detectors import Detector, FastFlow, SimpleNet
+from comet_examples.training import FeatureRows, Training, TrainingSettings, predict, train
 from comet_meta import CoMetOptimizerWrapper, SoftConfidentWeighter
+from grid import Trial, Variant, curation_figures, trained
 from runs import Figures
+from timed import TimedWeighter
 
 Pair = tuple[Tensor, Tensor]
 """Losses (B,) of pictures taken as normal, and taken as anomalous."""

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from comet_examples.report import machine
 from scipy.stats import ttest_rel
+
+from comet_examples.report import machine
 
 Figures = dict[str, float]
 

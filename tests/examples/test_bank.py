@@ -1,11 +1,11 @@
 """The memory bank that every training is compared with."""
 
 import torch
-from comet_examples.bank import MemoryBank, nearest_in, patched
-from comet_examples.training import FeatureRows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from comet_examples.bank import MemoryBank, nearest_in, patched
+from comet_examples.training import FeatureRows
 from comet_meta.vision.features import patch_features
 
 

@@ -2,11 +2,11 @@
 
 import sys
 
-import breadth
-import breadth_page
 import numpy as np
 import pytest
 
+import breadth
+import breadth_page
 from runs import Runs
 
 

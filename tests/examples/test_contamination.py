@@ -6,9 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from comet_examples.datasets import DatasetError, Sample, Split, bad_samples, contaminate, oracle
 from hypothesis import given
 from hypothesis import strategies as st
+
+from comet_examples.datasets import DatasetError, Sample, Split, bad_samples, contaminate, oracle
 
 
 def a_split(good: int = 90, anomalous: int = 80) -> Split:

@@ -4,11 +4,13 @@ import json
 import math
 import sys
 
+import pytest
+import torch
+from tiny_experiment import experiment
+
 import ablation
 import contamination
 import grid
-import pytest
-import torch
 from ablation import (
     CHOICES,
     GRID,
@@ -19,12 +21,10 @@ from ablation import (
     scored,
 )
 from comet_examples.training import TrainingSettings
+from comet_meta import SoftConfidentWeighter
 from contamination import GROUPS, VARIANTS, common_gap, cost, expanded, row
 from contamination_page import detector_rows, set_row
 from grid import Trial, by_method, weighting_figures
-from tiny_experiment import experiment
-
-from comet_meta import SoftConfidentWeighter
 
 
 @pytest.fixture(scope="module", params=["simplenet", "fastflow"])

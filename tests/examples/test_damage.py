@@ -9,11 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
+from test_scripts import EXAMPLES, SMALL, results, run, tree
+
 from comet_examples import cli, experiment
 from comet_examples.datasets import DATASETS, DatasetError, Transform, load_image
 from comet_examples.results import fingerprint
-from PIL import Image
-from test_scripts import EXAMPLES, SMALL, results, run, tree
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (24, 20, 4), dtype=np.uint8)
 

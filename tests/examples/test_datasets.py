@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from comet_examples.datasets import DATASETS, DatasetError, Sample, Transform, load_image, load_mask
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
+from comet_examples.datasets import DATASETS, DatasetError, Sample, Transform, load_image, load_mask
 from comet_meta.vision.images import has_defect
 
 MVTEC = DATASETS["mvtec"]

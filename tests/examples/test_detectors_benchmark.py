@@ -3,10 +3,10 @@
 from dataclasses import replace
 
 import pytest
-from detectors import key_of, rows, run
-from grid import Benchmark
 from tiny_experiment import experiment
 
+from detectors import key_of, rows, run
+from grid import Benchmark
 from runs import Runs
 
 

@@ -4,15 +4,15 @@ import math
 
 import pytest
 import torch
-from comet_examples.detectors import FastFlow
-from comet_examples.detectors.fastflow import Coupling, Flow
-from comet_examples.training import FeatureRows, TrainingSettings, predict, train
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import multivariate_normal, norm
 from sklearn.metrics import roc_auc_score
 from torch import nn
 
+from comet_examples.detectors import FastFlow
+from comet_examples.detectors.fastflow import Coupling, Flow
+from comet_examples.training import FeatureRows, TrainingSettings, predict, train
 from comet_meta import CoMetOptimizerWrapper, MetaStep
 
 CHANNELS = [6, 5]

@@ -18,14 +18,14 @@ from typing import ClassVar
 import pytest
 import timm
 import torch
-from comet_examples import cli
-from comet_examples.datasets import DATASETS, DatasetError
-from comet_examples.datasets.archives import unpack
-from comet_examples.training import ResumeError, TrainingSettings, train
 from test_scripts import run, tree
 from test_training import a_data_set, build, same
 from tqdm import tqdm
 
+from comet_examples import cli
+from comet_examples.datasets import DATASETS, DatasetError
+from comet_examples.datasets.archives import unpack
+from comet_examples.training import ResumeError, TrainingSettings, train
 from comet_meta.vision import download
 from comet_meta.vision.backbones import load_backbone
 from comet_meta.vision.download import DownloadError

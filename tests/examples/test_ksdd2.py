@@ -4,6 +4,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
+
 from comet_examples.datasets import (
     DATASETS,
     DatasetError,
@@ -13,7 +15,6 @@ from comet_examples.datasets import (
     load_mask,
     oracle,
 )
-from PIL import Image
 
 KSDD2 = DATASETS["ksdd2"]
 

@@ -4,10 +4,11 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from comet_examples.metrics import aupro, curation_metrics, image_metrics, pixel_metrics
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy.stats import mannwhitneyu
+
+from comet_examples.metrics import aupro, curation_metrics, image_metrics, pixel_metrics
 
 
 def regions_of(mask: np.ndarray) -> list[set[tuple[int, int]]]:

@@ -3,9 +3,10 @@
 from pathlib import Path
 from types import SimpleNamespace
 
-import minority
 import numpy as np
 import torch
+
+import minority
 from comet_examples.datasets import Sample, Split
 from comet_examples.training import TrainingSettings
 

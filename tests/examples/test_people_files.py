@@ -6,6 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from test_scripts import SMALL, run, tree
+
 from comet_examples import cli, report
 from comet_examples.datasets import (
     DATASETS,
@@ -18,9 +21,6 @@ from comet_examples.datasets import (
     load_values,
     survey,
 )
-from PIL import Image
-from test_scripts import SMALL, run, tree
-
 from comet_meta import SoftConfidentWeighter
 from comet_meta.vision.files import unforeseen
 from comet_meta.vision.samples import OUTPUT_MARK

@@ -3,11 +3,11 @@
 import pytest
 import timm
 import torch
-from comet_examples.detectors import DETECTORS, Exposable, Reconstruction
-from comet_examples.training import FeatureRows, TrainingSettings, predict, train
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from comet_examples.detectors import DETECTORS, Exposable, Reconstruction
+from comet_examples.training import FeatureRows, TrainingSettings, predict, train
 from comet_meta.vision.backbones import load_backbone
 
 CHANNELS = [5, 7]

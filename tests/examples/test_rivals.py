@@ -4,8 +4,10 @@ import math
 from dataclasses import replace
 
 import pytest
-import rivals
 import torch
+from tiny_experiment import experiment
+
+import rivals
 from comet_examples.detectors import FastFlow, SimpleNet
 from comet_examples.training import FeatureRows, TrainingSettings
 from grid import Trial, curation_figures
@@ -27,7 +29,6 @@ from rivals import (
     warm_up,
 )
 from timed import TimedWeighter
-from tiny_experiment import experiment
 
 
 @pytest.fixture(scope="module", params=["simplenet", "fastflow"])

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from comet_examples import rows
 from comet_examples.rows import Fitted, Rows, breast_cancer, compare, contaminated, digits
-
 from comet_meta import SoftConfidentWeighter
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

@@ -14,13 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.axes import Axes
+from PIL import Image
+
 from comet_examples import cli, experiment, report, session
 from comet_examples.datasets import DATASETS, Sample, Transform
 from comet_examples.detectors import DETECTORS
 from comet_examples.presets import Preset, preset_for
-from matplotlib.axes import Axes
-from PIL import Image
-
 from comet_meta import SoftConfidentWeighter
 from comet_meta.vision.backbones import PAPER_BACKBONE
 from comet_meta.vision.files import replacing

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from comet_examples.detectors import SimpleNet
-from comet_examples.presets import preset_for
 from scipy.ndimage import gaussian_filter
 from sklearn.metrics import roc_auc_score
 
+from comet_examples.detectors import SimpleNet
+from comet_examples.presets import preset_for
 from comet_meta.vision.backbones import PAPER_BACKBONE
 
 

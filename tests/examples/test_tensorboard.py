@@ -7,12 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from comet_examples import cli
 from PIL import Image
 
+from comet_examples import cli
+
 pytest.importorskip("tensorboard")
-from comet_examples.tensorboard import TensorBoardLog
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from comet_examples.tensorboard import TensorBoardLog
 
 
 def read(folder: Path) -> EventAccumulator:

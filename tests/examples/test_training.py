@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+
 from comet_examples import cli, training
 from comet_examples.detectors import SimpleNet
 from comet_examples.training import FeatureRows, ResumeError, TrainingSettings, predict, train
-from PIL import Image
-
 from comet_meta import CoMetOptimizerWrapper, SoftConfidentWeighter
 from comet_meta.vision.features import PatchFeatures
 from comet_meta.vision.picture_prior import memory_prior

@@ -3,8 +3,9 @@
 from pathlib import Path
 
 import pytest
-from comet_examples.datasets import DATASETS, DatasetError, Transform, contaminate, load_mask
 from PIL import Image
+
+from comet_examples.datasets import DATASETS, DatasetError, Transform, contaminate, load_mask
 
 VIADUCT = DATASETS["viaduct"]
 CLASSES = ["05_cable_end_sleeve", "11 ring cable lug"]

@@ -5,12 +5,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from comet_examples.datasets import Sample, Split, Transform
-from comet_examples.experiment import Experiment
-from comet_examples.presets import Preset
 from PIL import Image
 from torch import nn
 
+from comet_examples.datasets import Sample, Split, Transform
+from comet_examples.experiment import Experiment
+from comet_examples.presets import Preset
 from comet_meta.vision.features import FeatureStore
 
 OPTIONS = {

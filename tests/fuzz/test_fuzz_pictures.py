@@ -8,6 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fuzzing import fuzz, is_a_sentence
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
 from comet_examples.datasets import (
     DatasetError,
     Sample,
@@ -18,10 +23,6 @@ from comet_examples.datasets import (
     load_values,
     survey,
 )
-from fuzzing import fuzz, is_a_sentence
-from hypothesis import given
-from hypothesis import strategies as st
-from PIL import Image
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 SIZE = (9, 14)

@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from comet_examples.datasets import DATASETS, Transform, load_values, survey
 from fuzzing import fuzz
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from torch.nn import functional as F
 
+from comet_examples.datasets import DATASETS, Transform, load_values, survey
 from comet_meta.vision.picture_prior import memory_prior
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -6,12 +6,13 @@ import unicodedata
 from pathlib import Path
 
 import pytest
-from comet_examples import cli
-from comet_examples.datasets import DATASETS
 from fuzzing import fuzz
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+
+from comet_examples import cli
+from comet_examples.datasets import DATASETS
 
 GOOD = ["good", "ok", "normal", "defect-free", "no_defect", "i.O.", "nominal", "pass"]
 JUNK = ["@eaDir", "__MACOSX", ".thumbnails", "Thumbnails", "$RECYCLE.BIN", ".hidden"]

@@ -1,12 +1,12 @@
 """Accelerate: the recipe of the documentation, in two processes and in one."""
 
-import docs_ranks
 import pytest
 import torch
+
+import docs_ranks
+from comet_meta import CoMetOptimizerWrapper, SoftConfidentWeighter
 from snippets import run
 from test_distributed import torchrun
-
-from comet_meta import CoMetOptimizerWrapper, SoftConfidentWeighter
 
 pytest.importorskip("accelerate", reason='needs pip install "comet-meta[accelerate]"')
 

@@ -8,10 +8,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from snippets import ROOT, run
 from torch import nn
 
 from comet_meta import CovarianceMetaRegularizer, SoftConfidentWeighter
+from snippets import ROOT, run
 
 anomalib = pytest.importorskip("anomalib", reason='needs pip install "comet-meta[anomalib]"')
 

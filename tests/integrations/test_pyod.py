@@ -14,11 +14,11 @@ from pyod.models.deep_svdd import DeepSVDD
 from pyod.models.iforest import IForest
 from pyod.models.vae import VAE
 from sklearn.base import clone
-from snippets import run, snippet
 
 from comet_meta import SoftConfidentWeighter
 from comet_meta.integrations import pyod as adapter
 from comet_meta.integrations.pyod import CoMetDetector
+from snippets import run, snippet
 
 N, BAD = 250, 15
 

@@ -7,10 +7,10 @@ from torch import nn
 pytest.importorskip("skorch", reason='needs pip install "comet-meta[skorch]"')
 
 from skorch import NeuralNet
-from snippets import run
 
 from comet_meta import SoftConfidentWeighter
 from comet_meta.integrations.skorch import CoMetCallback
+from snippets import run
 
 LINE = torch.tensor([1.0, 2.0, -1.0, 0.5])
 

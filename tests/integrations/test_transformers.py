@@ -5,11 +5,11 @@ import torch
 
 pytest.importorskip("transformers", reason='needs pip install "comet-meta[transformers]"')
 
-from snippets import run
 from transformers import Trainer, TrainingArguments
 
 from comet_meta import SoftConfidentWeighter
 from comet_meta.integrations.transformers import CoMetTrainer, WithPositions
+from snippets import run
 
 LINE = torch.tensor([1.0, 2.0, -1.0, 0.5])
 

@@ -15,9 +15,9 @@ from typing import NamedTuple
 import numpy as np
 import psutil
 import torch
-from comet_examples.report import machine
 from torch import Tensor, nn
 
+from comet_examples.report import machine
 from comet_meta import CoMetOptimizerWrapper, CovarianceMetaRegularizer, SoftConfidentWeighter
 
 _SAMPLES, _BATCH = 64, 8

@@ -26,12 +26,12 @@ from pathlib import Path
 from typing import cast, get_args
 
 import torch
-from comet_examples.detectors import SimpleNet
-from comet_examples.report import machine
-from comet_examples.training import FeatureRows, Method, Training, TrainingSettings, train
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from comet_examples.detectors import SimpleNet
+from comet_examples.report import machine
+from comet_examples.training import FeatureRows, Method, Training, TrainingSettings, train
 from comet_meta.vision.files import sole_writer
 
 _EPOCHS = 6

@@ -3,8 +3,9 @@
 from pathlib import Path
 
 import pytest
-from comet_examples.datasets import DATASETS, DatasetError, Sample, bad_samples
 from PIL import Image
+
+from comet_examples.datasets import DATASETS, DatasetError, Sample, bad_samples
 
 FOLDER = DATASETS["folder"]
 
