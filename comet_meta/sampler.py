@@ -157,6 +157,6 @@ def systematic_resample(weights: Tensor, offset: float = 0.0) -> Tensor:
     # Sample i is drawn once for each integer in (ends[i - 1], ends[i]].
     ends = (w.cumsum(0) * (len(w) / w.sum())) + offset
     # 1e-9, so that with equal weights no sample is lost by rounding of the sum.
-    passed = (ends + 1e-9).floor().to(torch.int64)
+    passed = (ends + 1e-9).floor().to(torch.int64).clamp_max(len(w))
     passed[-1] = len(w)
     return torch.arange(len(w)).repeat_interleave(passed.diff(prepend=passed.new_zeros(1)))

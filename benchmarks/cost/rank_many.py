@@ -89,7 +89,7 @@ def measured(command: list[str], environment: dict[str, str]) -> tuple[float, in
         own, mapped = max(own, memory.rss - memory.shared), max(mapped, memory.shared)
         time.sleep(0.1)
     if process.wait() != 0:
-        raise subprocess.CalledProcessError(process.returncode, command)
+        raise RuntimeError(f"exit status {process.returncode} of {command}")
     return time.perf_counter() - start, own, mapped
 
 

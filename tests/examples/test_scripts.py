@@ -446,7 +446,7 @@ def test_resize_takes_one_number_or_two(tmp_path, capsys, undrawn):
     assert "--resize takes one number or two, not 3" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/benchmarks.md"])
+@pytest.mark.parametrize("document", ["docs/train.md", "docs/benchmarks.md"])
 def test_the_documents_commands_are_understood(document):
     text = (EXAMPLES.parent / document).read_text(encoding="utf-8").replace("\\\n", "")
     commands = re.findall(r"^python examples/(\w+)_(\w+)\.py (.*)$", text, re.MULTILINE)
