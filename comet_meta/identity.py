@@ -73,11 +73,10 @@ def _values(dataset: Any) -> Tensor | None:
     """The table of a data set that is one, as those of torchvision and skorch."""
     for name in _TABLES:
         table = getattr(dataset, name, None)
-        is_table = isinstance(table, Tensor) or (
-            isinstance(table, np.ndarray) and table.dtype.kind in "biuf"
-        )
-        if is_table and table.ndim and len(table) == len(dataset):
-            return torch.as_tensor(table)
+        if isinstance(table, np.ndarray) and table.dtype.kind in "biuf":
+            table = torch.as_tensor(table)
+        if isinstance(table, Tensor) and table.dim() and len(table) == len(dataset):
+            return table
     return None
 
 
@@ -91,7 +90,7 @@ def _some_values(tensor: Tensor) -> bytes:
 
 def _names(dataset: Any) -> list[bytes] | None:
     """The samples' names below the folder that holds them all; None where there are none."""
-    listed = [dataset] if isinstance(dataset, (list, tuple)) else []
+    listed: list[Any] = [dataset] if isinstance(dataset, (list, tuple)) else []
     listed += [getattr(dataset, name, None) for name in _NAMES]
     for names in listed:
         texts = _texts(names, len(dataset))

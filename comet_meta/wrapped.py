@@ -28,7 +28,7 @@ def with_own_hooks(step: Step) -> Step:
         for before in self._optimizer_step_pre_hooks.values():
             changed = before(self, every, kwargs)
             if changed is not None:
-                every, kwargs = cast("tuple[tuple[Any, ...], dict[str, Any]]", changed)
+                every, kwargs = changed
         result = step(*every, **kwargs)
         for after in self._optimizer_step_post_hooks.values():
             after(self, every, kwargs)
