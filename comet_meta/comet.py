@@ -160,7 +160,7 @@ class CoMet:
         return getattr(self.loader, name)
 
     def __iter__(self) -> Iterator[Any]:
-        """The loader's batches; between them, at the end of a round, the weights are refitted."""
+        """Yield the loader's batches. At the end of a round the weights are refitted."""
         self._sums = torch.zeros(2)
         for index, batch in self._indexed_batches():
             if self._round_is_over():

@@ -220,7 +220,7 @@ def finite_scores(scores: Tensor) -> Tensor:
             "norm's running statistics; go back to the last checkpoint"
         )
     _LOGGER.warning(
-        "scores of %d of %d samples are NaN or infinite and taken for the highest: samples %s",
+        "scores of %d of %d samples are NaN or infinite and set to the highest: samples %s",
         len(bad),
         len(scores),
         bad[:8],
