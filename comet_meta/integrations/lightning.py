@@ -120,7 +120,8 @@ class CoMetCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Take the positions off the batches of the Tuner's trial runs, which have no callbacks."""
         tuners = (BatchSizeFinder, LearningRateFinder)
-        if stage == "fit" and any(isinstance(each, tuners) for each in trainer.callbacks):
+        callbacks = getattr(trainer, "callbacks", [])  # which the class doesn't declare
+        if stage == "fit" and any(isinstance(each, tuners) for each in callbacks):
             for name in ("training_step", "validation_step"):
                 self._replace(pl_module, name, self._trial_step)
 

@@ -117,10 +117,11 @@ class CoMetTrainer(Trainer):
             ValueError: If the checkpoint's weights belong to other samples.
         """
         self._comet = None
-        self.weighter.begin_fit(self.train_dataset)
+        dataset: Any = self.train_dataset
+        self.weighter.begin_fit(dataset)
         folder = resume_from_checkpoint
         if folder is True:
-            folder = get_last_checkpoint(str(self.args.output_dir))
+            folder = get_last_checkpoint(str(self.args.output_dir))  # type: ignore[no-untyped-call]
         if isinstance(folder, str):
             file = Path(folder) / FILE
             if file.exists():
@@ -133,8 +134,9 @@ class CoMetTrainer(Trainer):
     def comet(self) -> CoMetOptimizerWrapper:
         """What weighs the losses of this training."""
         if self._comet is None:
+            optimizer: Any = self.optimizer
             self._comet = CoMetOptimizerWrapper(
-                SteppedByTheLoop([self.optimizer]), weighter=self.weighter, model=self.model
+                SteppedByTheLoop([optimizer]), weighter=self.weighter, model=self.model
             )
         return self._comet
 
@@ -177,7 +179,7 @@ class CoMetTrainer(Trainer):
         return loss
 
 
-class _Guard(TrainerCallback):  # type: ignore[misc]
+class _Guard(TrainerCallback):
     """Keeps the optimizer from steps that can't be taken, and the weights in checkpoints."""
 
     def __init__(self, trainer: CoMetTrainer) -> None:
@@ -186,7 +188,8 @@ class _Guard(TrainerCallback):  # type: ignore[misc]
     @override
     def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
         if not self.trainer.comet.allows_step():
-            self.trainer.optimizer.zero_grad()
+            optimizer: Any = self.trainer.optimizer
+            optimizer.zero_grad()
 
     @override
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
