@@ -143,13 +143,19 @@ def test_patches_have_weights_where_asked_for_and_where_the_share_is_told(trial,
     assert asked == [True, False, False]
 
 
-def test_the_weighter_is_told_the_share(trial):
-    share = float(trial.bad.mean())
-    for given, told in ((0.1, 0.1), (None, share)):
-        figures = chosen(contamination=given)(trial)
-        mean = share * figures["weight of bad"] + (1 - share) * figures["weight of good"]
-        # A twentieth of the patches besides, of which some lie in pictures that lose weight anyway.
-        assert 1 - told - 0.05 - 1e-3 <= mean < 1 - told - 0.01
+def test_the_weighter_is_told_the_share(trial, monkeypatch):
+    made = []
+
+    def weighter(**options):
+        made.append(SoftConfidentWeighter(**options))
+        return made[-1]
+
+    monkeypatch.setattr(ablation, "SoftConfidentWeighter", weighter)
+    for given, told in ((0.1, 0.1), (None, float(trial.bad.mean()))):
+        chosen(contamination=given)(trial)
+        assert float(made[-1].weights.mean()) == pytest.approx(1 - told, abs=0.01)
+        counting = made[-1].part_weights()[made[-1].weights > 0]
+        assert float(counting.mean()) == pytest.approx(0.95, abs=1e-4)
 
 
 @pytest.mark.parametrize("name", CHOICES)
