@@ -65,6 +65,15 @@ class IndexedDataset(Dataset[tuple[int, T]], Generic[T]):
     Every batch of a DataLoader over it, shuffled or not, is ``(index, item)``, so that weights can
     be looked up by sample. Other attributes are the data set's own.
 
+    Index the whole, not its parts: in a ``ConcatDataset`` of two of these the positions of the
+    parts collide, in a ``Subset`` they are not its own. What knows the data set refuses both
+    (:func:`collect_scores`, :class:`~comet_meta.CoMet`, the integrations); so does
+    ``weighter.identify(dataset)``, one line before a loop that uses none of them. A loop of
+    ``objective`` and ``fit`` alone can't notice.
+
+    What takes the first part of a batch, as ``torch.optim.swa_utils.update_bn`` does, takes the
+    positions: hand it ``(batch for _, batch in loader)``.
+
     Args:
         dataset: A map-style data set (with ``__len__`` and ``__getitem__``).
 

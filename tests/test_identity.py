@@ -9,7 +9,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset
+from torch.utils.data import (
+    ConcatDataset,
+    DataLoader,
+    Dataset,
+    RandomSampler,
+    Subset,
+    TensorDataset,
+)
 
 from comet_meta import (
     CoMet,
@@ -208,6 +215,34 @@ class TestJoinedDataSets:
             SoftConfidentWeighter().identify(dataset)
         with pytest.raises(TypeError, match=advice):
             CoMet(DataLoader(dataset))
+
+    def streamed(self, caplog, loader: DataLoader, passes: int = 3) -> list[str]:
+        """What a bare loop that streams its scores is told."""
+        weighter = SoftConfidentWeighter(N)
+        for _ in range(passes):
+            for index, batch in loader:
+                weighter.update(index, batch.sum(dim=1))
+        return [record.message for record in caplog.records]
+
+    @pytest.mark.parametrize("batch", [1, 3, 4])
+    def test_a_bare_loop_that_streams_its_scores_is_told_once(self, caplog, batch):
+        loader = DataLoader(ConcatDataset(self.parts), batch_size=batch, shuffle=True)
+        (message,) = self.streamed(caplog, loader)
+        missing = max(map(len, self.parts))
+        assert f"for {N} samples, and none for the samples from {missing} on" in message
+        assert "IndexedDataset(ConcatDataset([first, second]))" in message
+
+    @pytest.mark.parametrize(
+        "settings",
+        [
+            {"shuffle": True},
+            {"drop_last": True},
+            {"shuffle": True, "drop_last": True},
+            {"sampler": RandomSampler(range(N), replacement=True, num_samples=10 * N)},
+        ],
+    )
+    def test_other_loops_are_told_nothing(self, caplog, settings):
+        assert not self.streamed(caplog, DataLoader(IndexedDataset(DATA), batch_size=7, **settings))
 
 
 @pytest.mark.parametrize("shuffle", [False, True])

@@ -1,5 +1,6 @@
 """The weights of the training samples: state by sample, set from anomaly scores by a rule."""
 
+import logging
 from collections.abc import Mapping, Sequence, Sized
 from typing import Any, Literal
 
@@ -25,6 +26,7 @@ from comet_meta.weights.rules import (
 )
 
 _MIN_SAMPLES = 8
+_LOGGER = logging.getLogger(__name__)
 
 
 class SoftConfidentWeighter(nn.Module):
@@ -150,6 +152,7 @@ class SoftConfidentWeighter(nn.Module):
         self._passed_once = num_samples is not None  # whether a whole pass told the size
         self._samples: str | None = None  # their identity
         self._in_use = False  # whether a fit was begun with it
+        self._end_told = False  # whether a warning said that the set's end never came
         size = num_samples or 0
         self.register_buffer("scores", torch.full((size,), torch.nan))
         self.register_buffer("weights", torch.ones(size))
@@ -262,7 +265,22 @@ class SoftConfidentWeighter(nn.Module):
         self._store(index, scores)
         self._updates += len(index)
         if self._passed_once and self._updates >= len(self.scores):
+            self._tell_missing_end(len(index))
             self.fit()
+
+    def _tell_missing_end(self, batch_size: int) -> None:
+        """Warn once if a pass as long as the set left out its whole end, more than a batch."""
+        count = len(self.scores)
+        reached = int((~self.scores.isnan()).sum())
+        if self._end_told or count - reached < batch_size or self.scores[:reached].isnan().any():
+            return
+        self._end_told = True
+        _LOGGER.warning(
+            "%d scores came for %d samples, and none for the samples from %d on. If the data set "
+            "joins several that are indexed, index the whole instead, "
+            "IndexedDataset(ConcatDataset([first, second])): the positions of its parts collide",
+            *(self._updates, count, reached),
+        )
 
     def identify(self, dataset: Sized) -> None:
         """Note which samples the positions stand for. Saved weights are refused for others.
@@ -335,7 +353,7 @@ class SoftConfidentWeighter(nn.Module):
             state_dict: The saved state.
 
         Raises:
-            ValueError: If it is of another number of samples, or of other samples.
+            ValueError: If it is of another number of samples or parts, or of other samples.
         """
         saved = state_dict.get("scores")
         if saved is not None and self.num_samples not in (None, len(saved)):
@@ -346,6 +364,15 @@ class SoftConfidentWeighter(nn.Module):
         if (state_dict.get("prior") is None) != (self.prior is None):
             here, there = ("no", "a") if self.prior is None else ("a", "no")
             raise ValueError(f"the saved weighter has {there} prior, this one has {here}")
+        there, here = (
+            "no parts" if parts is None else f"parts of shape {tuple(parts.shape[1:])}"
+            for parts in (state_dict.get("_part_weights"), self._part_weights)
+        )
+        if there != here:
+            raise ValueError(
+                f"the saved weighter has weights of {there}, this one of {here}; give it a "
+                "part_prior= as the saved one had, or none"
+            )
         extra = state_dict.get("_extra_state")
         if isinstance(extra, Mapping):
             self._check_samples(extra.get("samples"))
