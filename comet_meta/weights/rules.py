@@ -152,7 +152,7 @@ def trimmed_weights(
     return Weighting(weights, score_threshold(scores, weights), p_bad)
 
 
-def trimmed_parts(part_scores: Tensor, weights: Tensor) -> Tensor:
+def trimmed_parts(part_scores: Tensor, weights: Tensor, always: float = ALWAYS_LEFT_OUT) -> Tensor:
     """Leave out the twentieth of all parts with the highest scores.
 
     A bad sample seldom shows it everywhere: a scratch covers a few of a picture's patches, a fault
@@ -160,12 +160,13 @@ def trimmed_parts(part_scores: Tensor, weights: Tensor) -> Tensor:
     samples than a twentieth of the samples does.
 
     1. The parts of samples with weight 0 don't count: they are left out already.
-    2. Of the other parts, the twentieth with the highest scores is left out, with the ramp of step
-       3 of :func:`trimmed_weights`.
+    2. Of the other parts, the fraction a = 0.05 with the highest scores is left out, with the ramp
+       of step 3 of :func:`trimmed_weights`.
 
     Args:
         part_scores: Anomaly scores of the samples' parts, shape (N, P).
         weights: Weights of the samples, shape (N,).
+        always: Fraction a of the parts that is left out, in (0, 0.5].
 
     Returns:
         Weights of the parts, shape (N, P), in [0, 1]; 1 where step 1 applies.
@@ -179,9 +180,9 @@ def trimmed_parts(part_scores: Tensor, weights: Tensor) -> Tensor:
     part_weights = torch.ones_like(part_scores)
     # 1) samples that are still there
     counts = weights > 0
-    # 2) w = 1 - (left out at 0.05)
+    # 2) w = 1 - (left out at a)
     kept = part_scores[counts]
-    part_weights[counts] -= _left_out(kept.flatten(), ALWAYS_LEFT_OUT).reshape(kept.shape)
+    part_weights[counts] -= _left_out(kept.flatten(), always).reshape(kept.shape)
     return part_weights
 
 
