@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence, Sized
+from numbers import Integral
 from typing import Any, Literal
 
 import torch
@@ -118,8 +119,8 @@ class SoftConfidentWeighter(nn.Module):
             if num_samples not in (None, len(prior)):
                 raise ValueError(f"the prior has {len(prior)} scores for {num_samples} samples")
             num_samples = len(prior)
-        if num_samples is not None and num_samples < 1:
-            raise ValueError(f"num_samples is {num_samples}; expected the set's size, >= 1")
+        if num_samples is not None and not (isinstance(num_samples, Integral) and num_samples >= 1):
+            raise ValueError(f"num_samples is {num_samples!r}; expected the set's size, >= 1")
         if not callable(rule) and rule not in RULES:
             names = ", ".join(map(repr, RULES))
             raise ValueError(f"rule is {rule!r}; expected one of {names}, or a function")
@@ -472,11 +473,16 @@ class SoftConfidentWeighter(nn.Module):
         """The samples in the order of :meth:`ranking_scores`, the most suspicious first.
 
         Args:
-            k: Number of samples to return; None for all.
+            k: Number of samples to return, >= 0; None for all.
 
         Returns:
             Sample indices, shape (min(k, N),); samples without score and prior come last.
+
+        Raises:
+            ValueError: If ``k`` is negative or no integer.
         """
+        if k is not None and (not isinstance(k, Integral) or k < 0):
+            raise ValueError(f"k is {k!r}; expected a number of samples, >= 0, or None for all")
         scores = self.ranking_scores().nan_to_num(nan=-torch.inf)
         if k is None or k >= len(scores):
             return scores.argsort(descending=True, stable=True)
