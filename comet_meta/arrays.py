@@ -11,6 +11,35 @@ from torch import Tensor
 ArrayLike: TypeAlias = Tensor | npt.NDArray[Any] | Sequence[float]
 
 
+def as_tensor(values: Any) -> Tensor:
+    """As :func:`torch.as_tensor`, also for arrays whose memory torch can't share.
+
+    Args:
+        values: Anything that ``torch.as_tensor`` takes, or an array that is reversed, read-only, of
+            another byte order, wider than 64 bits, or masked (floats alone: NaN where masked).
+
+    Returns:
+        The tensor; it shares an array's memory where it can.
+
+    Raises:
+        TypeError: As from ``torch.as_tensor``, or if a masked array isn't of floats.
+        ValueError: As from ``torch.as_tensor``.
+        RuntimeError: As from ``torch.as_tensor``.
+
+    Example:
+        >>> as_tensor(np.array([1.0, 2.0], dtype=">f8")[::-1])
+        tensor([2., 1.], dtype=torch.float64)
+    """
+    if isinstance(values, np.ndarray):
+        if isinstance(values, np.ma.MaskedArray) and np.ma.is_masked(values):
+            values = values.filled(np.nan)
+        dtype = values.dtype.newbyteorder("=")
+        if dtype.kind == "f" and dtype.itemsize > 8:
+            dtype = np.dtype(np.float64)
+        values = np.require(values, dtype, ["C", "W"])
+    return torch.as_tensor(values)
+
+
 def as_floats(values: ArrayLike, name: str) -> Tensor:
     """Return floating-point numbers as a tensor.
 
@@ -32,13 +61,13 @@ def as_floats(values: ArrayLike, name: str) -> Tensor:
     tensor = values
     if not isinstance(values, Tensor) and isinstance(values, (np.ndarray, np.generic, list, tuple)):
         try:
-            tensor = torch.as_tensor(values)
+            tensor = as_tensor(values)
         except (TypeError, ValueError, RuntimeError):
             kind = f"a {type(values).__name__} that is no table of numbers"
     if isinstance(tensor, Tensor):
-        if tensor.is_floating_point():
+        if tensor.is_floating_point() and tensor.layout == torch.strided:
             return tensor
-        kind = tensor.dtype
+        kind = tensor.dtype if tensor.layout == torch.strided else tensor.layout
     raise TypeError(
         f"{name} is {kind}; expected a floating-point tensor, or an array or a list of such numbers"
     )

@@ -4,6 +4,7 @@ import argparse
 import io
 import logging
 import math
+import os
 import sys
 import tempfile
 import traceback
@@ -17,6 +18,8 @@ import comet_meta
 
 _DONE, _INCOMPLETE, _REFUSED, _INTERRUPTED = 0, 1, 2, 130
 _SIZE = (256, 256)
+_RANKED = ".comet-meta-ranked"
+"""A file beside a keep list that names the folder that was ranked."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -116,7 +119,7 @@ def _add_rank(parser: argparse.ArgumentParser) -> None:
         "stretched (default: 256)",
     )
     parser.add_argument("--batch-size", type=_count, default=32, help="(default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    parser.add_argument("--seed", type=_seed, default=0, help="(default: %(default)s)")
     parser.add_argument(
         "--contamination",
         type=parse_contamination,
@@ -171,7 +174,7 @@ def _rank(options: argparse.Namespace) -> int:
     from comet_meta.vision.estimate import in_words
     from comet_meta.vision.files import sole_writer
     from comet_meta.vision.pixels import largest_picture
-    from comet_meta.vision.rank import RankError, RankSettings, rank_folder
+    from comet_meta.vision.rank import RankError, RankSettings, check_folder, rank_folder
 
     size = tuple(options.resize or _SIZE)
     if len(size) > 2:
@@ -186,12 +189,20 @@ def _rank(options: argparse.Namespace) -> int:
         contamination=options.contamination,
         keep_going=options.keep_going,
     )
+    check_folder(options.folder)
     out = options.out or Path(f"{options.folder.resolve().name or 'pictures'}_ranked")
     if out.exists() and not out.is_dir():
         raise RankError(f"--out {out} is a file; give a folder")
+    note, ranked = out / _RANKED, os.fsencode(options.folder.resolve())
+    if note.exists() and (other := note.read_bytes()) != ranked:
+        raise RankError(
+            f"{out} holds the ranking of {os.fsdecode(other)}, which would be overwritten; give "
+            "another --out"
+        )
     with largest_picture(options.max_megapixels):
         ranking = rank_folder(options.folder, settings)
         with sole_writer(out):
+            note.write_bytes(ranked)
             keep_list, report = ranking.write(out)
     print(f"{len(ranking.paths):,} pictures. {in_words(ranking.weighter)}")
     print(f"Look through them:  {report}")
@@ -251,6 +262,13 @@ def _device(text: str) -> str:
         reason = str(error).splitlines()[0]
         raise argparse.ArgumentTypeError(f"{text} is no device here ({reason})") from error
     return text
+
+
+def _seed(text: str) -> int:
+    value = int(text)
+    if not -(2**63) <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"{text} is no integer of 64 bits")
+    return value
 
 
 def _count(text: str) -> int:

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, IterableDataset, Subset
 
 from comet_meta import distributed
+from comet_meta.arrays import as_tensor
 
 T = TypeVar("T")
 _LOGGER = logging.getLogger(__name__)
@@ -31,7 +32,7 @@ def as_index(index: Tensor | Sequence[int], num_samples: int | None = None) -> T
         IndexError: If a position lies outside the data set.
     """
     try:
-        index = torch.as_tensor(index)
+        index = as_tensor(index)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(
             f"index is a {type(index).__name__} that is no list of integers; expected data-set "
@@ -48,6 +49,7 @@ def as_index(index: Tensor | Sequence[int], num_samples: int | None = None) -> T
             f"index has dtype {index.dtype}; expected integer data-set positions, "
             "for instance those that comet_meta.IndexedDataset yields"
         )
+    index = index.to(torch.int64)  # first, because torch compares no unsigned integers
     if num_samples is not None and index.device.type == "cpu":
         low, high = int(index.min()), int(index.max())
         if low < 0 or high >= num_samples:
@@ -56,7 +58,7 @@ def as_index(index: Tensor | Sequence[int], num_samples: int | None = None) -> T
                 f"index {outside} is out of range for {num_samples} samples; "
                 "expected positions in the data set that num_samples counts"
             )
-    return index.to(torch.int64)
+    return index
 
 
 def as_batch_index(
@@ -100,6 +102,15 @@ class IndexedDataset(Dataset[tuple[int, T]], Generic[T]):
 
     Every batch of a DataLoader over it, shuffled or not, is ``(index, item)``, so that weights can
     be looked up by sample. Other attributes are the data set's own.
+
+    Index the whole, not its parts: in a ``ConcatDataset`` of two of these the positions of the
+    parts collide, in a ``Subset`` they are not its own. What knows the data set refuses both
+    (:func:`collect_scores`, :class:`~comet_meta.CoMet`, the integrations); so does
+    ``weighter.identify(dataset)``, one line before a loop that uses none of them. A loop of
+    ``objective`` and ``fit`` alone can't notice.
+
+    What takes the first part of a batch, as ``torch.optim.swa_utils.update_bn`` does, takes the
+    positions: hand it ``(batch for _, batch in loader)``.
 
     Args:
         dataset: A map-style data set (with ``__len__`` and ``__getitem__``).
@@ -196,7 +207,7 @@ def collect_scores(
         Scores on the CPU, float32, finite, shape (N,), sample i at position i.
 
     Raises:
-        TypeError: If the loader has no data set with a length.
+        TypeError: If the loader has no data set with a length, or ``score_fn`` returns no numbers.
         ValueError: If ``score_fn`` doesn't return one score per sample, samples were left out, or
             no score is finite.
 
@@ -216,7 +227,7 @@ def collect_scores(
     scores = torch.full((len(dataset),), torch.nan)
     for index, batch in loader:
         positions = as_index(index, len(scores)).cpu()
-        found = torch.as_tensor(score_fn(batch))
+        found = _scores_of(score_fn(batch))
         if found.shape != positions.shape:
             raise ValueError(
                 f"score_fn returned shape {tuple(found.shape)} for {len(positions)} samples; "
@@ -232,6 +243,17 @@ def collect_scores(
             "loader left them out; use drop_last=False and a sampler that reaches all of them"
         )
     return finite_scores(scores)
+
+
+def _scores_of(returned: Any) -> Tensor:
+    try:
+        found = as_tensor(returned)
+    except (TypeError, ValueError, RuntimeError):
+        found = None
+    if found is None or found.is_complex():
+        kind = type(returned).__name__ if found is None else found.dtype
+        raise TypeError(f"score_fn returned {kind}; expected (B,), one anomaly score per sample")
+    return found
 
 
 def finite_scores(scores: Tensor) -> Tensor:

@@ -59,13 +59,23 @@ class RecordingLoader:
                 # A loader that resumes within an epoch draws batches that it doesn't yield.
                 while len(drawn) > 1:
                     drawn.popleft()
-            yield torch.tensor(drawn.popleft()), batch
+            yield _positions(drawn.popleft()), batch
         if drawn:
             raise RuntimeError(
                 f"the loader, a {type(self._loader).__name__}, left out {len(drawn)} of the "
                 "batches that its sampler drew, so the positions of the others can't be known; use "
                 "num_workers=0, or pass index=, a function from a batch to its samples' positions"
             )
+
+
+def _positions(drawn: list[int]) -> Tensor:
+    try:
+        return torch.tensor(drawn)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(
+            f"the sampler draws {drawn[0]!r} and the like; expected positions, integers from 0 on: "
+            "for samples with keys, pass index=, a function from a batch to positions"
+        ) from None
 
 
 class _Recorder(Sampler[list[int]]):

@@ -1,5 +1,6 @@
 """The optimizer wrapper: confident meta-learning for an existing training loop."""
 
+import inspect
 import logging
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -21,7 +22,7 @@ from comet_meta.resume import ResumableOptimizers
 from comet_meta.step_report import StepReport, step_report
 from comet_meta.tasks import can_split, support_query_losses
 from comet_meta.weights.weighter import SoftConfidentWeighter
-from comet_meta.wrapped import with_own_hooks
+from comet_meta.wrapped import refuse_index, with_own_hooks
 
 if TYPE_CHECKING:
     from comet_meta.meta.step import MetaMode, MetaStep
@@ -129,6 +130,17 @@ class CoMetOptimizerWrapper(ResumableOptimizers):
             _LOGGER.info(
                 "no model= given: batch-norm statistics and other buffers see the inner passes too"
             )
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Look after the step of Lightning's and Fabric's optimizers.
+
+        Each of them stands in for the optimizer that it holds, by a class made at run time in which
+        its own ``step(closure)`` comes before the wrapper's.
+        """
+        super().__init_subclass__(**kwargs)
+        parameters = inspect.signature(cls.step).parameters.values()
+        if not any(p.name == "index" or p.kind is p.VAR_POSITIONAL for p in parameters):
+            cls.step = refuse_index(cls.step)  # type: ignore[method-assign]
 
     @classmethod
     def paper(
@@ -268,11 +280,6 @@ class CoMetOptimizerWrapper(ResumableOptimizers):
         """
         if index is None:
             return self._step_optimizers(cast("Callable[[], float] | None", closure))
-        if getattr(getattr(closure, "func", None), "__name__", "") == "_wrap_closure":
-            raise TypeError(
-                "Lightning calls the closure of a step itself, without rows; call "
-                "optimizer.backward(closure, index) and then optimizer.step()"
-            )
         if closure is None:
             raise TypeError(
                 "step(closure, index) needs a closure from rows of the batch to their losses"

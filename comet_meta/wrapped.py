@@ -38,6 +38,30 @@ def with_own_hooks(step: Step) -> Step:
     return cast("Step", step_with_hooks)
 
 
+def refuse_index(step: Step) -> Step:
+    """Let a ``step`` that calls its closure itself, without rows, refuse an ``index``.
+
+    Args:
+        step: The step of a class that stands in for a wrapper and takes a closure alone.
+
+    Returns:
+        The step; with an index, by position or by name, it raises a TypeError that names the way.
+    """
+
+    @functools.wraps(step)
+    def step_without_index(
+        self: Optimizer, closure: Any = None, index: Any = None, **kwargs: Any
+    ) -> Any:
+        if index is not None:
+            raise TypeError(
+                f"{type(self).__name__} calls the closure of a step itself, without rows; call "
+                "optimizer.backward(closure, index) and then optimizer.step()"
+            )
+        return step(self, closure, **kwargs)
+
+    return cast("Step", step_without_index)
+
+
 class OptimizerGroup(Optimizer):
     """One or several optimizers as one.
 

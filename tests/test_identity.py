@@ -1,6 +1,7 @@
 """Weights belong to samples and to a fit: identities, second data sets, positions that collide."""
 
 import copy
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset
+from torch.utils.data import (
+    ConcatDataset,
+    DataLoader,
+    Dataset,
+    RandomSampler,
+    Subset,
+    TensorDataset,
+)
 
 from comet_meta import (
     CoMet,
@@ -209,6 +217,34 @@ class TestJoinedDataSets:
         with pytest.raises(TypeError, match=advice):
             CoMet(DataLoader(dataset))
 
+    def streamed(self, caplog, loader: DataLoader, passes: int = 3) -> list[str]:
+        """What a bare loop that streams its scores is told."""
+        weighter = SoftConfidentWeighter(N)
+        for _ in range(passes):
+            for index, batch in loader:
+                weighter.update(index, batch.sum(dim=1))
+        return [record.message for record in caplog.records]
+
+    @pytest.mark.parametrize("batch", [1, 3, 4])
+    def test_a_bare_loop_that_streams_its_scores_is_told_once(self, caplog, batch):
+        loader = DataLoader(ConcatDataset(self.parts), batch_size=batch, shuffle=True)
+        (message,) = self.streamed(caplog, loader)
+        missing = max(map(len, self.parts))
+        assert f"for {N} samples, and none for the samples from {missing} on" in message
+        assert "IndexedDataset(ConcatDataset([first, second]))" in message
+
+    @pytest.mark.parametrize(
+        "settings",
+        [
+            {"shuffle": True},
+            {"drop_last": True},
+            {"shuffle": True, "drop_last": True},
+            {"sampler": RandomSampler(range(N), replacement=True, num_samples=10 * N)},
+        ],
+    )
+    def test_other_loops_are_told_nothing(self, caplog, settings):
+        assert not self.streamed(caplog, DataLoader(IndexedDataset(DATA), batch_size=7, **settings))
+
 
 @pytest.mark.parametrize("shuffle", [False, True])
 @pytest.mark.parametrize("batch", [1, 4, 7])
@@ -260,6 +296,64 @@ class TestNumbersOfOtherKinds:
         for each in weighters:
             assert each.weights.tolist() == [1.0] * (N - 1) + [0.0]
             assert each(np.array([N - 1])).item() == each([N - 1]).item() == 0
+
+    @pytest.mark.parametrize(
+        "kind",
+        [
+            lambda x: np.ascontiguousarray(x[::-1])[::-1],  # read backwards
+            lambda x: x.astype(">f8"),
+            lambda x: x.astype(np.longdouble),
+            lambda x: np.broadcast_to(x, (1, N))[0],  # not to be written
+            lambda x: np.stack([x, x], axis=1)[:, 1],
+            lambda x: np.ma.masked_array(x, mask=np.zeros(N, dtype=bool)),
+        ],
+    )
+    def test_arrays_whose_memory_torch_cannot_share(self, kind):
+        weighter = SoftConfidentWeighter(N, rule="hard")
+        with warnings.catch_warnings(action="error"):
+            weighter.fit(kind(np.array(self.scores)))
+        assert weighter.scores.tolist() == torch.tensor(self.scores).float().tolist()
+
+    def test_masked_scores_are_none(self):
+        scores = np.ma.masked_array(self.scores, mask=np.arange(N) == 3)
+        with pytest.raises(ValueError, match=r"NaN or infinite \(first at positions \[3\]\)"):
+            SoftConfidentWeighter(N).fit(scores)
+
+    @pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.uint32, np.uint64, ">i8", np.int16])
+    def test_positions_of_every_integer_type(self, kind):
+        weighter = SoftConfidentWeighter(N, rule="hard")
+        weighter.fit(self.scores)
+        index = np.array([N - 1, 0]).astype(kind)
+        assert weighter(index).tolist() == [0, 1]
+        assert weighter(index[::-1]).tolist() == [1, 0]
+        with pytest.raises(IndexError, match=f"index {N} is out of range"):
+            weighter(index + 1)
+
+    @pytest.mark.parametrize("k", [-1, 2.0, "3"])
+    def test_numbers_of_suspects_that_are_none(self, k):
+        weighter = SoftConfidentWeighter(N)
+        assert len(weighter.ranking(np.int64(2))) == 2
+        with pytest.raises(ValueError, match="expected a number of samples"):
+            weighter.ranking(k)
+
+    @pytest.mark.parametrize("count", [5.0, "5", 0, -1])
+    def test_sizes_that_are_none(self, count):
+        with pytest.raises(ValueError, match="expected the set's size"):
+            SoftConfidentWeighter(count)
+
+    @pytest.mark.parametrize("returned", [None, ["a"] * N, torch.zeros(N, dtype=torch.complex64)])
+    def test_what_a_score_function_returns(self, returned):
+        loader = DataLoader(IndexedDataset(DATA), batch_size=N)
+        with pytest.raises(TypeError, match="score_fn returned"):
+            collect_scores(lambda _: returned, loader)
+        backwards = collect_scores(lambda batch: batch[:, 0].numpy()[::-1], loader)
+        assert backwards.tolist() == DATA[:, 0].flip(0).tolist()
+
+    @pytest.mark.parametrize("keys", [["a", "b"], [("a", 1), ("b", 2)]])
+    def test_samples_with_keys(self, keys):
+        loader = DataLoader(dict.fromkeys(keys, DATA[0]), batch_sampler=[keys])
+        with pytest.raises(TypeError, match="expected positions, integers from 0 on"):
+            next(iter(CoMet(loader)))
 
     @pytest.mark.parametrize("wrong", ["ab", ["a", "b"], [[1.0], [1.0, 2.0]], None, [1, 2], {1: 2}])
     def test_what_cannot_be_read_gets_a_sentence(self, wrong):

@@ -373,3 +373,29 @@ def test_batch_norm_is_updated_over_an_indexed_loader_without_its_positions():
     update_bn(CoMet(DataLoader(DATA, batch_size=4)), model)  # whose batches have none
     for ours, theirs in zip(model.buffers(), reference.buffers(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+class TestWhatTakesTheFullStep:
+    """A class that stands in for the wrapper refuses an index that its own step can't pass on."""
+
+    def test_a_subclass_keeps_its_step(self):
+        class Verbose(CoMetOptimizerWrapper):
+            def step(self, *args, **kwargs):
+                return super().step(*args, **kwargs)
+
+        model = network()
+        optimizer = Verbose(torch.optim.SGD(model.parameters(), lr=0.1))
+        report = optimizer.step(lambda rows: losses_of(model)[rows], INDEX)
+        assert torch.isfinite(report.objective)
+
+    def test_a_stand_in_refuses_an_index(self):
+        class StandIn:
+            def step(self, closure=None, **_):
+                return closure
+
+        stand_in = type("TheirWrapper", (StandIn, CoMetOptimizerWrapper), {})
+        optimizer = stand_in(torch.optim.SGD(network().parameters(), lr=0.1))
+        assert optimizer.step(len) is len
+        for call in (lambda: optimizer.step(len, INDEX), lambda: optimizer.step(len, index=INDEX)):
+            with pytest.raises(TypeError, match="TheirWrapper calls the closure of a step itself"):
+                call()

@@ -254,6 +254,39 @@ def test_copies_and_saved_states_hold_the_part_weights():
     assert weighter.to("meta").part_weights([0]).device.type == "meta"
 
 
+@pytest.mark.parametrize(
+    ("saved", "here", "message"),
+    [
+        ((N, P), None, r"weights of parts of shape \(5,\), this one of no parts"),
+        (None, (N, P), r"weights of no parts, this one of parts of shape \(5,\)"),
+        ((N, P), (N, P, 2), r"parts of shape \(5,\), this one of parts of shape \(5, 2\)"),
+    ],
+)
+def test_a_saved_state_with_other_parts_changes_nothing(saved, here, message):
+    def with_parts(shape: tuple[int, ...] | None, seed: int) -> SoftConfidentWeighter:
+        torch.manual_seed(seed)
+        parts = None if shape is None else torch.rand(shape)
+        return SoftConfidentWeighter(prior=torch.rand(N), part_prior=parts)
+
+    source, weighter = with_parts(saved, 1), with_parts(here, 2)
+    model = a_model()
+    before = copy.deepcopy(weighter.state_dict())
+    del before["_extra_state"]
+    optimizer = wrapped(model, weighter)
+    settings = optimizer.param_groups[0]["lr"]
+    source_optimizer = wrapped(a_model(), source)
+    source_optimizer.param_groups[0]["lr"] = 7.0
+    for load in (
+        lambda: weighter.load_state_dict(source.state_dict()),
+        lambda: optimizer.load_state_dict(source_optimizer.state_dict()),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load()
+    after = {name: weighter.state_dict()[name] for name in before}
+    torch.testing.assert_close(after, before, rtol=0, atol=0, equal_nan=True)
+    assert optimizer.param_groups[0]["lr"] == settings
+
+
 # --- training
 
 

@@ -19,6 +19,7 @@ from comet_meta.meta.step import MetaMode
 from comet_meta.vision.picture_prior import memory_part_prior, memory_prior
 from comet_meta.weights.rules import standardize
 from grid import Trial, Variant, trained
+from left_out import LeftOut, names
 from runs import Figures
 from timed import TimedWeighter
 
@@ -108,6 +109,21 @@ def chosen(
     return run
 
 
+def frontier(name: str) -> Variant:
+    """A point of the frontier, see ``left_out.py``."""
+
+    def optimizer_for(
+        detector: Detector, data: FeatureRows, _: TrainingSettings
+    ) -> CoMetOptimizerWrapper:
+        return CoMetOptimizerWrapper(
+            detector.optimizers(),
+            weighter=LeftOut(name, *memory_part_prior(data.batches(), len(data))),
+            model=cast("nn.Module", detector),
+        )
+
+    return lambda trial: trained(as_comet(trial), optimizer_for)
+
+
 def scored(*, prior: bool = True, start: float = 1) -> Variant:
     """The examples' ``"comet"``, weighted by the model's own scores, or their mean with the prior.
 
@@ -175,6 +191,7 @@ SCORES: dict[str, Variant] = {
     "own+warmup4": scored(prior=False, start=4),
     "both": scored(),
 }
+FRONTIER: dict[str, Variant] = {name: frontier(name) for name in names()}
 CHOICES: dict[str, Variant] = {
     "no-exposure": chosen(exposure=0.0),
     "patches": chosen(parts=True),

@@ -10,13 +10,15 @@ part holds:
 - ``0.1`` (any share): as many of its anomalies as make up that share, where there are enough.
 
 The detectors train in a plain loop of 600 steps. ``comet`` is the library's default with the prior
-of ``RowScorer``; ``comet@rate`` is told the share of anomalies, and weights values too where the
-loss is a mean over the values of a row (autoencoder); ``comet-parts`` does the latter without being
-told; ``comet-own`` has no prior and refits on the model's own scores. Rivals: ``trim-prior@rate``
-and ``trim-own@rate`` leave out the highest scores of the prior or the model at the true rate,
-``trim-own@0.1`` at a guessed one, ``forest@rate`` those of an isolation forest, ``folding@rate``
-those of detectors trained on fifths of the data and applied to the rest (after McIntosh and Albu,
-2026), ``retrain`` those above the fence of a box plot of the scores of a first training.
+of ``RowScorer``, and with weights of values where the loss is a mean over the values of a row
+(autoencoder); ``comet-samples`` has weights of whole rows alone; ``comet@rate`` is ``comet`` told
+the share of anomalies; ``comet-own`` has no prior and refits on the model's own scores;
+``samples-0.1`` and the like are points of the frontier (``left_out.py``). Rivals:
+``trim-prior@rate`` and ``trim-own@rate`` leave out the highest scores of the prior or the model at
+the true rate, ``trim-own@0.1`` at a guessed one, ``forest@rate`` those of an isolation forest,
+``folding@rate`` those of detectors trained on fifths of the data and applied to the rest (after
+McIntosh and Albu, 2026), ``retrain`` those above the fence of a box plot of the scores of a first
+training.
 
 Every run becomes a line of ``--out``; the same command goes on where it stopped, and several
 processes may share the work (``--shard 1/4``). Then it prints a table for each condition, with
@@ -40,6 +42,7 @@ from torch import Tensor, nn
 from breadth_page import draw, summaries, write_page
 from comet_examples.report import table
 from comet_meta import CoMetOptimizerWrapper, RowScorer, SoftConfidentWeighter
+from left_out import LeftOut, names
 from runs import Figures, Runs
 
 Array = NDArray[Any]
@@ -228,18 +231,23 @@ def folding(task: Task, detector: str) -> Tensor:
     return ranks
 
 
-def with_parts(task: Task, detector: str, **options: Any) -> SoftConfidentWeighter:
-    """A weighter with the prior of the rows, and of their values where losses come by value."""
+def priors(task: Task, detector: str) -> tuple[Tensor, Tensor | None]:
+    """Prior of the rows (N,), and of their values (N, C) where losses come by value."""
     scores, value_scores = RowScorer(seed=task.seed).score_parts(task.train)
-    parts = value_scores if DETECTORS[detector] is AutoEncoder else None
-    return SoftConfidentWeighter(prior=scores, part_prior=parts, **options)
+    return scores, value_scores if DETECTORS[detector] is AutoEncoder else None
+
+
+def with_parts(task: Task, detector: str, **options: Any) -> SoftConfidentWeighter:
+    """A weighter with these priors."""
+    scores, value_scores = priors(task, detector)
+    return SoftConfidentWeighter(prior=scores, part_prior=value_scores, **options)
 
 
 Method = Callable[[Task, str], tuple[AutoEncoder | DeepSVDD, SoftConfidentWeighter | None]]
 
 
 def _comet(task: Task, detector: str) -> tuple[Any, SoftConfidentWeighter]:
-    weighter = SoftConfidentWeighter(prior=RowScorer(seed=task.seed)(task.train))
+    weighter = with_parts(task, detector)
     return trained(task, detector, weighter), weighter
 
 
@@ -248,9 +256,17 @@ def _comet_rate(task: Task, detector: str) -> tuple[Any, SoftConfidentWeighter]:
     return trained(task, detector, weighter), weighter
 
 
-def _comet_parts(task: Task, detector: str) -> tuple[Any, SoftConfidentWeighter]:
-    weighter = with_parts(task, detector)
+def _comet_samples(task: Task, detector: str) -> tuple[Any, SoftConfidentWeighter]:
+    weighter = SoftConfidentWeighter(prior=RowScorer(seed=task.seed)(task.train))
     return trained(task, detector, weighter), weighter
+
+
+def _left_out(name: str) -> Method:
+    def method(task: Task, detector: str) -> tuple[Any, SoftConfidentWeighter]:
+        weighter = LeftOut(name, *priors(task, detector))
+        return trained(task, detector, weighter), weighter
+
+    return method
 
 
 def _comet_own(task: Task, detector: str) -> tuple[Any, SoftConfidentWeighter]:
@@ -269,7 +285,7 @@ def _retrain(task: Task, detector: str) -> tuple[Any, None]:
     return trained(task, detector, rows=kept), None
 
 
-METHODS: dict[str, Method] = {
+USUAL: dict[str, Method] = {
     "plain": lambda task, detector: (trained(task, detector), None),
     "oracle": lambda task, detector: (
         trained(task, detector, rows=torch.from_numpy(np.flatnonzero(~task.bad))),
@@ -277,7 +293,7 @@ METHODS: dict[str, Method] = {
     ),
     "comet": _comet,
     "comet@rate": _comet_rate,
-    "comet-parts": _comet_parts,
+    "comet-samples": _comet_samples,
     "comet-own": _comet_own,
     "trim-prior@rate": lambda task, detector: (
         trained(task, detector, rows=kept_by(task, RowScorer(seed=task.seed)(task.train))),
@@ -295,6 +311,8 @@ METHODS: dict[str, Method] = {
     ),
     "retrain": _retrain,
 }
+FRONTIER: dict[str, Method] = {name: _left_out(name) for name in names()}
+METHODS = USUAL | FRONTIER
 
 
 def judged(task: Task, detector: str, method: str) -> Figures:
@@ -318,7 +336,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="with .npz tables, at any depth")
     parser.add_argument("--detectors", nargs="+", choices=DETECTORS, default=list(DETECTORS))
     parser.add_argument("--conditions", nargs="+", default=["as-is", "clean"])
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(USUAL))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--half", choices=("a", "b"), help="every other set, by name")
     parser.add_argument("--shard", default="1/1", help="this process's part of the sets, as 1/4")
@@ -367,6 +385,8 @@ def run_missing(parser: argparse.ArgumentParser, options: argparse.Namespace, ru
                     for method in options.methods:
                         if condition == "clean" and method == "oracle":
                             continue  # plain training
+                        if detector == "svdd" and method.startswith(("parts", "both")):
+                            continue  # its losses are not by part
                         key = {
                             "set": file.stem,
                             "condition": condition,

@@ -16,7 +16,8 @@ adds a meta-step and a penalty (1 % of the loss before training), with and witho
 *scores* fits the weights, in place of the prior, to the model's own scores (own; own+warmup4 waits
 for four epochs) or to their mean with the prior (both). *choices* changes single settings:
 no-exposure only leaves likely bad pictures out, patches gives weights to patches though nobody said
-that there are bad pictures, false-alarm is told that a fifth is bad. The groups of variants:
+that there are bad pictures, false-alarm is told that a fifth is bad. *frontier* leaves out other
+fractions, of samples, parts or both, see ``left_out.py``. The groups of variants:
 {groups}
 
 ``--page`` runs nothing: it writes a page from all finished runs of ``--out`` that have today's
@@ -32,7 +33,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from ablation import CHOICES, GRID, SCORES
+from ablation import CHOICES, FRONTIER, GRID, SCORES
 from comet_examples.detectors import DETECTORS
 from contamination_page import Chosen, write_page
 from grid import (
@@ -72,6 +73,7 @@ GROUPS: dict[str, dict[str, Variant]] = {
     "grid": GRID,
     "scores": SCORES,
     "choices": CHOICES,
+    "frontier": FRONTIER,
 }
 VARIANTS = {name: variant for group in GROUPS.values() for name, variant in group.items()}
 

@@ -14,13 +14,30 @@ from comet_meta.vision.samples import OUTPUT_MARK
 _PARTIAL = ".partial"
 
 
+class CacheError(ValueError):
+    """No folder for the cache; the message is for the user."""
+
+
 class BusyError(ValueError):
     """A folder that another run writes to; the message is for the user."""
 
 
 def cache_folder() -> Path:
-    """``comet-meta`` in the user's cache: for files that can be computed or downloaded again."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "comet-meta"
+    """``comet-meta`` in the user's cache: for files that can be computed or downloaded again.
+
+    Raises:
+        CacheError: If it can't be made.
+    """
+    set_by_user = os.environ.get("XDG_CACHE_HOME")
+    try:
+        folder = Path(set_by_user or Path.home() / ".cache") / "comet-meta"
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError) as error:  # RuntimeError: a user without a home
+        raise CacheError(
+            f"there's no folder for the cache: {error}; set XDG_CACHE_HOME to a folder that can be "
+            "written"
+        ) from error
+    return folder
 
 
 @contextmanager
@@ -35,7 +52,7 @@ def replacing(path: Path) -> Iterator[Path]:
         process that is killed leaves it behind, with a name that ends in ``.partial``.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{uuid4().hex}{_PARTIAL}")
+    partial = path.with_name(f"{uuid4().hex}{_PARTIAL}")  # short: the name may fill what is allowed
     try:
         yield partial
         # Without this, a power cut could leave the new name with the contents still to come.
@@ -59,8 +76,10 @@ def sole_writer(folder: Path) -> Iterator[None]:
         BusyError: If another run has it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    # By this mark no run takes pictures from the folder.
-    (folder / OUTPUT_MARK).touch()
+    # By this mark no run takes pictures from the folder. One that holds something already isn't
+    # marked: that may be pictures.
+    if not any(folder.iterdir()):
+        (folder / OUTPUT_MARK).touch()
     lock = FileLock(folder / ".lock")
     try:
         lock.acquire(blocking=False)

@@ -15,6 +15,7 @@ from torchvision.io import ImageReadMode, decode_image
 from comet_meta.vision.samples import DatasetError
 
 _ORIENTATION = 0x0112
+_BITS_PER_SAMPLE, _SAMPLE_FORMAT = 258, 339  # tags of TIFF
 _UNDO = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -230,7 +231,23 @@ def _decoded(file: Image.Image) -> tuple[Image.Image, Image.Transpose | None]:
         if getattr(file, "tile", None):
             raise
     turn = _UNDO.get(orientation) if isinstance(orientation, int) else None
-    return file.copy(), turn
+    return _as_meant(file), turn
+
+
+def _as_meant(file: Image.Image) -> Image.Image:
+    """A copy of a picture whose values are the file's, where Pillow takes their sign amiss (TIFF).
+
+    Whole numbers of 32 bits without a sign become floats, those of 8 bits with a sign are shifted
+    by 128.
+    """
+    tags: Any = getattr(file, "tag_v2", None) or {}
+    signed = set(tags.get(_SAMPLE_FORMAT, (1,))) == {2}
+    bits = set(tags.get(_BITS_PER_SAMPLE, (1,)))
+    if file.mode == "I" and bits == {32} and not signed:
+        return Image.fromarray(np.asarray(file).view(np.uint32).astype(np.float32))
+    if file.mode == "L" and bits == {8} and signed:
+        return Image.fromarray(np.asarray(file) ^ np.uint8(128))
+    return file.copy()
 
 
 def _deep_colour(path: Path, file: Image.Image) -> Array | None:

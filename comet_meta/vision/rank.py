@@ -195,11 +195,23 @@ def rank_folder(folder: Path, settings: RankSettings) -> Ranking:
     )
 
 
-def _pictures(folder: Path) -> Split:
+def check_folder(folder: Path) -> None:
+    """Check that there's a folder.
+
+    Args:
+        folder: The folder of pictures.
+
+    Raises:
+        RankError: If there's none, or a file.
+    """
     if not folder.exists():
         raise RankError(f"there's no folder {folder}; give the folder of pictures")
     if not folder.is_dir():
         raise RankError(f"{folder} is a file; give the folder of pictures that it lies in")
+
+
+def _pictures(folder: Path) -> Split:
+    check_folder(folder)
     (category,) = plain_folder.categories(folder)
     split = plain_folder.load(folder, category)
     samples = sorted(split.train, key=lambda sample: sample.path.parts)

@@ -1,5 +1,6 @@
 """Checks of a weighter's settings, of scores, and of what a rule returns."""
 
+from numbers import Integral
 from typing import Literal
 
 import torch
@@ -31,8 +32,8 @@ def check_settings(
     Raises:
         ValueError: If one is out of range.
     """
-    if num_samples is not None and num_samples < 1:
-        raise ValueError(f"num_samples is {num_samples}; expected the set's size, >= 1")
+    if num_samples is not None and not (isinstance(num_samples, Integral) and num_samples >= 1):
+        raise ValueError(f"num_samples is {num_samples!r}; expected the set's size, >= 1")
     if not callable(rule) and rule not in RULES:
         names = ", ".join(map(repr, RULES))
         raise ValueError(f"rule is {rule!r}; expected one of {names}, or a function")

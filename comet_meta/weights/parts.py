@@ -7,7 +7,7 @@ from torch import Tensor
 
 from comet_meta.arrays import ArrayLike, as_floats
 from comet_meta.weights.checks import MIN_SAMPLES, as_scores, too_few_or_equal
-from comet_meta.weights.rules import Rule, RuleName, trimmed_parts
+from comet_meta.weights.rules import Rule, RuleName, extra_left_out, trimmed_parts
 
 
 def as_part_scores(part_prior: ArrayLike, prior: Tensor | None, rule: RuleName | Rule) -> Tensor:
@@ -62,4 +62,25 @@ def weigh_parts(
     flat = part_scores.float().flatten(1)
     if contamination == 0 or len(flat) < MIN_SAMPLES or too_few_or_equal(flat.flatten()):
         return torch.ones(part_scores.shape)
-    return trimmed_parts(flat, weights).reshape(part_scores.shape)
+    return trimmed_parts(flat, weights, extra_left_out(contamination)).reshape(part_scores.shape)
+
+
+def check_saved_parts(saved: Tensor | None, current: Tensor | None) -> None:
+    """Check that saved weights of parts fit.
+
+    Args:
+        saved: Weights of the saved state, shape (N, ...); None without parts.
+        current: Those of the weighter that is to load them.
+
+    Raises:
+        ValueError: If only one has parts, or the samples have other numbers of them.
+    """
+    there, here = (
+        "no parts" if weights is None else f"parts of shape {tuple(weights.shape[1:])}"
+        for weights in (saved, current)
+    )
+    if there != here:
+        raise ValueError(
+            f"the saved weighter has weights of {there}, this one of {here}; give it a "
+            "part_prior= as the saved one had, or none"
+        )

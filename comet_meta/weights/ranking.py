@@ -1,5 +1,7 @@
 """The order of the samples, the most suspicious first."""
 
+from numbers import Integral
+
 import torch
 from torch import Tensor
 
@@ -37,10 +39,15 @@ def rank_samples(scores: Tensor, k: int | None = None) -> Tensor:
         Sample indices, shape (min(k, N),), the highest score first, equal scores in their order,
         samples without a score last.
 
+    Raises:
+        ValueError: If ``k`` is negative or no integer.
+
     Example:
         >>> rank_samples(torch.tensor([1.0, 3.0, torch.nan, 2.0]))
         tensor([1, 3, 0, 2])
     """
+    if k is not None and (not isinstance(k, Integral) or k < 0):
+        raise ValueError(f"k is {k!r}; expected a number of samples, >= 0, or None for all")
     scores = scores.nan_to_num(nan=-torch.inf)
     if k is None or k >= len(scores):
         return scores.argsort(descending=True, stable=True)

@@ -67,8 +67,8 @@ def _weigh_known(
     if too_few_or_equal(scores):
         no_threshold = torch.tensor(torch.inf)
         return Weighting(torch.ones_like(scores), no_threshold, torch.zeros_like(scores))
-    if has_parts:  # the twentieth is one of the parts
-        return trimmed_weights(scores, contamination, always=0.0)
+    if has_parts:  # what is left out beside is one of the parts
+        return trimmed_weights(scores, contamination, extra=0.0)
     if isinstance(rule, str):
         return RULES[rule](scores, kappa, contamination)
     return _checked(rule(scores), scores)

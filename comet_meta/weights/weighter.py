@@ -1,5 +1,6 @@
 """The weights of the training samples: state by sample, set from anomaly scores by a rule."""
 
+import logging
 from collections.abc import Mapping, Sequence, Sized
 from typing import Any, Literal
 
@@ -12,10 +13,12 @@ from comet_meta.data import as_index
 from comet_meta.weights.checks import as_scores, check_settings, too_few_or_equal
 from comet_meta.weights.contamination import NO_EVIDENCE, Contamination
 from comet_meta.weights.own_samples import OwnSamples
-from comet_meta.weights.parts import as_part_scores, weigh_parts
+from comet_meta.weights.parts import as_part_scores, check_saved_parts, weigh_parts
 from comet_meta.weights.ranking import join_scores, rank_samples
 from comet_meta.weights.rules import Rule, RuleName, estimate_contamination
 from comet_meta.weights.weigh import weigh
+
+_LOGGER = logging.getLogger(__name__)
 
 
 class SoftConfidentWeighter(nn.Module):
@@ -36,7 +39,8 @@ class SoftConfidentWeighter(nn.Module):
             >= 1/2, and P(bad) = 1 - w.
         contamination: The share of bad samples in the training set, for ``"trimmed"``: in [0, 0.5),
             or ``"auto"``: as many as the scores prove. Give the share if you know it, because
-            scores alone seldom prove much. 0 makes all weights 1.
+            scores alone seldom prove much. A few more are left out besides, with ``"auto"`` a
+            twentieth, of a given share a tenth of the samples. 0 makes all weights 1.
         kappa: Width of the fence of ``"hard"`` and ``"ratio"``, >= 0 (paper: 1.5).
         momentum: How much of a sample's earlier score stays when a new one comes, in [0, 1).
         prior: Anomaly scores of the training set from another source, shape (N,), for instance of
@@ -47,7 +51,7 @@ class SoftConfidentWeighter(nn.Module):
             window, columns of a row) from the same source, shape (N, ...); see
             :meth:`part_weights` and
             :meth:`MemoryScorer.score_parts <comet_meta.MemoryScorer.score_parts>`.
-            ``"trimmed"`` then leaves out a twentieth of the parts in place of a twentieth of the
+            ``"trimmed"`` then leaves out a twentieth (or tenth) of the parts in place of the
             samples.
 
     Without a prior, let the model learn something before the first fit: weights from an untrained
@@ -118,6 +122,7 @@ class SoftConfidentWeighter(nn.Module):
         self._passed_once = num_samples is not None  # whether a whole pass told the size
         self._samples = OwnSamples()
         self._in_use = False  # whether a fit was begun with it
+        self._end_told = False  # whether a warning said that the set's end never came
         size = num_samples or 0
         self.register_buffer("scores", torch.full((size,), torch.nan))
         self.register_buffer("weights", torch.ones(size))
@@ -220,7 +225,22 @@ class SoftConfidentWeighter(nn.Module):
         self._store(index, scores)
         self._updates += len(index)
         if self._passed_once and self._updates >= len(self.scores):
+            self._tell_missing_end(len(index))
             self.fit()
+
+    def _tell_missing_end(self, batch_size: int) -> None:
+        """Warn once if a pass as long as the set left out its whole end, more than a batch."""
+        count = len(self.scores)
+        reached = int((~self.scores.isnan()).sum())
+        if self._end_told or count - reached < batch_size or self.scores[:reached].isnan().any():
+            return
+        self._end_told = True
+        _LOGGER.warning(
+            "%d scores came for %d samples, and none for the samples from %d on. If the data set "
+            "joins several that are indexed, index the whole instead, "
+            "IndexedDataset(ConcatDataset([first, second])): the positions of its parts collide",
+            *(self._updates, count, reached),
+        )
 
     def identify(self, dataset: Sized) -> None:
         """Note which samples the positions stand for. Saved weights are refused for others.
@@ -286,9 +306,10 @@ class SoftConfidentWeighter(nn.Module):
             state_dict: The saved state.
 
         Raises:
-            ValueError: If it is of another number of samples, or of other samples.
+            ValueError: If it is of another number of samples or parts, or of other samples.
         """
         self._samples.check_saved(state_dict, self.num_samples, self.prior)
+        check_saved_parts(state_dict.get("_part_weights"), self._part_weights)
 
     @property
     def contamination_(self) -> Contamination:
@@ -375,10 +396,13 @@ class SoftConfidentWeighter(nn.Module):
         """The samples in the order of :meth:`ranking_scores`, the most suspicious first.
 
         Args:
-            k: Number of samples to return; None for all.
+            k: Number of samples to return, >= 0; None for all.
 
         Returns:
             Sample indices, shape (min(k, N),); samples without score and prior come last.
+
+        Raises:
+            ValueError: If ``k`` is negative or no integer.
         """
         return rank_samples(self.ranking_scores(), k)
 

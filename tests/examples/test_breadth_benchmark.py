@@ -46,7 +46,7 @@ def test_finished_runs_are_kept_and_the_tables_printed(folder, monkeypatch, caps
     monkeypatch.setattr(sys, "argv", command)
     breadth.main()
     runs = list(Runs(out))
-    assert len(runs) == 2 * (len(breadth.METHODS) * 2 - 1)
+    assert len(runs) == 2 * (len(breadth.USUAL) * 2 - 1)
     printed = capsys.readouterr().out
     assert "Training sets clean" in printed
     page = folder / "pages" / "breadth.md"

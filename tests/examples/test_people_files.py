@@ -1,6 +1,7 @@
 """What people's files and command lines are like: the right value, or a sentence."""
 
 import logging
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +67,34 @@ def test_int32_and_float_pictures_are_scaled_by_what_they_hold(tmp_path, values,
     assert known.values == expected
     found = load_values(tmp_path / "a.tif", known.scaled(WHOLE))[0].numpy()
     np.testing.assert_allclose(found, GREY, atol=1.0)
+
+
+def tiff(path: Path, values: np.ndarray) -> Path:
+    """A grey TIFF of whole numbers of any width and sign, which Pillow can't write."""
+    height, width = values.shape
+    data = values.astype(values.dtype.newbyteorder("<")).tobytes()
+    tags = {
+        256: width, 257: height, 258: 8 * values.dtype.itemsize, 259: 1, 262: 1, 273: 8, 277: 1,
+        278: height, 279: len(data), 339: 2 if values.dtype.kind == "i" else 1,
+    }  # fmt: skip
+    entries = b"".join(struct.pack("<HHLL", tag, 4, 1, value) for tag, value in tags.items())
+    head = b"II*\0" + struct.pack("<L", 8 + len(data))
+    path.write_bytes(head + data + struct.pack("<H", len(tags)) + entries + bytes(4))
+    return path
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.uint16, np.int16, np.uint32, np.int32])
+def test_whole_numbers_of_every_width_and_sign_keep_their_order(tmp_path, dtype):
+    limits = np.iinfo(dtype)
+    steps = np.linspace(limits.min, limits.max, 256).round().astype(dtype).reshape(16, 16)
+    path = tiff(tmp_path / "a.tif", steps)
+    known = survey(split_of(path))
+    assert not known.faults
+    shown = load_values(path, known.scaled(WHOLE))[0].flatten().float()
+    np.testing.assert_allclose(shown, np.arange(256), atol=1)
+    marked = load_mask(Sample(path, 1, mask=path), WHOLE).flatten()
+    lowest = limits.min if dtype is np.int8 else 0  # shifted: 8 bits have no sign in Pillow
+    assert torch.equal(marked, torch.from_numpy(steps.flatten() > lowest))
 
 
 def test_one_hot_pixel_does_not_set_the_range_of_measurements(tmp_path):

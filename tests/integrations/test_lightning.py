@@ -19,6 +19,7 @@ from comet_meta import (
 
 pl = pytest.importorskip("lightning.pytorch", reason='needs pip install "comet-meta[lightning]"')
 
+from lightning.fabric import Fabric  # noqa: E402
 from lightning.pytorch.callbacks import ModelCheckpoint  # noqa: E402
 
 from comet_meta.integrations._batches import take_rows  # noqa: E402
@@ -781,8 +782,10 @@ def test_a_wrapper_of_ones_own_in_manual_optimisation():
             def losses(rows):
                 return self.net.losses(batch[rows])
 
-            if self.way == "index=":
+            if self.way == "by name":
                 optimizer.step(losses, index=index)
+            elif self.way == "by position":
+                optimizer.step(losses, index)
             else:
                 optimizer.zero_grad()
                 optimizer.backward(losses, index)
@@ -798,5 +801,27 @@ def test_a_wrapper_of_ones_own_in_manual_optimisation():
         for index, batch in loader():
             comet.step(lambda rows, batch=batch: net.losses(batch[rows]), index)
     assert_same(module, net)
-    with pytest.raises(TypeError, match=r"optimizer\.backward\(closure, index\)"):
-        fit(Own("index="))
+    for way in ("by name", "by position"):
+        with pytest.raises(TypeError, match=r"without rows; call optimizer.backward"):
+            fit(Own(way), epochs=1)
+
+
+def test_fabric_takes_the_two_halves_of_a_step():
+    fabric = Fabric(accelerator="cpu", devices=1)
+    trained, reference = Net(), Net()
+
+    def wrapped(net: Net) -> CoMetOptimizerWrapper:
+        adam = torch.optim.Adam(net.parameters(), lr=0.02)
+        return CoMetOptimizerWrapper(adam, weighter=SoftConfidentWeighter(N), model=net)
+
+    _, optimizer = fabric.setup(trained, wrapped(trained))
+    plain = wrapped(reference)
+    for index, batch in loader():
+        optimizer.zero_grad()
+        optimizer.backward(lambda rows, batch=batch: trained.losses(batch[rows]), index)
+        optimizer.step()
+        plain.step(lambda rows, batch=batch: reference.losses(batch[rows]), index)
+    for ours, theirs in zip(trained.parameters(), reference.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    with pytest.raises(TypeError, match=r"without rows; call optimizer.backward"):
+        optimizer.step(trained.losses, index)

@@ -72,6 +72,15 @@ def test_the_cleaned_folder_holds_what_is_kept(tmp_path, source, keep_csv, how):
     assert content(tmp_path / "clean") == expected
 
 
+@pytest.mark.skipif(os.name != "posix", reason="names of up to 255 bytes")
+def test_the_longest_names_are_copied(tmp_path, source):
+    name = "\u00e4" * 125 + ".png"
+    (source / name).write_bytes(b"long")
+    write(tmp_path / "keep.csv", [Row(Path(name), 1.0, 1.0, 0.0, 1, True)])
+    apply(tmp_path / "keep.csv", source, tmp_path / "clean", how="copy")
+    assert content(tmp_path / "clean") == {name: b"long"}
+
+
 def test_nothing_is_overwritten(tmp_path, source, keep_csv):
     other = tmp_path / "clean" / "b" / "c" / "1.png"
     other.parent.mkdir(parents=True)

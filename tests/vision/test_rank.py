@@ -270,6 +270,7 @@ def test_all_broken_pictures_are_named(folder, capsys):
     [
         (lambda f: shutil.rmtree(f), (), "there's no folder"),
         (lambda f: (shutil.rmtree(f), f.write_text("")), (), "is a file; give the folder"),
+        (lambda f: (shutil.rmtree(f), f.symlink_to(f)), (), "there's no folder"),
         (lambda f: [p.unlink() for p in f.rglob("*.png")], (), "holds no picture"),
         (lambda f: [p.unlink() for p in sorted(f.rglob("*.png"))[1:]], (), "holds one picture"),
         (
@@ -320,6 +321,7 @@ def test_no_weights_to_be_had(folder, monkeypatch, capsys):
         ("--contamination", "ten"),
         ("--batch-size", "0"),
         ("--resize", "0"),
+        ("--seed", str(2**70)),
     ],
 )
 def test_wrong_arguments(folder, options, capsys):
@@ -327,6 +329,47 @@ def test_wrong_arguments(folder, options, capsys):
         run(folder, *options)
     assert stopped.value.code == 2
     assert options[0] in capsys.readouterr().err
+
+
+def test_the_ranking_of_another_folder_is_not_overwritten(folder, capsys):
+    assert run(folder) == 0
+    other = shutil.copytree(folder, folder.parent / "others")
+    before = rows(folder)
+    assert run(other) == 2
+    message = capsys.readouterr().err
+    assert f"holds the ranking of {folder.resolve()}, which would be overwritten" in message
+    assert rows(folder) == before
+    assert run(folder, "--seed", "1") == 0
+
+
+def test_results_beside_the_pictures_hide_none_of_them(folder):
+    """A folder that held something before isn't marked as results, which no run reads."""
+    inner = folder / "a"
+    options = ["--out", str(inner), *FAST]
+    assert cli.main(["rank", str(inner), *options]) == 0
+    assert run(folder) == 0
+    assert len(rows(folder)) == 30
+    assert cli.main(["rank", str(inner), "--out", str(folder / "fresh"), *FAST]) == 0
+    (folder / "fresh" / "x.png").write_bytes((inner / "000.png").read_bytes())
+    assert run(folder) == 0
+    assert len(rows(folder)) == 30
+
+
+@pytest.mark.parametrize("home", [None, "file"])
+def test_no_folder_for_the_cache(folder, monkeypatch, capsys, home):
+    def nobody():
+        raise RuntimeError("Could not determine home directory.")
+
+    if home is None:  # a user without a home, as in containers
+        monkeypatch.delenv("XDG_CACHE_HOME")
+        monkeypatch.setattr(Path, "home", nobody)
+    else:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "a" / "000.png"))
+    assert run(folder) == 2
+    message = capsys.readouterr().err
+    assert "there's no folder for the cache" in message
+    assert "set XDG_CACHE_HOME" in message
+    assert "fault" not in message
 
 
 def test_a_fault_is_written_down(folder, monkeypatch, capsys):
