@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 
 def snippet(page: str, name: str) -> str:
     """A block between ``<!-- name -->`` and ``<!-- /name -->`` of a page."""
-    text = (ROOT / page).read_text()
+    text = (ROOT / page).read_text(encoding="utf-8")
     found = re.search(rf"<!-- {name} -->\n```python\n(.*?)```\n<!-- /{name} -->", text, re.DOTALL)
     assert found, f"{page} has no snippet {name}"
     return found.group(1)

@@ -5,19 +5,15 @@ from pathlib import Path
 
 import pytest
 
+import snippets
+
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 PROSE = re.sub(r"```.*?```|^\|.*?$|^!\[.*?$", "", README, flags=re.DOTALL | re.MULTILINE)
 
 
-def snippet(name: str) -> str:
-    found = re.search(rf"<!-- {name} -->\n```python\n(.*?)```\n<!-- /{name} -->", README, re.DOTALL)
-    assert found, f"the README has no snippet {name}"
-    return found.group(1)
-
-
 def test_the_snippet_runs_when_pasted_and_finds_the_bad_rows(capsys):
     names: dict = {}
-    exec(compile(snippet("adoption"), "README.md", "exec"), names)
+    snippets.run("README.md", "adoption", names)
     assert int((names["suspects"] >= 900).sum()) >= 70
     weights, p_bad = names["weighter"](), names["weighter"].p_bad
     assert weights[900:].mean() < 0.4 < 0.8 < weights[:900].mean()
