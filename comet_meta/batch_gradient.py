@@ -2,17 +2,17 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
 
 from comet_meta import distributed
-from comet_meta.gradients import MetaGradient, compute_gradients
+from comet_meta.gradients import MetaGradient, add_gradients, all_finite, compute_gradients
+from comet_meta.guard import DeferredFlag
 from comet_meta.losses import Closure, check_losses, finite_mask, weigh_losses
 from comet_meta.nonfinite import (
-    DeferredFlag,
-    all_finite,
     check_parameters_finite,
     warn_of_batch_left_out,
     warn_of_samples_left_out,
@@ -22,6 +22,31 @@ from comet_meta.tasks import can_split, support_query_losses
 
 if TYPE_CHECKING:
     from comet_meta.meta.step import MetaStep
+
+
+class BatchResult(NamedTuple):
+    """What the gradient of a batch was computed from.
+
+    Attributes:
+        usable: Whether there is a gradient; False if too few samples had a finite loss.
+        support_loss: Objective of the support samples, shape (); NaN without a gradient.
+        query_loss: Objective of the query samples, shape (); NaN without a gradient.
+        weights: Weights w_i of the samples that were used, shape (K,), K >= 0.
+        dropped: Number of samples left out; the whole batch without a gradient.
+        ratio: Factor with which the mean of the losses over the processes is that over all samples.
+    """
+
+    usable: bool
+    support_loss: Tensor
+    query_loss: Tensor
+    weights: Tensor
+    dropped: int
+    ratio: Tensor | float
+
+    @property
+    def pair(self) -> Tensor:
+        """Training and validation loss, shape (2,)."""
+        return torch.stack([self.support_loss, self.query_loss]) * self.ratio
 
 
 @dataclass(frozen=True)
@@ -43,7 +68,63 @@ class BatchGradient:
     generator: torch.Generator
     penalty: Callable[[Sequence[Tensor]], Tensor]
 
-    def compute(
+    def add(
+        self,
+        closure: Closure,
+        index: Tensor,
+        weights: Tensor,
+        parameters: list[Tensor],
+        factor: float,
+        scaler: GradScaler | None,
+    ) -> BatchResult:
+        """Add the gradient of the batch to ``.grad``, averaged over the processes.
+
+        If a loss isn't finite, it is the gradient of the samples that are left.
+
+        Args:
+            closure: From rows of the batch (R,) to their losses (R,) or (2, R).
+            index: Positions of the samples in the data set, shape (B,).
+            weights: Weights of the losses as normal and as anomalous samples, shape (2, B).
+            parameters: Leaf tensors that require grad.
+            factor: Factor on the gradient, > 0.
+            scaler: Scales the losses and checks the gradients, where there is one.
+
+        Returns:
+            Losses, and weights of the samples used. Without a gradient, and if the closure raises,
+            buffers are as before.
+
+        Raises:
+            ValueError: If losses are not (R,), or the parameters aren't finite; or for ``"maml"``
+                with sharded parameters.
+        """
+        sharded = distributed.is_sharded(parameters[0])
+        if sharded and self.meta is not None and self.meta.mode == "maml":
+            raise ValueError(
+                "meta='maml' can't differentiate through sharded parameters (FSDP2); use a "
+                "first-order mode such as 'mldg'"
+            )
+        scale = _gradient_scale(factor, scaler, parameters[0].device)
+        result, weights = self._compute(
+            closure, index, weights, parameters, scale, check_gradients=scaler is None
+        )
+        if result is None:
+            if scaler is not None:  # it needs gradients, and skips the step if they are NaN
+                add_gradients(parameters, [torch.full_like(p, torch.nan) for p in parameters])
+            no_loss = torch.full((), torch.nan, device=parameters[0].device)
+            return BatchResult(False, no_loss, no_loss, weights[0], len(index), 1.0)
+        used = weights.shape[1]
+        ratio = distributed.batch_size_ratio(used, index.device)
+        _add_average(parameters, result.gradients, ratio)
+        return BatchResult(
+            True,
+            result.support_loss,
+            result.query_loss,
+            weights[0],
+            dropped=len(index) - used,
+            ratio=1.0 if sharded else ratio,
+        )
+
+    def _compute(
         self,
         closure: Closure,
         index: Tensor,
@@ -53,24 +134,7 @@ class BatchGradient:
         *,
         check_gradients: bool,
     ) -> tuple[MetaGradient | None, Tensor]:
-        """Compute the gradient of the batch; if a loss isn't finite, of the samples that are left.
-
-        Args:
-            closure: From rows of the batch (R,) to their losses (R,) or (2, R).
-            index: Positions of the samples in the data set, shape (B,).
-            weights: Weights of the losses as normal and as anomalous samples, shape (2, B).
-            parameters: Leaf tensors that require grad.
-            scale: Factor on the gradient, shape (), > 0.
-            check_gradients: Whether to check on the CPU that gradients are finite. A gradient
-                scaler does so by itself.
-
-        Returns:
-            The gradient, or None if there can't be one, and the weights (2, K) of the samples used.
-            Without a gradient, and if the closure raises, buffers are as before.
-
-        Raises:
-            ValueError: If losses are not (R,), or the parameters aren't finite.
-        """
+        """The gradient, None if there can't be one, and the weights (2, K) of the samples used."""
         with undo_on_error(self.generator, self._buffers()) as undo:
             result = self._attempt(closure, weights, parameters, scale, check_gradients)
             if result is not None:
@@ -168,3 +232,24 @@ class BatchGradient:
 
     def _buffers(self) -> list[Tensor]:
         return [] if self.model is None else list(self.model.buffers())
+
+
+def _add_average(
+    parameters: list[Tensor], gradients: list[Tensor | None], ratio: Tensor | float
+) -> None:
+    """Add gradients to ``.grad``, averaged over the processes."""
+    earlier = [parameter.grad for parameter in parameters]
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient
+    distributed.average_gradients(parameters, ratio)
+    add_gradients(parameters, earlier)
+
+
+def _gradient_scale(
+    factor: float, scaler: GradScaler | None, device: torch.device
+) -> Tensor | None:
+    """The factor on the gradient times the scaler's scale, shape (); None for 1."""
+    if scaler is None and factor == 1:
+        return None
+    scale = torch.full((), factor, device=device)
+    return scale if scaler is None else scaler.scale(scale)

@@ -61,6 +61,42 @@ def as_index(index: Tensor | Sequence[int], num_samples: int | None = None) -> T
     return index
 
 
+def as_batch_index(
+    index: Tensor | Sequence[int] | None, batch_size: int, num_samples: int | None, *, needed: bool
+) -> Tensor | None:
+    """Check the indices of a batch of losses and return them as a tensor.
+
+    Args:
+        index: Positions of the samples in the data set, shape (B,); None where not given.
+        batch_size: Number of losses B.
+        num_samples: Size of the data set, or None if it isn't known.
+        needed: Whether weights are looked up by the index.
+
+    Returns:
+        The indices (B,), or None.
+
+    Raises:
+        TypeError: As for :func:`as_index`.
+        ValueError: If the index is needed and missing, or there isn't one for each loss.
+        IndexError: If a position lies outside the data set.
+    """
+    if index is None:
+        if needed:
+            raise ValueError(
+                "weights belong to samples: pass objective(losses, index) the samples' "
+                "positions in the data set; comet_meta.IndexedDataset adds them to a loader"
+            )
+        return None
+    index = as_index(index, num_samples)
+    if len(index) != batch_size:
+        raise ValueError(
+            f"got {batch_size} losses and {len(index)} indices; expected one each. Losses of "
+            "shape (2, B) are a pair, as normal and as anomalous; of patches or pixels, take "
+            "comet_meta.per_sample(losses, batch_size)"
+        )
+    return index
+
+
 class IndexedDataset(Dataset[tuple[int, T]], Generic[T]):
     """A data set that adds its position to each item.
 

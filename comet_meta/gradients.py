@@ -1,6 +1,6 @@
-"""Compute gradients and add them up in ``.grad``, where backward passes need no copy of them."""
+"""Compute gradients, add them up in ``.grad`` without copies, and tell whether they are finite."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -109,3 +109,32 @@ def unscale(gradients: Gradients, scale: Tensor) -> tuple[Gradients, Tensor]:
 def as_real(tensors: Sequence[Tensor]) -> list[Tensor]:
     """View complex tensors as pairs of real numbers, on the same memory; others unchanged."""
     return [torch.view_as_real(x) if x.is_complex() else x for x in tensors]
+
+
+def all_finite(tensors: Sequence[Tensor]) -> bool:
+    """Whether no tensor has an entry that is NaN or infinite; waits for their device.
+
+    Args:
+        tensors: Any shapes, floating-point or complex dtypes, also sparse or distributed (then the
+            part on this process is checked).
+
+    Example:
+        >>> all_finite([torch.tensor([1e30])]), all_finite([torch.tensor([torch.nan])])
+        (True, False)
+    """
+    parts = [_stored_values(tensor.detach()) for tensor in tensors]
+    if not parts:
+        return True
+    norms = torch.stack([norm.float() for norm in torch._foreach_norm(parts)])
+    if bool(norms.isfinite().all()):
+        return True
+    # The squares in a norm can overflow although the entries are finite.
+    return all(bool(part.isfinite().all()) for part in parts)
+
+
+def _stored_values(tensor: Tensor) -> Tensor:
+    """The values that this process holds of a sparse or distributed tensor."""
+    if tensor.layout != torch.strided:
+        return tensor.coalesce().values()
+    to_local: Callable[[], Tensor] | None = getattr(tensor, "to_local", None)
+    return tensor if to_local is None else to_local()

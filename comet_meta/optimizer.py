@@ -13,25 +13,24 @@ from torch.optim import Optimizer
 from typing_extensions import Self, override
 
 from comet_meta import distributed
+from comet_meta.arguments import resolve_meta, seeded_generator
 from comet_meta.batch_gradient import BatchGradient
-from comet_meta.data import as_index
-from comet_meta.gradients import add_gradients
+from comet_meta.data import as_batch_index, as_index
 from comet_meta.losses import Closure, check_losses, finite_mask, weigh_losses
-from comet_meta.nonfinite import StepGuard
 from comet_meta.penalty import CovarianceMetaRegularizer
+from comet_meta.resume import ResumableOptimizers
 from comet_meta.step_report import StepReport, step_report
 from comet_meta.tasks import can_split, support_query_losses
 from comet_meta.weights.weighter import SoftConfidentWeighter
-from comet_meta.wrapped import OptimizerGroup, refuse_index, with_own_hooks
+from comet_meta.wrapped import refuse_index, with_own_hooks
 
 if TYPE_CHECKING:
     from comet_meta.meta.step import MetaMode, MetaStep
 
-_QUERY_FRACTION = 0.3
 _LOGGER = logging.getLogger(__name__)
 
 
-class CoMetOptimizerWrapper(OptimizerGroup):
+class CoMetOptimizerWrapper(ResumableOptimizers):
     """Makes an existing training loop robust to bad training samples.
 
     It wraps one optimizer, or several that step together, and takes their place in the loop: it has
@@ -115,23 +114,17 @@ class CoMetOptimizerWrapper(OptimizerGroup):
         model: nn.Module | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
-        super().__init__(optimizer)
+        super().__init__(
+            optimizer,
+            weighter=weighter,
+            regularizer=regularizer,
+            model=model,
+            generator=seeded_generator() if generator is None else generator,
+        )
         if not exposure >= 0:
             raise ValueError(f"exposure is {exposure}; expected a factor >= 0")
-        settings = None if meta == "none" else _meta_settings(meta)
-        self.query_fraction = _QUERY_FRACTION if settings is None else settings.query_fraction
-        self.meta = None if settings is None or settings.mode == "none" else settings
-        if self.meta is not None and self.meta.mode == "maml" and model is None:
-            raise ValueError("meta='maml' differentiates through the model: pass model=")
-        self.weighter = weighter
-        self.regularizer = regularizer
         self.exposure = exposure
-        self.model = model
-        if generator is None:
-            generator = torch.Generator()
-            generator.manual_seed(distributed.seed_of_first_process(torch.initial_seed()))
-        self.generator = generator
-        self._guard = StepGuard(model)
+        self.meta, self.query_fraction = resolve_meta(meta, model)
         self._last_objective: tuple[Tensor, Tensor] | None = None  # weighted losses, weights
         if self.meta is not None and model is None:
             _LOGGER.info(
@@ -175,21 +168,9 @@ class CoMetOptimizerWrapper(OptimizerGroup):
             >>> CoMetOptimizerWrapper.paper(adam, num_samples=100).meta.inner_steps
             5
         """
-        from comet_meta.meta.step import MetaStep
+        from comet_meta.meta.paper import paper_settings
 
-        settings: dict[str, Any] = {
-            "weighter": SoftConfidentWeighter(num_samples, rule="ratio", kappa=1.5),
-            "regularizer": CovarianceMetaRegularizer(base_strength=0.005, gamma=0.5, window=5),
-            "meta": MetaStep(
-                "fomaml",
-                inner_lr=1e-4,
-                inner_steps=5,
-                inner_optimizer="adam",
-                query_fraction=0.3,
-                tasks=4,
-            ),
-        }
-        return cls(optimizer, **(settings | changes))
+        return cls(optimizer, **(paper_settings(num_samples) | changes))
 
     def objective(self, losses: Tensor, index: Tensor | Sequence[int] | None = None) -> Tensor:
         """Weighted mean of the losses plus penalty (steps 1 to 4); call ``backward()`` on it.
@@ -225,7 +206,9 @@ class CoMetOptimizerWrapper(OptimizerGroup):
             # A validation loss: the weights are those of the training samples.
             own = losses if losses.dim() == 1 else losses[0]
             return own.mean() + self._penalty(parameters, self._strength(parameters))
-        index = self._checked_index(index, batch_size)
+        index = as_batch_index(
+            index, batch_size, self._num_samples, needed=self.weighter is not None
+        )
         self._check_recorded_batches()
         # 1) Weights w_i and exposure * P(bad)_i.
         weights = self._weights(index, batch_size)
@@ -249,9 +232,7 @@ class CoMetOptimizerWrapper(OptimizerGroup):
             with torch.no_grad():
                 split = support_query_losses(kept, self.query_fraction, self.generator)
                 pair = split * ratio + penalty
-        self._guard.record_batch(finite, index, pair)
-        if losses.device.type == "cpu":
-            self._check_recorded_batches()
+        self._record_batch(finite, index, pair)
         # 5) The gradient: the loop's own backward().
         return mean + penalty
 
@@ -308,31 +289,6 @@ class CoMetOptimizerWrapper(OptimizerGroup):
         self._step_optimizers()
         return report
 
-    def allows_step(self) -> bool:
-        """Whether the gradients in ``.grad`` can be used (step 7); a warning says so if not.
-
-        :meth:`step` asks by itself. A loop that steps the optimizers in another way asks before it,
-        after the last ``backward()``. If the answer is no, it clears the gradients instead. Asked
-        again before new losses came, the answer is the same. Running statistics of batch norm in
-        ``model`` that a batch made NaN are put back.
-
-        Returns:
-            False if a sample whose loss is NaN or infinite made the gradients so, or no loss was
-            finite.
-
-        Raises:
-            ValueError: If the parameters are NaN or infinite.
-
-        Example:
-            >>> theta = torch.ones(3, requires_grad=True)
-            >>> optimizer = CoMetOptimizerWrapper(torch.optim.SGD([theta], lr=0.1))
-            >>> optimizer.objective(theta * torch.tensor([1.0, torch.nan, 1.0])).backward()
-            >>> optimizer.allows_step()
-            False
-        """
-        self._check_recorded_batches()
-        return self._guard.allows_step(self.trained_parameters())
-
     def watch(self, loss: Tensor, index: Tensor | Sequence[int]) -> None:
         """Let :meth:`allows_step` count a loss that isn't weighted, such as another's batch mean.
 
@@ -343,44 +299,6 @@ class CoMetOptimizerWrapper(OptimizerGroup):
         index = as_index(index, self._num_samples)
         finite = torch.isfinite(loss.detach()).expand(len(index))
         self._guard.record_batch(finite, index, None)
-
-    def _step_optimizers(self, closure: Callable[[], float] | None = None) -> float | None:
-        loss: float | None = None
-        if closure is not None and len(self.optimizers) > 1:
-            with torch.enable_grad():
-                loss = closure()
-            closure = None
-        # 7) Step, unless a gradient is NaN or infinite.
-        if self.allows_step():
-            if closure is not None:
-                loss = self.optimizers[0].step(self.guarded(closure))
-            else:
-                for optimizer in self.optimizers:
-                    _step_without_closure(optimizer)
-        self._guard.reset()
-        return loss
-
-    def guarded(self, closure: Callable[[], float]) -> Callable[[], float]:
-        """A closure for an optimizer's step that clears the gradients if they can't be used.
-
-        Args:
-            closure: Computes loss and gradients, as for any torch optimizer.
-
-        Returns:
-            The same with :meth:`allows_step` behind it.
-        """
-        parameters = self.trained_parameters()
-        versions = [parameter._version for parameter in parameters]
-
-        def guarded() -> float:
-            loss = closure()
-            if not self.allows_step():
-                # An optimizer that has moved the parameters (SAM) needs gradients to move back.
-                moved = versions != [parameter._version for parameter in parameters]
-                self.zero_grad(set_to_none=not moved)
-            return loss
-
-        return guarded
 
     @property
     def loss(self) -> Tensor:
@@ -444,16 +362,10 @@ class CoMetOptimizerWrapper(OptimizerGroup):
         parameters = self.trained_parameters()
         if not parameters:
             raise ValueError("none of the optimizer's parameters requires grad: nothing to train")
-        sharded = distributed.is_sharded(parameters[0])
-        if sharded and self.meta is not None and self.meta.mode == "maml":
-            raise ValueError(
-                "meta='maml' can't differentiate through sharded parameters (FSDP2); use a "
-                "first-order mode such as 'mldg'"
-            )
         # 1) Weights w_i and exposure * P(bad)_i.
         weights = self._weights(index, len(index))
-        # 2) to 5) The gradient of the batch.
         strength = self._strength(parameters)
+        # 2) to 5) The gradient of the batch.
         batch_gradient = BatchGradient(
             meta=self.meta,
             query_fraction=self.query_fraction,
@@ -461,53 +373,22 @@ class CoMetOptimizerWrapper(OptimizerGroup):
             generator=self.generator,
             penalty=partial(self._penalty, strength=strength),
         )
-        scale = _gradient_scale(factor, scaler, parameters[0].device)
-        result, weights = batch_gradient.compute(
-            closure, index, weights, parameters, scale, check_gradients=scaler is None
-        )
-        self._guard.record_gradient(usable=result is not None)
-        if result is None:
-            dropped = len(index)
-            support_loss = query_loss = strength.new_full((), torch.nan)
-            if scaler is not None:  # the scaler needs gradients, and skips the step if they are NaN
-                add_gradients(parameters, [torch.full_like(p, torch.nan) for p in parameters])
-        else:
-            dropped = len(index) - weights.shape[1]
-            support_loss, query_loss = result.support_loss, result.query_loss
-            ratio = distributed.batch_size_ratio(weights.shape[1], index.device)
-            earlier = [parameter.grad for parameter in parameters]
-            for parameter, gradient in zip(parameters, result.gradients, strict=True):
-                parameter.grad = gradient
-            distributed.average_gradients(parameters, ratio)
-            add_gradients(parameters, earlier)
-            # 6) Training and validation loss.
-            if self.regularizer is not None and can_split(len(index)):
-                pair = torch.stack([support_loss, query_loss])
-                self._record_losses(pair if sharded else pair * ratio)
+        result = batch_gradient.add(closure, index, weights, parameters, factor, scaler)
+        self._guard.record_gradient(usable=result.usable)
+        # 6) Training and validation loss.
+        if result.usable and self.regularizer is not None and can_split(len(index)):
+            self._record_losses(result.pair)
         with torch.no_grad():
             penalty = self._penalty(parameters, strength)
         return step_report(
-            support_loss, query_loss, self.query_fraction, weights[0], penalty, strength, dropped
+            result.support_loss,
+            result.query_loss,
+            self.query_fraction,
+            result.weights,
+            penalty,
+            strength,
+            result.dropped,
         )
-
-    def _checked_index(
-        self, index: Tensor | Sequence[int] | None, batch_size: int
-    ) -> Tensor | None:
-        if index is None:
-            if self.weighter is not None:
-                raise ValueError(
-                    "weights belong to samples: pass objective(losses, index) the samples' "
-                    "positions in the data set; comet_meta.IndexedDataset adds them to a loader"
-                )
-            return None
-        index = as_index(index, self._num_samples)
-        if len(index) != batch_size:
-            raise ValueError(
-                f"got {batch_size} losses and {len(index)} indices; expected one each. Losses of "
-                "shape (2, B) are a pair, as normal and as anomalous; of patches or pixels, take "
-                "comet_meta.per_sample(losses, batch_size)"
-            )
-        return index
 
     @property
     def _num_samples(self) -> int | None:
@@ -539,105 +420,10 @@ class CoMetOptimizerWrapper(OptimizerGroup):
             return strength
         return self.regularizer.penalty(parameters, strength)
 
-    def _check_recorded_batches(self) -> None:
-        """Check batches of :meth:`objective` that weren't checked; record their losses (step 6)."""
-        for pair in self._guard.check_batches():
-            self._record_losses(pair)
-
     def _record_losses(self, pair: Tensor) -> None:
         """Record training and validation loss (2,), averaged over the processes, for Sigma."""
         if self.regularizer is not None:
             self.regularizer.update(*distributed.average(pair.detach()))
-
-    @override
-    def state_dict(self) -> dict[str, Any]:
-        """The state of a run: optimizers, weights, loss history and random state.
-
-        ``"state"`` and ``"param_groups"`` are as in any torch optimizer, so
-        ``torch.distributed.checkpoint`` can use it. That keeps these two alone: save the weighter
-        (a module) and the regularizer beside it.
-
-        Returns:
-            Tensors and plain containers only: ``torch.load(..., weights_only=True)`` reads it.
-        """
-        self._check_recorded_batches()
-        return super().state_dict()
-
-    def method_state_dict(self) -> dict[str, Any]:
-        """The part of :meth:`state_dict` that isn't the optimizers'."""
-        self._check_recorded_batches()
-        return self._own_state()
-
-    def load_method_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what :meth:`method_state_dict` saved.
-
-        Args:
-            state_dict: The saved state, from a wrapper with the same parts.
-
-        Raises:
-            ValueError: As for :meth:`load_state_dict`.
-        """
-        self._check_own_state(state_dict)
-        self._load_own_state(state_dict)
-
-    @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` saved; a resumed run then equals an uninterrupted one.
-
-        Args:
-            state_dict: The saved state, from a wrapper with the same parts. If it comes from
-                ``torch.distributed.checkpoint``, only the optimizers' state is restored.
-
-        Raises:
-            ValueError: If it comes from something else, from a wrapper with other parts, or belongs
-                to other samples. Nothing has changed then.
-        """
-        super().load_state_dict(state_dict)
-
-    @override
-    def check_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().check_state_dict(state_dict)
-        if "generator" in state_dict:
-            self._check_own_state(state_dict)
-
-    @override
-    def _own_state(self) -> dict[str, Any]:
-        return {
-            "weighter": None if self.weighter is None else self.weighter.state_dict(),
-            "regularizer": None if self.regularizer is None else self.regularizer.state_dict(),
-            "generator": self.generator.get_state(),
-        }
-
-    @override
-    def _load_own_state(self, state_dict: dict[str, Any]) -> None:
-        if "generator" not in state_dict:
-            _LOGGER.info("the saved state has the optimizers alone: weights and losses stay")
-            return
-        if self.weighter is not None:
-            self.weighter.load_state_dict(state_dict["weighter"])
-        if self.regularizer is not None:
-            self.regularizer.load_state_dict(state_dict["regularizer"])
-        self.generator.set_state(state_dict["generator"].cpu())
-        self._guard = StepGuard(self.model)
-
-    def _check_own_state(self, state_dict: dict[str, Any]) -> None:
-        for name, part in (("weighter", self.weighter), ("regularizer", self.regularizer)):
-            if (part is None) != (state_dict[name] is None):
-                here, there = ("no", "a") if part is None else ("a", "no")
-                raise ValueError(f"the saved state has {there} {name}, this wrapper has {here}")
-            if part is not None:
-                part.check_state_dict(state_dict[name])
-
-    @override
-    def __getstate__(self) -> dict[str, Any]:
-        generator = self.generator.get_state()  # a generator itself can't be copied
-        return {**super().__getstate__(), "_guard": StepGuard(self.model), "generator": generator}
-
-    @override
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        generator = torch.Generator()
-        generator.set_state(state["generator"])
-        super().__setstate__({**state, "generator": generator})
 
     @override
     def __repr__(self) -> str:
@@ -646,32 +432,3 @@ class CoMetOptimizerWrapper(OptimizerGroup):
             f"{type(self).__name__}({wrapped}, meta={self.meta or 'none'!r}, "
             f"weighter={self.weighter}, regularizer={self.regularizer})"
         )
-
-
-def _step_without_closure(optimizer: Optimizer) -> None:
-    try:
-        optimizer.step()
-    except (AssertionError, TypeError) as error:
-        if "closure" not in str(error):
-            raise
-        raise TypeError(
-            f"{type(optimizer).__name__} computes gradients in its step and needs a closure: call "
-            "wrapper.backward(closure, index) or objective(losses, index).backward(), and then "
-            "wrapper.step(again) with a function that does the same once more"
-        ) from error
-
-
-def _gradient_scale(
-    factor: float, scaler: GradScaler | None, device: torch.device
-) -> Tensor | None:
-    """The factor on the gradient times the scaler's scale, shape (); None for 1."""
-    if scaler is None and factor == 1:
-        return None
-    scale = torch.full((), factor, device=device)
-    return scale if scaler is None else scaler.scale(scale)
-
-
-def _meta_settings(meta: "MetaMode | MetaStep") -> "MetaStep":
-    from comet_meta.meta.step import MetaStep  # not at the top: a plain step needs no meta code
-
-    return meta if isinstance(meta, MetaStep) else MetaStep(meta)

@@ -11,19 +11,19 @@ import torch
 
 
 def trimmed_weights(s, contamination):
-    """Step 1, our rule: w and P(bad) of each sample, for a contamination > 0."""
-    return 1 - left_out(s, min(contamination + 0.05, 0.5)), left_out(s, contamination)
+    """Step 1, our rule: w and P(bad) of each sample, for a given contamination > 0."""
+    return 1 - left_out(s, min(contamination + 0.1, 0.5)), left_out(s, contamination)
 
 
 def trimmed_parts(s, w):
-    """Step 1 with scores of parts (N, P): the twentieth is one of the parts of samples with w > 0.
+    """Step 1 with scores of parts (N, P): the tenth is one of the parts of samples with w > 0.
 
     A sample's weight is then 1 - left_out(s, contamination), and L_i the mean over its parts of
     part weight times part loss.
     """
     counting = w > 0
     part_weights = torch.ones(s.shape)
-    part_weights[counting] -= left_out(s[counting].flatten(), 0.05).reshape(s[counting].shape)
+    part_weights[counting] -= left_out(s[counting].flatten(), 0.1).reshape(s[counting].shape)
     return part_weights
 
 

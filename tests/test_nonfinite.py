@@ -12,7 +12,8 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from comet_meta import CoMetOptimizerWrapper, CovarianceMetaRegularizer, SoftConfidentWeighter
-from comet_meta.nonfinite import DeferredFlag, all_finite
+from comet_meta.gradients import all_finite
+from comet_meta.guard import DeferredFlag
 from comet_meta.restore import undo_on_error
 from wrapping import wrap
 

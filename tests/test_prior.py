@@ -14,12 +14,14 @@ from comet_meta.weights.rules import standardize, trimmed_weights
 
 
 def test_two_samples_judge_each_other_by_hand():
-    # Each is scored against the other: nearest distances of the patches (0, 0) and (3, 4) to the
-    # other's patches are 1 and 4 (to (0, 1) and (3, 0)), their two highest average 2.5.
+    # Each is scored against the other. Nearest distances of the patches (0, 0) and (3, 4) to the
+    # other's patches are 1 and 4, of (0, 1) and (3, 0) they are 1 and 3.
     features = torch.tensor([[[0.0, 0.0], [3.0, 4.0]], [[0.0, 1.0], [3.0, 0.0]]])
-    scores = MemoryScorer(draws=1, fraction=0.5, top_patches=2)(features)
-    # The other way: (0, 1) is 1 from (0, 0), (3, 0) is 3 from (0, 0).
-    assert scores.tolist() == pytest.approx([2.5, 2.0])
+    scores, patch_scores = MemoryScorer(draws=1, fraction=0.5, top_patches=2).score_parts(features)
+    # By place the (lower) medians are 1 and 3, of all distances 1.
+    torch.testing.assert_close(patch_scores, torch.tensor([[1 / 2, 4 / 4], [1 / 2, 3 / 4]]))
+    # The quartile of either sample's own distances is 1, so the mean of both patches is left.
+    assert scores.tolist() == pytest.approx([0.75, 0.625])
 
 
 def test_scores_equal_an_independent_nearest_neighbour_search():
@@ -28,17 +30,37 @@ def test_scores_equal_an_independent_nearest_neighbour_search():
     features = features[memory_module._random_sums(features.flatten(1))[:, 0].argsort()]
     scorer = MemoryScorer(draws=1, fraction=0.5, top_patches=3, scale=1.5, seed=4)
     choices = torch.Generator().manual_seed(4)
-    totals, seen = np.zeros(12), np.zeros(12)
+    totals, seen = np.zeros((12, 5)), np.zeros((12, 1))
     while (seen == 0).any():
         order = torch.randperm(12, generator=choices).numpy()
         inside, outside = order[:6], order[6:]
         search = NearestNeighbors(n_neighbors=1).fit(features[inside].flatten(0, 1).numpy())
-        distances = np.sort([search.kneighbors(features[i].numpy())[0].ravel() for i in outside])
-        own = distances[:, 2]  # three of five are no larger
-        usual = np.sort(own)[2]  # the lower of the two in the middle of six
-        totals[outside] += distances[:, -3:].mean(axis=1) * 2.5 / (own + 1.5 * usual)
+        totals[outside] += [search.kneighbors(features[i].numpy())[0].ravel() for i in outside]
         seen[outside] += 1
-    np.testing.assert_allclose(scorer(features).numpy(), totals / seen, rtol=1e-4)
+    distances = totals / seen
+    # the lower of the two in the middle, of twelve and of sixty
+    places = np.sort(distances, axis=0)[5] + np.sort(distances, axis=None)[29]
+    own = np.sort(distances, axis=1)[:, 2:3]  # three of five are no larger
+    scale = (own + 1.5 * np.sort(own, axis=None)[5]) / 2.5
+    expected = np.sort(distances / places / scale, axis=1)[:, -3:].mean(axis=1)
+    scores, patch_scores = scorer.score_parts(features)
+    np.testing.assert_allclose(scores.numpy(), expected, rtol=1e-4)
+    np.testing.assert_allclose(patch_scores.numpy(), distances / places, rtol=1e-4)
+
+
+def test_a_place_that_varies_in_all_samples_hides_no_defect_elsewhere():
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(200, 16, 8, generator=generator)
+    features[:, 0] *= 6  # an edge
+    bad = torch.arange(200) < 20
+    features[bad, 9] += 9 * torch.nn.functional.normalize(
+        torch.randn(20, 8, generator=generator), dim=1
+    )
+    scores, patch_scores = MemoryScorer(top_patches=1).score_parts(features)
+    assert roc_auc_score(bad, scores) > 0.95
+    assert roc_auc_score(bad, patch_scores[:, 9]) > 0.95
+    # The edge alone would rank by chance.
+    assert roc_auc_score(bad, patch_scores[:, 0]) < 0.65
 
 
 def test_chunks_change_nothing(monkeypatch):
@@ -112,8 +134,8 @@ def test_copies_of_one_picture_are_no_division_by_zero():
     assert int(MemoryScorer()(features).argmax()) == 4
 
 
-def test_a_single_patch_scores_its_distance():
-    assert MemoryScorer(fraction=0.5)(torch.tensor([[0.0], [3.0]])).tolist() == [3, 3]
+def test_a_single_patch_scores_its_distance_by_the_usual_one():
+    assert MemoryScorer(fraction=0.5)(torch.tensor([[0.0], [3.0]])).tolist() == [0.5, 0.5]
 
 
 def test_a_memory_holds_no_more_patches_than_it_may(monkeypatch):

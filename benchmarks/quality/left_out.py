@@ -38,7 +38,7 @@ class LeftOut(SoftConfidentWeighter):
         if part_scores is None and kind != "samples":
             raise ValueError(f"{name} needs losses by part")
         samples = {"samples": fraction, "both": fraction / 2, "parts": 0.0}[kind]
-        super().__init__(prior=scores, rule=lambda finite: trimmed_weights(finite, always=samples))
+        super().__init__(prior=scores, rule=lambda finite: trimmed_weights(finite, extra=samples))
         self.of_parts: Tensor | None = None
         if part_scores is not None and kind != "samples":
             flat = trimmed_parts(part_scores.flatten(1), self.weights, fraction - samples)

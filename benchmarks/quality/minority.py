@@ -2,9 +2,9 @@
 
 Good monocrystalline cells make up the folder, good polycrystalline ones a minor share of it; with
 --noise, cells of either kind are bad. The weights come from MemoryScorer as in the examples, before
-training. Mean weights, their patches' included, and the variant's P(bad), over seeds (draws of the
-bad cells and of the variant's), by the default prior, a more cautious one, and one for folders of
-one product.
+training: patches have weights where a share is told, or with --parts. Mean weights, their patches'
+included, and the variant's P(bad), over seeds (draws of the bad cells and of the variant's), by the
+default prior, a more cautious one, and one for folders of one product.
 
 With --train, what a detector is worth that has been trained on the folder: I-AUROC on test cells of
 which the variant makes up the same share, and on those of either kind alone.
@@ -54,6 +54,7 @@ def main() -> None:
         help="of the weighter: a share or auto",
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
+    parser.add_argument("--parts", action="store_true", help="patches have weights in any case")
     parser.add_argument("--train", choices=sorted(DETECTORS), help="what to train")
     options = parser.parse_args()
     bench = Benchmark(DEFAULT_BACKBONE, {}, "cpu", None)
@@ -64,8 +65,14 @@ def main() -> None:
             for seed in options.seeds:
                 features, bad, minor = folder(bench, share, noise, seed)
                 for name, scorer in _SCORERS.items():
-                    priors = memory_part_prior([[features]], len(features), scorer)
-                    found[name].append(figures(*priors, bad, minor, options.contamination))
+                    scores, part_scores = memory_part_prior([[features]], len(features), scorer)
+                    weighted = options.parts or options.contamination != "auto"
+                    weighter = SoftConfidentWeighter(
+                        prior=scores,
+                        part_prior=part_scores if weighted else None,
+                        contamination=options.contamination,
+                    )
+                    found[name].append(figures(weighter, bad, minor))
             rows += [
                 {"variant": f"{share:.0%}", "bad": f"{noise:.0%}", "prior": name}
                 | {figure: spread([run[figure] for run in runs], 2) for figure in runs[0]}
@@ -163,17 +170,8 @@ def _kinds(bench: Benchmark, noise: float, seed: int) -> Iterator[tuple[Tensor, 
         yield torch.cat(features), torch.from_numpy(bad_samples(samples))
 
 
-def figures(
-    prior: Tensor,
-    part_prior: Tensor,
-    bad: Tensor,
-    minor: Tensor,
-    contamination: float | Literal["auto"],
-) -> dict[str, float]:
+def figures(weighter: SoftConfidentWeighter, bad: Tensor, minor: Tensor) -> dict[str, float]:
     """Mean weights of good cells of either kind and of bad ones, and the AUROC of the prior."""
-    weighter = SoftConfidentWeighter(
-        prior=prior, part_prior=part_prior, contamination=contamination
-    )
     weights = weighter.mean_weights()
     result = {
         "weight of the others": float(weights[~bad & ~minor].mean()),
@@ -182,7 +180,7 @@ def figures(
     }
     if bad.any():
         result["of the bad"] = float(weights[bad].mean())
-        result["AUROC"] = curation_metrics(prior.numpy(), bad.numpy())["AUROC"]
+        result["AUROC"] = curation_metrics(weighter.ranking_scores().numpy(), bad.numpy())["AUROC"]
     return result
 
 

@@ -19,15 +19,15 @@ class MemoryScorer:
     """Anomaly scores of the training set: distances between the samples' frozen features.
 
     1. A memory holds all patches of a random part of the *other* samples.
-    2. A patch's distance is the distance to its nearest neighbour in the memory.
-    3. A rare variant of the product is far from most memories in all of its patches; a defect is
-       far in a few. So distances are divided by m + scale * M: m is the upper quartile of the
-       sample's own distances, M the median of m over all samples.
-    4. A sample's score is the mean of its highest distances, averaged over several memories.
-    5. A patch's own score (:meth:`score_parts`) is its distance of step 2, averaged over the
-       memories and divided by r + R: r is the median over the samples of the distances at the same
-       place, R the median of all distances. A place that varies in all samples, such as an edge, is
-       no defect.
+    2. A patch's distance is the distance to its nearest neighbour in the memory, averaged over
+       several memories.
+    3. A place that varies in all samples, such as an edge, is no defect. So a distance is divided
+       by r + R: r is the median over the samples of the distances at the same place, R the median
+       of all distances. This is the patch's own score (:meth:`score_parts`).
+    4. A rare variant of the product is far from most memories in all of its patches; a defect is
+       far in a few. So the patches' scores are divided by m + scale * M: m is the upper quartile of
+       the sample's own distances, M the median of m over all samples.
+    5. A sample's score is the mean of its highest ones.
 
     No memory holds the scored sample or a copy of it. A bad sample therefore looks normal only if
     most memories hold another one like it.
@@ -120,7 +120,7 @@ class MemoryScorer:
             features: As for a call.
 
         Returns:
-            Anomaly scores of the samples, shape (N,), and of their patches (step 5), shape (N, P).
+            Anomaly scores of the samples, shape (N,), and of their patches (step 3), shape (N, P).
             Both float32, on the features' device.
 
         Raises:
@@ -155,27 +155,24 @@ class MemoryScorer:
         centre = features.mean(dim=(0, 1), dtype=torch.float64).to(torch.float32)
         # On the CPU, so that every device makes the same choices.
         generator = torch.Generator().manual_seed(self.seed)
-        totals = torch.zeros(count, device=features.device)
-        patch_totals = torch.zeros(count, patches, device=features.device)
+        totals = torch.zeros(count, patches, device=features.device)
         seen = torch.zeros(count, device=features.device)
         draws = 0
         # Draw on until every sample was outside of at least one memory.
         while draws < self.draws or not bool((seen > 0).all()):
+            # 1)
             order = torch.randperm(len(different), generator=generator).to(features.device)
             inside = by_content[order[:size]]
             is_inside = torch.zeros(len(different), dtype=torch.bool, device=features.device)
             is_inside[inside] = True
             outside = (~is_inside[group]).nonzero().flatten()
             memory = self._memory(features, different[inside], generator) - centre
-            distances = self._distances(features, outside, memory, centre)
-            relative = self._relative(distances)
-            highest = relative.topk(min(self.top_patches, patches), dim=1).values
-            totals[outside] += highest.mean(dim=1)
-            patch_totals[outside] += distances
+            # 2)
+            totals[outside] += self._distances(features, outside, memory, centre)
             seen[outside] += 1
             draws += 1
-        scores = totals / seen
-        if not bool(torch.isfinite(scores).all()):
+        distances = totals / seen.unsqueeze(1)
+        if not bool(torch.isfinite(distances).all()):
             bad = (~torch.isfinite(features)).flatten(1).any(dim=1).nonzero().flatten()
             if not len(bad):
                 raise ValueError(
@@ -186,9 +183,12 @@ class MemoryScorer:
                 f"features of {len(bad)} samples are NaN or infinite (first at positions "
                 f"{bad[:8].tolist()}); expected finite features"
             )
-        distances = patch_totals / seen.unsqueeze(1)
-        scale = distances.median(dim=0).values + distances.median()
-        return scores, distances / scale.where(scale > 0, 1)
+        # 3)
+        usual = distances.median(dim=0).values + distances.median()
+        patch_scores = distances / usual.where(usual > 0, 1)
+        # 4), 5)
+        highest = (patch_scores / self._own_scale(distances)).topk(min(self.top_patches, patches))
+        return highest.values.mean(dim=1), patch_scores
 
     def _memory(self, features: Tensor, inside: Tensor, generator: torch.Generator) -> Tensor:
         """The patches of some samples, or a random choice of at most ``max_patches``, (M, C)."""
@@ -214,17 +214,17 @@ class MemoryScorer:
             ]
         )
 
-    def _relative(self, distances: Tensor) -> Tensor:
-        """Distances (S, P) by those that are usual in the sample and in the set, see step 3."""
+    def _own_scale(self, distances: Tensor) -> Tensor:
+        """What is usual in a sample and in the set, of distances (N, P), see step 4, (N, 1)."""
         patches = distances.shape[1]
-        if patches == 1:
-            return distances
         own = distances.kthvalue(max(1, 3 * patches // 4), dim=1, keepdim=True).values
+        if patches == 1:
+            return torch.ones_like(own)
         usual = own.median()
         usual = usual.where(usual > 0, 1)  # 0 where most samples are equal
         if math.isinf(self.scale):
-            return distances / usual
-        return distances * (1 + self.scale) / (own + self.scale * usual)
+            return usual.expand_as(own)
+        return (own + self.scale * usual) / (1 + self.scale)
 
     @staticmethod
     def _nearest(queries: Tensor, memory: Tensor) -> Tensor:

@@ -16,6 +16,8 @@ from comet_meta.weights.contamination import (
 
 ALWAYS_LEFT_OUT = 0.05
 """Fraction of the samples that is left out without evidence that they are bad."""
+LEFT_OUT_BESIDE_GIVEN = 0.1
+"""Fraction that is left out beside a given share of bad samples: no ranking finds all of them."""
 MAX_LEFT_OUT = 0.5
 """Largest fraction of the samples that is left out."""
 
@@ -108,16 +110,17 @@ def hard_weights(scores: Tensor, kappa: float = 1.5) -> Weighting:
 def trimmed_weights(
     scores: Tensor,
     contamination: float | Literal["auto"] = "auto",
-    always: float = ALWAYS_LEFT_OUT,
+    extra: float | None = None,
 ) -> Weighting:
-    """Leave out the samples with the highest scores: the proven bad ones and another twentieth.
+    """Leave out the samples with the highest scores: the known bad ones and a few more.
 
     1. The contamination c is the share that the caller gives, or with ``"auto"`` the lower bound
        that the scores prove (:mod:`comet_meta.weights.contamination`), often 0.
-    2. The fraction f = min(c + a, 0.5) of the samples is left out, with a = 0.05. The extra
-       twentieth is for bad samples that the scores don't prove; on clean data it costs next to
-       nothing. A given contamination of 0 leaves out none: training is then plain training, bit
-       for bit.
+    2. The fraction f = min(c + a, 0.5) of the samples is left out. With ``"auto"`` a = 0.05: a
+       twentieth for bad samples that the scores don't prove, which on clean data costs next to
+       nothing. With a given c, a = 0.1: there are bad samples then, and some of them have no high
+       score. A given contamination of 0 leaves out none: training is then plain training, bit for
+       bit.
     3. Let r be a sample's rank from the highest score down, divided by N. Its weight is
        w = clip((r - 3f/4) / (f/2), 0, 1): it rises from 0 to 1 between 3/4 and 5/4 of f. Samples
        with equal scores get the mean of the weights of their ranks.
@@ -126,7 +129,7 @@ def trimmed_weights(
     Args:
         scores: Anomaly scores, shape (N,), not all equal.
         contamination: The share of bad samples, in [0, 0.5), or ``"auto"``.
-        always: Fraction a that is left out without evidence, >= 0.
+        extra: Fraction a, >= 0; None for that of step 2.
 
     Returns:
         Weights (N,), the largest score whose weight is at least 1/2, and P(bad).
@@ -135,7 +138,7 @@ def trimmed_weights(
         >>> scores = torch.cat([torch.linspace(0, 1, 90), torch.linspace(4, 6, 10)])
         >>> weights = trimmed_weights(scores, contamination=0.1).weights
         >>> int((weights == 0).sum()), int((weights == 1).sum())
-        (11, 81)
+        (15, 75)
         >>> bool(trimmed_weights(scores, contamination=0.0).weights.min() == 1)
         True
     """
@@ -143,7 +146,8 @@ def trimmed_weights(
     auto = contamination == "auto"
     c = estimate_contamination(scores).low if auto else float(contamination)
     # 2) left-out fraction f
-    f = min(c + always, MAX_LEFT_OUT) if auto or c > 0 else 0.0
+    a = extra_left_out(contamination) if extra is None else extra
+    f = min(c + a, MAX_LEFT_OUT) if auto or c > 0 else 0.0
     # 3) w = 1 - (left out at f). Before 4), because selecting a rank takes three times the memory
     #    of the scores.
     weights = _left_out(scores, f).neg_().add_(1) if f > 0 else torch.ones_like(scores)
@@ -152,21 +156,23 @@ def trimmed_weights(
     return Weighting(weights, score_threshold(scores, weights), p_bad)
 
 
-def trimmed_parts(part_scores: Tensor, weights: Tensor, always: float = ALWAYS_LEFT_OUT) -> Tensor:
-    """Leave out the twentieth of all parts with the highest scores.
+def trimmed_parts(
+    part_scores: Tensor, weights: Tensor, fraction: float = ALWAYS_LEFT_OUT
+) -> Tensor:
+    """Leave out a fraction of all parts, those with the highest scores.
 
     A bad sample seldom shows it everywhere: a scratch covers a few of a picture's patches, a fault
     moves a few of a row's columns. So a twentieth of the parts holds what is bad about many more
     samples than a twentieth of the samples does.
 
     1. The parts of samples with weight 0 don't count: they are left out already.
-    2. Of the other parts, the fraction a = 0.05 with the highest scores is left out, with the ramp
-       of step 3 of :func:`trimmed_weights`.
+    2. Of the other parts, the fraction a with the highest scores is left out, with the ramp of step
+       3 of :func:`trimmed_weights`.
 
     Args:
         part_scores: Anomaly scores of the samples' parts, shape (N, P).
         weights: Weights of the samples, shape (N,).
-        always: Fraction a of the parts that is left out, in (0, 0.5].
+        fraction: Fraction a, in (0, 0.5].
 
     Returns:
         Weights of the parts, shape (N, P), in [0, 1]; 1 where step 1 applies.
@@ -182,8 +188,20 @@ def trimmed_parts(part_scores: Tensor, weights: Tensor, always: float = ALWAYS_L
     counts = weights > 0
     # 2) w = 1 - (left out at a)
     kept = part_scores[counts]
-    part_weights[counts] -= _left_out(kept.flatten(), always).reshape(kept.shape)
+    part_weights[counts] -= _left_out(kept.flatten(), fraction).reshape(kept.shape)
     return part_weights
+
+
+def extra_left_out(contamination: float | Literal["auto"]) -> float:
+    """The fraction that is left out beside the contamination, of the samples or of their parts.
+
+    Args:
+        contamination: A given share > 0, or ``"auto"``.
+
+    Returns:
+        0.05 or 0.1, see step 2 of :func:`trimmed_weights`.
+    """
+    return ALWAYS_LEFT_OUT if contamination == "auto" else LEFT_OUT_BESIDE_GIVEN
 
 
 def estimate_contamination(scores: Tensor) -> Contamination:

@@ -2,31 +2,22 @@
 
 import logging
 from collections.abc import Mapping, Sequence, Sized
-from numbers import Integral
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from comet_meta import distributed
-from comet_meta.arrays import ArrayLike, as_floats
-from comet_meta.data import as_index, check_positions
-from comet_meta.identity import sample_identity
+from comet_meta.arrays import ArrayLike
+from comet_meta.data import as_index
+from comet_meta.weights.checks import as_scores, check_settings, too_few_or_equal
 from comet_meta.weights.contamination import NO_EVIDENCE, Contamination
-from comet_meta.weights.rules import (
-    MAX_LEFT_OUT,
-    RULES,
-    Rule,
-    RuleName,
-    Weighting,
-    estimate_contamination,
-    score_threshold,
-    standardize,
-    trimmed_parts,
-    trimmed_weights,
-)
+from comet_meta.weights.own_samples import OwnSamples
+from comet_meta.weights.parts import as_part_scores, check_saved_parts, weigh_parts
+from comet_meta.weights.ranking import join_scores, rank_samples
+from comet_meta.weights.rules import Rule, RuleName, estimate_contamination
+from comet_meta.weights.weigh import weigh
 
-_MIN_SAMPLES = 8
 _LOGGER = logging.getLogger(__name__)
 
 
@@ -48,7 +39,8 @@ class SoftConfidentWeighter(nn.Module):
             >= 1/2, and P(bad) = 1 - w.
         contamination: The share of bad samples in the training set, for ``"trimmed"``: in [0, 0.5),
             or ``"auto"``: as many as the scores prove. Give the share if you know it, because
-            scores alone seldom prove much. 0 makes all weights 1.
+            scores alone seldom prove much. A few more are left out besides, with ``"auto"`` a
+            twentieth, of a given share a tenth of the samples. 0 makes all weights 1.
         kappa: Width of the fence of ``"hard"`` and ``"ratio"``, >= 0 (paper: 1.5).
         momentum: How much of a sample's earlier score stays when a new one comes, in [0, 1).
         prior: Anomaly scores of the training set from another source, shape (N,), for instance of
@@ -59,7 +51,7 @@ class SoftConfidentWeighter(nn.Module):
             window, columns of a row) from the same source, shape (N, ...); see
             :meth:`part_weights` and
             :meth:`MemoryScorer.score_parts <comet_meta.MemoryScorer.score_parts>`.
-            ``"trimmed"`` then leaves out a twentieth of the parts in place of a twentieth of the
+            ``"trimmed"`` then leaves out a twentieth (or tenth) of the parts in place of the
             samples.
 
     Without a prior, let the model learn something before the first fit: weights from an untrained
@@ -119,31 +111,8 @@ class SoftConfidentWeighter(nn.Module):
             if num_samples not in (None, len(prior)):
                 raise ValueError(f"the prior has {len(prior)} scores for {num_samples} samples")
             num_samples = len(prior)
-        if num_samples is not None and not (isinstance(num_samples, Integral) and num_samples >= 1):
-            raise ValueError(f"num_samples is {num_samples!r}; expected the set's size, >= 1")
-        if not callable(rule) and rule not in RULES:
-            names = ", ".join(map(repr, RULES))
-            raise ValueError(f"rule is {rule!r}; expected one of {names}, or a function")
-        if not kappa >= 0:
-            raise ValueError(f"kappa is {kappa}; expected >= 0")
-        if contamination != "auto" and (
-            isinstance(contamination, str) or not 0 <= contamination < MAX_LEFT_OUT
-        ):
-            raise ValueError(
-                f"contamination is {contamination!r}; expected a share in [0, 0.5), or 'auto'"
-            )
-        if not 0 <= momentum < 1:
-            raise ValueError(f"momentum is {momentum}; expected a share in [0, 1)")
-        if part_prior is not None:
-            if prior is None or rule != "trimmed":
-                raise ValueError("part_prior goes with prior= and rule='trimmed'; give both")
-            part_prior = as_floats(part_prior, "part_prior").detach().cpu()
-            as_scores(part_prior.flatten(), "part_prior")
-            if len(part_prior) != len(prior) or part_prior.dim() < 2:
-                raise ValueError(
-                    f"part_prior has shape {tuple(part_prior.shape)} for {len(prior)} samples; "
-                    "expected (N, ...): a score of each part of each sample"
-                )
+        check_settings(num_samples, rule, kappa, contamination, momentum)
+        part_scores = None if part_prior is None else as_part_scores(part_prior, prior, rule)
         self.num_samples = num_samples
         self.rule = rule
         self.kappa = kappa
@@ -151,7 +120,7 @@ class SoftConfidentWeighter(nn.Module):
         self.momentum = momentum
         self._updates = 0
         self._passed_once = num_samples is not None  # whether a whole pass told the size
-        self._samples: str | None = None  # their identity
+        self._samples = OwnSamples()
         self._in_use = False  # whether a fit was begun with it
         self._end_told = False  # whether a warning said that the set's end never came
         size = num_samples or 0
@@ -161,15 +130,12 @@ class SoftConfidentWeighter(nn.Module):
         self.register_buffer("threshold", torch.tensor(torch.inf))
         self.register_buffer("prior", None if prior is None else prior.detach().cpu())
         self.register_buffer("_part_weights", None)
-        if part_prior is not None:
-            self._part_weights = torch.ones(part_prior.shape)
+        if part_scores is not None:
+            self._part_weights = torch.ones(part_scores.shape)
         if prior is not None:
             self.fit()
-        if part_prior is not None and contamination != 0 and size >= _MIN_SAMPLES:
-            part_scores = part_prior.float().flatten(1)
-            if not _too_few_or_equal(part_scores.flatten()):
-                fitted = trimmed_parts(part_scores, self.weights)
-                self._part_weights = fitted.reshape(part_prior.shape)
+        if part_scores is not None:
+            self._part_weights = weigh_parts(part_scores, self.weights, contamination)
 
     @torch.no_grad()
     def fit(self, scores: ArrayLike | None = None) -> None:
@@ -193,14 +159,13 @@ class SoftConfidentWeighter(nn.Module):
                 raise ValueError(f"got {len(scores)} scores for {len(self.scores)} samples")
             self._store(slice(None), scores)
         self._updates = 0
-        basis = self._weighted_scores()
-        # The sum is NaN if one of its terms is, and takes less memory than a mask.
-        if basis.sum().isnan():
-            known = ~basis.isnan()
-            weights, p_bad = torch.ones_like(basis), torch.zeros_like(basis)
-            weights[known], threshold, p_bad[known] = self._weigh(basis[known])
-        else:
-            weights, threshold, p_bad = self._weigh(basis)
+        weights, threshold, p_bad = weigh(
+            self._weighted_scores(),
+            self.rule,
+            self.kappa,
+            self.contamination,
+            has_parts=self.has_parts,
+        )
         # One copy each: another thread that reads during the fit gets old or new weights.
         self.threshold.copy_(threshold)
         self.weights.copy_(weights)
@@ -214,13 +179,7 @@ class SoftConfidentWeighter(nn.Module):
             standardised; the prior alone for samples without a score. NaN for samples without
             either. Shape (N,).
         """
-        if self.prior is None:
-            return self.scores
-        prior = standardize(self.prior)
-        known = ~self.scores.isnan()
-        own = torch.full_like(prior, torch.nan)
-        own[known] = standardize(self.scores[known])
-        return torch.where(known, (prior + own) / 2, prior)
+        return join_scores(self.scores, self.prior)
 
     def update(self, index: Tensor | Sequence[int], scores: ArrayLike) -> None:
         """Add the scores of a batch; for loops that don't score the whole set.
@@ -302,14 +261,7 @@ class SoftConfidentWeighter(nn.Module):
             Traceback (most recent call last):
             ValueError: the weights belong to other samples: ...
         """
-        check_positions(dataset)
-        if self.num_samples not in (None, len(dataset)):
-            raise ValueError(
-                f"the weighter is for {self.num_samples} samples, the data set has {len(dataset)}"
-            )
-        samples = sample_identity(dataset)
-        self._check_samples(samples)
-        self._samples = samples
+        self._samples.identify(dataset, self.num_samples)
 
     def begin_fit(self, dataset: Sized | None = None) -> None:
         """Start a training from the beginning, with the scores of no earlier one.
@@ -337,7 +289,7 @@ class SoftConfidentWeighter(nn.Module):
         if self.prior is not None:
             self.fit()
             return
-        self._samples = None
+        self._samples.identity = None
         if self.num_samples is None:
             self.scores, self.weights, self.p_bad = (
                 kept[:0].clone() for kept in (self.scores, self.weights, self.p_bad)
@@ -356,37 +308,8 @@ class SoftConfidentWeighter(nn.Module):
         Raises:
             ValueError: If it is of another number of samples or parts, or of other samples.
         """
-        saved = state_dict.get("scores")
-        if saved is not None and self.num_samples not in (None, len(saved)):
-            raise ValueError(
-                f"the saved weights are of {len(saved)} samples, this weighter is for "
-                f"{self.num_samples}: they belong to another training set"
-            )
-        if (state_dict.get("prior") is None) != (self.prior is None):
-            here, there = ("no", "a") if self.prior is None else ("a", "no")
-            raise ValueError(f"the saved weighter has {there} prior, this one has {here}")
-        there, here = (
-            "no parts" if parts is None else f"parts of shape {tuple(parts.shape[1:])}"
-            for parts in (state_dict.get("_part_weights"), self._part_weights)
-        )
-        if there != here:
-            raise ValueError(
-                f"the saved weighter has weights of {there}, this one of {here}; give it a "
-                "part_prior= as the saved one had, or none"
-            )
-        extra = state_dict.get("_extra_state")
-        if isinstance(extra, Mapping):
-            self._check_samples(extra.get("samples"))
-
-    def _check_samples(self, samples: str | None) -> None:
-        if None in (samples, self._samples) or samples == self._samples:
-            return
-        then, now = (str(each).split(":")[0] for each in (self._samples, samples))
-        raise ValueError(
-            f"the weights belong to other samples: {then} here and {now} there, "
-            "of other names or in another order. Use the data set as it was, or start from the "
-            "beginning, without the saved weights or with a new weighter"
-        )
+        self._samples.check_saved(state_dict, self.num_samples, self.prior)
+        check_saved_parts(state_dict.get("_part_weights"), self._part_weights)
 
     @property
     def contamination_(self) -> Contamination:
@@ -397,7 +320,7 @@ class SoftConfidentWeighter(nn.Module):
         """
         basis = self._weighted_scores()
         known = basis[~basis.isnan()]
-        return NO_EVIDENCE if _too_few_or_equal(known) else estimate_contamination(known)
+        return NO_EVIDENCE if too_few_or_equal(known) else estimate_contamination(known)
 
     def forward(self, index: Tensor | Sequence[int] | None = None) -> Tensor:
         """Weights of some samples, or of all.
@@ -481,15 +404,7 @@ class SoftConfidentWeighter(nn.Module):
         Raises:
             ValueError: If ``k`` is negative or no integer.
         """
-        if k is not None and (not isinstance(k, Integral) or k < 0):
-            raise ValueError(f"k is {k!r}; expected a number of samples, >= 0, or None for all")
-        scores = self.ranking_scores().nan_to_num(nan=-torch.inf)
-        if k is None or k >= len(scores):
-            return scores.argsort(descending=True, stable=True)
-        # Sort only the samples that can be among the first k.
-        kth = scores.kthvalue(len(scores) - max(k, 1) + 1).values
-        candidates = (scores >= kth).nonzero().flatten()
-        return candidates[scores[candidates].argsort(descending=True, stable=True)][:k]
+        return rank_samples(self.ranking_scores(), k)
 
     def extra_repr(self) -> str:
         """The settings, for ``repr``."""
@@ -499,27 +414,6 @@ class SoftConfidentWeighter(nn.Module):
     def _weighted_scores(self) -> Tensor:
         """The scores (N,) that the weights follow: the prior's, or else the model's."""
         return self.scores if self.prior is None else self.prior
-
-    def _weigh(self, scores: Tensor) -> Weighting:
-        """Apply the rule to scores (M,) without NaN."""
-        if _too_few_or_equal(scores):
-            no_threshold = torch.tensor(torch.inf)
-            return Weighting(torch.ones_like(scores), no_threshold, torch.zeros_like(scores))
-        if self._part_weights is not None:  # the twentieth is one of the parts
-            return trimmed_weights(scores, self.contamination, always=0.0)
-        if isinstance(self.rule, str):
-            return RULES[self.rule](scores, self.kappa, self.contamination)
-        result = self.rule(scores)
-        if isinstance(result, Weighting):
-            _check_rule_values(result.weights, "weight", scores)
-            _check_rule_values(result.p_bad, "P(bad)", scores)
-            if result.threshold.numel() != 1 or bool(result.threshold.isnan()):
-                raise ValueError(
-                    f"the rule returned the threshold {result.threshold}; expected one score"
-                )
-            return result._replace(threshold=result.threshold.reshape(()))
-        _check_rule_values(result, "weight", scores)
-        return Weighting(result, score_threshold(scores, result), 1 - result)
 
     def _store(self, where: Tensor | slice, scores: Tensor) -> None:
         new = scores.detach().to(self.scores)
@@ -541,14 +435,14 @@ class SoftConfidentWeighter(nn.Module):
         return {
             "updates": self._updates,
             "passed_once": self._passed_once,
-            "samples": self._samples,
+            "samples": self._samples.identity,
         }
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Restore :meth:`get_extra_state`."""
         self._updates = state["updates"]
         self._passed_once = state["passed_once"]
-        self._samples = state["samples"] or self._samples
+        self._samples.identity = state["samples"] or self._samples.identity
 
     def _load_from_state_dict(
         self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
@@ -560,55 +454,3 @@ class SoftConfidentWeighter(nn.Module):
         if self.num_samples is None and saved is not None:
             self._grow(len(saved))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-
-def _check_rule_values(values: Tensor, name: str, scores: Tensor) -> None:
-    if values.shape != scores.shape or not bool(((values >= 0) & (values <= 1)).all()):
-        raise ValueError(
-            f"the rule returned shape {tuple(values.shape)} for {len(scores)} scores, or "
-            f"values outside [0, 1]; expected one {name} in [0, 1] for each score"
-        )
-
-
-def _too_few_or_equal(scores: Tensor) -> bool:
-    """Whether scores (N,) are too few to weigh, or equal up to rounding."""
-    if len(scores) < _MIN_SAMPLES:
-        return True
-    low, high = scores.aminmax()
-    rounding = 4 * torch.finfo(scores.dtype).eps * torch.maximum(low.abs(), high.abs())
-    return bool(high - low <= rounding)
-
-
-def as_scores(scores: ArrayLike, name: str = "scores") -> Tensor:
-    """Check scores and return them as a tensor.
-
-    Args:
-        scores: One anomaly score per sample, shape (N,): a tensor, an array or a list.
-        name: Their name in errors.
-
-    Returns:
-        The scores (N,), floating-point.
-
-    Raises:
-        TypeError: If they aren't floating-point numbers.
-        ValueError: If they have another shape or are not finite.
-    """
-    scores = as_floats(scores, name)
-    if scores.dim() != 1:
-        raise ValueError(
-            f"{name} has shape {tuple(scores.shape)}; expected one anomaly score per sample: "
-            "reduce patch scores to image scores first, for instance with .amax(dim=(1, 2))"
-        )
-    # One pass in the common case: the sum is finite only if all its terms are.
-    if not scores.float().sum(dtype=torch.float64).isfinite():
-        bad = (~torch.isfinite(scores)).nonzero().flatten()
-        if len(bad):
-            raise ValueError(
-                f"{len(bad)} of {len(scores)} {name} are NaN or infinite (first at positions "
-                f"{bad[:8].tolist()}); expected finite anomaly scores"
-            )
-        raise ValueError(
-            f"{name} reach {float(scores.abs().max()):.0e}, more than single precision holds; "
-            "divide them by a constant"
-        )
-    return scores.float()

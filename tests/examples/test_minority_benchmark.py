@@ -9,6 +9,7 @@ import torch
 import minority
 from comet_examples.datasets import Sample, Split
 from comet_examples.training import TrainingSettings
+from comet_meta import SoftConfidentWeighter
 
 
 def cells(kind: str, label: int, count: int) -> tuple[Sample, ...]:
@@ -58,7 +59,10 @@ def test_figures_say_who_of_the_variant_is_taken_for_bad():
     prior = torch.cat([torch.linspace(-1, 1, 80), torch.linspace(9, 10, 20)])
     bad = torch.arange(100) >= 90
     minor = (torch.arange(100) >= 80) & (torch.arange(100) < 90)
-    figures = minority.figures(prior, prior.repeat(4, 1).T, bad, minor, 0.2)
+    weighter = SoftConfidentWeighter(
+        prior=prior, part_prior=prior.repeat(4, 1).T, contamination=0.2
+    )
+    figures = minority.figures(weighter, bad, minor)
     # Told that a fifth is bad, the weights take the variant and the bad ones for that fifth.
     assert figures["of the variant"] < 0.1
     assert figures["its P(bad)"] > 0.7

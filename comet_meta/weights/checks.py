@@ -1,0 +1,116 @@
+"""Checks of a weighter's settings, of scores, and of what a rule returns."""
+
+from numbers import Integral
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from comet_meta.arrays import ArrayLike, as_floats
+from comet_meta.weights.rules import MAX_LEFT_OUT, RULES, Rule, RuleName
+
+MIN_SAMPLES = 8
+"""Fewer scores tell nothing."""
+
+
+def check_settings(
+    num_samples: int | None,
+    rule: RuleName | Rule,
+    kappa: float,
+    contamination: float | Literal["auto"],
+    momentum: float,
+) -> None:
+    """Check the settings of a :class:`~comet_meta.SoftConfidentWeighter`.
+
+    Args:
+        num_samples: Expected >= 1, or None.
+        rule: Expected a name or a function.
+        kappa: Expected >= 0.
+        contamination: Expected in [0, 0.5), or ``"auto"``.
+        momentum: Expected in [0, 1).
+
+    Raises:
+        ValueError: If one is out of range.
+    """
+    if num_samples is not None and not (isinstance(num_samples, Integral) and num_samples >= 1):
+        raise ValueError(f"num_samples is {num_samples!r}; expected the set's size, >= 1")
+    if not callable(rule) and rule not in RULES:
+        names = ", ".join(map(repr, RULES))
+        raise ValueError(f"rule is {rule!r}; expected one of {names}, or a function")
+    if not kappa >= 0:
+        raise ValueError(f"kappa is {kappa}; expected >= 0")
+    if contamination != "auto" and (
+        isinstance(contamination, str) or not 0 <= contamination < MAX_LEFT_OUT
+    ):
+        raise ValueError(
+            f"contamination is {contamination!r}; expected a share in [0, 0.5), or 'auto'"
+        )
+    if not 0 <= momentum < 1:
+        raise ValueError(f"momentum is {momentum}; expected a share in [0, 1)")
+
+
+def as_scores(scores: ArrayLike, name: str = "scores") -> Tensor:
+    """Check scores and return them as a tensor.
+
+    Args:
+        scores: One anomaly score per sample, shape (N,): a tensor, an array or a list.
+        name: Their name in errors.
+
+    Returns:
+        The scores (N,), single precision.
+
+    Raises:
+        TypeError: If they aren't floating-point numbers.
+        ValueError: If they have another shape or are not finite.
+    """
+    scores = as_floats(scores, name)
+    if scores.dim() != 1:
+        raise ValueError(
+            f"{name} has shape {tuple(scores.shape)}; expected one anomaly score per sample: "
+            "reduce patch scores to image scores first, for instance with .amax(dim=(1, 2))"
+        )
+    # One pass in the common case: the sum is finite only if all its terms are.
+    if not scores.float().sum(dtype=torch.float64).isfinite():
+        bad = (~torch.isfinite(scores)).nonzero().flatten()
+        if len(bad):
+            raise ValueError(
+                f"{len(bad)} of {len(scores)} {name} are NaN or infinite (first at positions "
+                f"{bad[:8].tolist()}); expected finite anomaly scores"
+            )
+        raise ValueError(
+            f"{name} reach {float(scores.abs().max()):.0e}, more than single precision holds; "
+            "divide them by a constant"
+        )
+    return scores.float()
+
+
+def too_few_or_equal(scores: Tensor) -> bool:
+    """Whether scores (N,) are too few to weigh, or equal up to rounding.
+
+    Example:
+        >>> too_few_or_equal(torch.ones(100)), too_few_or_equal(torch.arange(8.0))
+        (True, False)
+    """
+    if len(scores) < MIN_SAMPLES:
+        return True
+    low, high = scores.aminmax()
+    rounding = 4 * torch.finfo(scores.dtype).eps * torch.maximum(low.abs(), high.abs())
+    return bool(high - low <= rounding)
+
+
+def check_rule_values(values: Tensor, name: str, scores: Tensor) -> None:
+    """Check weights or P(bad) that a custom rule returned.
+
+    Args:
+        values: Expected in [0, 1], shape (N,).
+        name: Their name in the error.
+        scores: The scores that the rule got, shape (N,).
+
+    Raises:
+        ValueError: If the shape is another, or a value lies outside [0, 1].
+    """
+    if values.shape != scores.shape or not bool(((values >= 0) & (values <= 1)).all()):
+        raise ValueError(
+            f"the rule returned shape {tuple(values.shape)} for {len(scores)} scores, or "
+            f"values outside [0, 1]; expected one {name} in [0, 1] for each score"
+        )
