@@ -24,8 +24,9 @@ _INTRO = """\
 Every table is split 70/30 by label; a detector trains on the 70 % without labels and is judged
 (AUROC) on the others. *as-is*: the training part keeps its own anomalies; *clean*: it has none; a
 number: that share of it is bad. *plain* is training without the library, *oracle* training without
-the bad rows, *comet* the library's default; `@rate` is told the true share of bad rows. `--help`
-describes the other methods.
+the bad rows, *comet* the library's default with the prior of `RowScorer`, for the autoencoder with
+weights of values too; *comet-samples* has weights of whole rows alone, `@rate` is told the true
+share of bad rows. `--help` describes the other methods.
 
 - *gain over plain*: mean over the sets, with its 95 % bootstrap interval over sets.
 - *losses*: sets on which the method is more than .005 behind plain; *beyond noise*: of these, those
@@ -69,6 +70,26 @@ def by_set(
     return {name: float(np.mean([*seeds.values()])) for name, seeds in found.items()}
 
 
+def paired_by_set(
+    runs: Iterable[Run], detector: str, condition: str, methods: Iterable[str]
+) -> list[dict[str, float]]:
+    """AUROC by set of each method, the mean over the seeds that all of them have."""
+    runs = list(runs)
+    found = [by_seed(runs, detector, condition, method, "AUROC") for method in methods]
+    seeds = {
+        name: set.intersection(*({*own[name]} for own in found))
+        for name in set.intersection(*({*own} for own in found))
+    }
+    return [
+        {
+            name: float(np.mean([own[name][seed] for seed in common]))
+            for name, common in seeds.items()
+            if common
+        }
+        for own in found
+    ]
+
+
 def gap(gains: Array, room: Array) -> str:
     """Part of the room above plain that is gained, on means over sets (S,), with its interval."""
     pairs = np.stack([gains, room], axis=1)
@@ -94,13 +115,11 @@ def beyond_noise(
 def summary_row(runs: Iterable[Run], detector: str, condition: str, method: str) -> Row | None:
     """A row of the summary; None where runs are missing."""
     runs = list(runs)
-    plain = by_set(runs, detector, condition, "plain", "AUROC")
-    oracle = by_set(runs, detector, condition, "oracle", "AUROC")
-    ours = by_set(runs, detector, condition, method, "AUROC")
-    judged_sets = plain if condition == "clean" else oracle
-    sets = sorted(plain.keys() & ours.keys() & judged_sets.keys())
-    if not sets:
+    needed = ("plain", method) if condition == "clean" else ("plain", method, "oracle")
+    plain, ours, *others = paired_by_set(runs, detector, condition, needed)
+    if not plain:
         return None
+    sets, oracle = sorted(plain), others[0] if others else {}
     gains = np.array([ours[name] - plain[name] for name in sets])
     row: Row = {
         "detector": detector,

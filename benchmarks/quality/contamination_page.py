@@ -72,7 +72,7 @@ def set_row(
     detector: str, task: str, own: Mapping[tuple[float, str], BySeed], noise: float
 ) -> dict[str, str | float] | None:
     """A set at a level of noise; None without a plain training."""
-    runs = {name: own.get((noise, name), {}) for name in _MAIN}
+    runs = on_common_seeds({name: own.get((noise, name), {}) for name in _MAIN})
     if not runs["plain"]:
         return None
     row: dict[str, str | float] = {"detector": detector, "set": task}
@@ -86,12 +86,19 @@ def set_row(
     return row
 
 
+def on_common_seeds(runs: Mapping[str, BySeed]) -> dict[str, BySeed]:
+    """The runs of the seeds that all methods have which have any: so that means can be compared."""
+    present = [{*own} for own in runs.values() if own]
+    common = set.intersection(*present) if present else set()
+    return {name: {seed: own[seed] for seed in common & own.keys()} for name, own in runs.items()}
+
+
 def detector_rows(chosen: Chosen, noise: float) -> list[dict[str, str | float]]:
     """A detector's means over the sets that have plain and comet at a level of noise."""
     rows: list[dict[str, str | float]] = []
     for detector in dict.fromkeys(name for name, _ in chosen):
         sets = [
-            {name: own.get((noise, name), {}) for name in _MAIN}
+            on_common_seeds({name: own.get((noise, name), {}) for name in _MAIN})
             for (name, _), own in chosen.items()
             if name == detector
         ]

@@ -82,6 +82,28 @@ def test_a_row_of_the_summary_by_hand(tmp_path):
     assert row["median of sets"] == "0.50"
 
 
+def test_seeds_that_a_method_lacks_do_not_count():
+    values = {"plain": (0.5, 0.9), "oracle": (0.9, 0.9), "comet": (0.7,)}
+    runs = [
+        {
+            "key": {
+                "set": "a",
+                "condition": "as-is",
+                "detector": "svdd",
+                "seed": seed,
+                "method": method,
+            },
+            "figures": {"AUROC": value},
+        }
+        for method, own in values.items()
+        for seed, value in enumerate(own)
+    ]
+    row = breadth_page.summary_row(runs, "svdd", "as-is", "comet")
+    assert row["gain over plain"].startswith("0.200 ")
+    assert row["gap recovered"].startswith("0.500 ")
+    assert breadth_page.summary_row(runs, "svdd", "as-is", "retrain") is None
+
+
 def test_a_loss_is_beyond_noise_by_two_standard_errors():
     plain = {"a": dict.fromkeys(range(3), 0.9), "b": dict.fromkeys(range(3), 0.9)}
     ours = {"a": {0: 0.88, 1: 0.87, 2: 0.89}, "b": {0: 0.80, 1: 0.93, 2: 0.89}}

@@ -259,3 +259,13 @@ def test_the_means_of_a_detector_are_over_its_sets():
     assert (row["comet - plain"], row["worst set"]) == ("+0.020", "-0.010")
     assert (row["median gap"], row["least gap"]) == ("0.20", "-0.10")  # none for the flat set
     assert set_row("fastflow", "e/f", flat, 0.1)["gap recovered"] == "-"
+
+
+def test_the_page_compares_the_seeds_that_all_main_methods_have():
+    own = {(0.1, "plain"): runs(0.80, 0.2), (0.1, "comet"): runs(0.85), (0.1, "oracle"): runs(0.90)}
+    cells = set_row("fastflow", "a/b", own, 0.1)
+    assert (cells["plain"], cells["comet - plain"], cells["gap recovered"]) == (
+        "0.800",
+        "+0.050",
+        "0.50",
+    )
