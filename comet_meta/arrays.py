@@ -30,14 +30,27 @@ def as_tensor(values: Any) -> Tensor:
         >>> as_tensor(np.array([1.0, 2.0], dtype=">f8")[::-1])
         tensor([2., 1.], dtype=torch.float64)
     """
-    if isinstance(values, np.ndarray):
-        if isinstance(values, np.ma.MaskedArray) and np.ma.is_masked(values):
-            values = values.filled(np.nan)
-        dtype = values.dtype.newbyteorder("=")
-        if dtype.kind == "f" and dtype.itemsize > 8:
-            dtype = np.dtype(np.float64)
-        values = np.require(values, dtype, ["C", "W"])
-    return torch.as_tensor(values)
+    return torch.as_tensor(shareable(values) if isinstance(values, np.ndarray) else values)
+
+
+def shareable(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """An array's values in an array whose memory torch can share.
+
+    Args:
+        values: The array.
+
+    Returns:
+        The array itself, or a copy where torch can't take it as it is.
+
+    Raises:
+        TypeError: If entries of an array that isn't of floats are masked.
+    """
+    if isinstance(values, np.ma.MaskedArray) and np.ma.is_masked(values):
+        values = values.filled(np.nan)
+    dtype = values.dtype.newbyteorder("=")
+    if dtype.kind == "f" and dtype.itemsize > 8:
+        dtype = np.dtype(np.float64)
+    return np.require(values, dtype, ["C", "W"])
 
 
 def as_floats(values: ArrayLike, name: str) -> Tensor:

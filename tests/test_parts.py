@@ -13,7 +13,7 @@ from torch import nn
 
 from comet_meta import CoMetOptimizerWrapper, MemoryScorer, RowScorer, SoftConfidentWeighter
 from comet_meta.vision.picture_prior import memory_part_prior, memory_prior
-from comet_meta.weights.rules import ALWAYS_LEFT_OUT, trimmed_parts
+from comet_meta.weights.rules import ALWAYS_LEFT_OUT, LEFT_OUT_BESIDE_GIVEN, trimmed_parts
 
 PARTS_LEFT_OUT = ALWAYS_LEFT_OUT  # fraction of the parts of the samples that stay
 N, P = 60, 5
@@ -138,7 +138,7 @@ def test_samples_that_are_known_to_be_bad_still_go_as_a_whole():
     gone = weighter.weights == 0
     counting = P * int((~gone).sum())
     left_out = float((1 - weighter.part_weights()).sum())
-    assert left_out == pytest.approx(PARTS_LEFT_OUT * counting, rel=1e-4)
+    assert left_out == pytest.approx(LEFT_OUT_BESIDE_GIVEN * counting, rel=1e-4)
 
 
 def test_the_parts_keep_their_shape():

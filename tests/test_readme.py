@@ -15,8 +15,9 @@ def test_the_snippet_runs_when_pasted_and_finds_the_bad_rows(capsys):
     names: dict = {}
     snippets.run("README.md", "adoption", names)
     assert int((names["suspects"] >= 900).sum()) >= 70
-    weights = names["weighter"]()
-    assert weights[900:].mean() < 0.5 < 0.9 < weights[:900].mean()
+    weights, p_bad = names["weighter"](), names["weighter"].p_bad
+    assert weights[900:].mean() < 0.4 < 0.8 < weights[:900].mean()
+    assert p_bad[900:].mean() > 0.5 > 0.06 > p_bad[:900].mean()
     assert "of the 100 suspects are bad" in capsys.readouterr().out
 
 

@@ -42,7 +42,7 @@ def test_trimmed_parts(s, parts, contamination):
     torch.testing.assert_close(weighter.weights, w, atol=1e-5, rtol=0)
     expected = reference.trimmed_parts(s, weighter.weights)
     torch.testing.assert_close(weighter.part_weights(), expected, atol=1e-5, rtol=0)
-    torch.testing.assert_close(trimmed_parts(s, w).float(), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(trimmed_parts(s, w, 0.1).float(), expected, atol=1e-5, rtol=0)
 
 
 @settings(max_examples=25, deadline=None)

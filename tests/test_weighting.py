@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from comet_meta import SoftConfidentWeighter
 from comet_meta.weights.rules import (
     ALWAYS_LEFT_OUT,
+    LEFT_OUT_BESIDE_GIVEN,
     Weighting,
     estimate_contamination,
     hard_weights,
@@ -108,15 +109,13 @@ def test_the_trimmed_weights_equal_an_independent_count_of_ranks():
     tensor = torch.from_numpy(scores)
     low = estimate_contamination(tensor).low
     assert 0.05 < low < 60 / 460
-    for weighting, bad in (
-        (trimmed_weights(tensor), low),
-        (trimmed_weights(tensor, 0.3), 0.3),
+    for weighting, bad, extra in (
+        (trimmed_weights(tensor), low, ALWAYS_LEFT_OUT),
+        (trimmed_weights(tensor, 0.3), 0.3, LEFT_OUT_BESIDE_GIVEN),
     ):
-        np.testing.assert_allclose(
-            weighting.weights, ramp(scores, bad + ALWAYS_LEFT_OUT), atol=1e-4
-        )
+        np.testing.assert_allclose(weighting.weights, ramp(scores, bad + extra), atol=1e-4)
         np.testing.assert_allclose(weighting.p_bad, 1 - ramp(scores, bad), atol=1e-4)
-        trusted = scores[ramp(scores, bad + ALWAYS_LEFT_OUT) >= 0.5]
+        trusted = scores[ramp(scores, bad + extra) >= 0.5]
         assert float(weighting.threshold) == trusted.max()
 
 
@@ -126,9 +125,11 @@ def test_two_modes_are_separated_where_the_share_is_known(share):
     bad = int(share * 500)
     scores = torch.randn(500, generator=generator)
     scores[:bad] += 6
-    weights = fitted(scores, contamination=share)
-    assert weights[:bad].mean() < 0.1
-    assert weights[bad:].mean() > 0.9
+    found = trimmed_weights(scores, share)
+    assert found.weights[:bad].mean() < 0.01
+    assert float((1 - found.weights[bad:]).sum()) == pytest.approx(50, abs=0.01)  # a tenth
+    assert found.p_bad[:bad].mean() > 0.9
+    assert found.p_bad[bad:].mean() < 0.05
 
 
 @pytest.mark.parametrize("share", [0.1, 0.2])
@@ -336,8 +337,8 @@ def test_a_known_share_finds_bad_samples_that_prove_nothing():
     scores[bad] = 1.8 + 1.4 * scores[bad]  # half of them score like normal ones
     assert fitted(scores)[bad].mean() > 0.65
     told = fitted(scores, contamination=0.3)
-    assert told[bad].mean() < 0.45
-    assert told[~bad].mean() > 0.8
+    assert told[bad].mean() < 0.35
+    assert told[~bad].mean() > 0.7
 
 
 def test_few_good_samples_are_left_out_where_bad_ones_stand_apart():

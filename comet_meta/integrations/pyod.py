@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader
 from typing_extensions import Self, override
 
+from comet_meta.arrays import shareable
 from comet_meta.comet import CoMet
 from comet_meta.data import finite_scores
 from comet_meta.loaders import with_batches
@@ -96,7 +97,8 @@ class CoMetDetector(BaseDetector):  # type: ignore[misc]
         Returns:
             The detector itself.
         """
-        rows = check_array(X)
+        rows = shareable(check_array(X))
+        self.n_features_in_ = rows.shape[1]
         self._set_n_classes(y)
         detector = clone(self.detector)
         weighter = copy.deepcopy(self.weighter) or SoftConfidentWeighter(len(rows))
@@ -125,10 +127,27 @@ class CoMetDetector(BaseDetector):  # type: ignore[misc]
 
         Returns:
             Higher = more anomalous, shape (M,).
+
+        Raises:
+            ValueError: If the rows aren't (M, F) with the F of ``fit``.
         """
         check_is_fitted(self, "detector_")
-        scores: Array = self.detector_.decision_function(X)
+        rows = shareable(check_array(X))
+        if rows.shape[1] != self.n_features_in_:
+            raise ValueError(
+                f"the rows have {rows.shape[1]} columns; the detector was fitted with "
+                f"{self.n_features_in_}"
+            )
+        scores: Array = self.detector_.decision_function(rows)
         return scores
+
+
+def _check_batches(loader: DataLoader[Any]) -> None:
+    if len(loader) == 0:
+        raise ValueError(
+            f"the {len(loader.dataset)} rows don't fill a batch of {loader.batch_size}, "  # type: ignore[arg-type]
+            "and PyOD leaves out what doesn't; give the detector a smaller batch_size"
+        )
 
 
 def _fit_weighted(
@@ -138,6 +157,7 @@ def _fit_weighted(
     plain = detector.criterion
 
     def train(loader: DataLoader[Any]) -> None:
+        _check_batches(loader)
         comet = CoMet(
             loader,
             detector.optimizer,
@@ -209,6 +229,7 @@ def _fit_with(sampler: ConfidenceSampler, detector: DeepSVDD | AE1SVM, rows: Arr
         return
 
     def train(loader: DataLoader[Any]) -> None:
+        _check_batches(loader)
         size, drop_last = loader.batch_size or 1, loader.drop_last
         drawn = with_batches(loader, BatchSampler(sampler, size, drop_last))
         type(detector)._train_autoencoder(detector, drawn)

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from skorch import NeuralNet
@@ -12,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from typing_extensions import Self, override
 
 from comet_meta.comet import CoMet
+from comet_meta.data import IndexedDataset
 from comet_meta.identity import sample_identity
 from comet_meta.weights.weighter import SoftConfidentWeighter
 
@@ -32,7 +34,8 @@ class CoMetCallback(Callback):  # type: ignore[misc]
     Attributes:
         comet: The :class:`~comet_meta.CoMet` object, from the start of training on:
             ``callback.comet.suspects()``. Positions are those in the training part if the net
-            splits a validation part off; pass ``train_split=None`` to train on all.
+            splits a validation part off; pass ``train_split=None`` to train on all. A pickled net
+            keeps the weights, and has the object again when ``partial_fit`` goes on.
 
     Example:
         >>> import torch
@@ -57,58 +60,75 @@ class CoMetCallback(Callback):  # type: ignore[misc]
         self.weighter = weighter
         self.warm_up = warm_up
 
+    _previous: CoMet | None = None
+    _kept: tuple[str, dict[str, Any]] | None = None  # samples and state of an earlier training
+
     @override
     def initialize(self) -> Self:
         """Start a training from the beginning."""
-        self._previous: CoMet | None = None
+        self._previous = self._kept = None
         return super().initialize()  # type: ignore[no-any-return]
 
     @override
     def on_train_begin(self, net: NeuralNet, X: Any = None, y: Any = None, **_: Any) -> None:
         """Take the place of the net's iterator and loss."""
-        get_iterator, get_loss = net.get_iterator, net.get_loss
         # partial_fit goes on with the weights, if it is with the same samples.
-        previous = self._previous
-        goes_on = None
-        if previous is not None:
-            goes_on = previous.dataset, copy.deepcopy(previous.state_dict())
+        self._kept = self._state_to_keep()
+        # No local functions: a checkpoint may pickle the net in the middle of its training.
+        net.get_iterator = partial(self._iterator, net)
+        net.get_loss = partial(self._loss, net)
 
-        def scores(batch: Any) -> Tensor:
-            if self.scores is not None:
-                return self.scores(net, batch)
-            inputs, targets = unpack_data(batch)
-            losses: Tensor = get_loss(net.infer(inputs), targets, X=inputs, training=False)
-            return losses.flatten(1).mean(dim=1) if losses.dim() > 1 else losses
-
-        def iterator(dataset: Dataset[Any], training: bool = False) -> Any:
-            loader: DataLoader[Any] = get_iterator(dataset, training=training)
-            if not training:
-                return loader
-            self.comet = CoMet(
-                loader,
-                [getattr(net, f"{name}_") for name in net._optimizers],
-                scores=scores,
-                model=net.module_,
-                weighter=self.weighter,
-                warm_up=self.warm_up,
+    def _iterator(
+        self, net: NeuralNet, dataset: Dataset[Any], training: bool = False, **settings: Any
+    ) -> Any:
+        """As the net's, with a CoMet for training."""
+        loader: DataLoader[Any] = type(net).get_iterator(net, dataset, training, **settings)
+        if not training:
+            return loader
+        if isinstance(loader.dataset, IndexedDataset):
+            raise TypeError(
+                "the callback knows the positions of the samples itself; give the net the data set "
+                "without its IndexedDataset"
             )
-            if goes_on is not None and _same_samples(goes_on[0], loader.dataset):
-                self.comet.load_state_dict(goes_on[1])
-            self._previous = self.comet
-            return self.comet
+        self.comet = CoMet(
+            loader,
+            [getattr(net, f"{name}_") for name in net._optimizers],
+            scores=partial(self._score, net),
+            model=net.module_,
+            weighter=self.weighter,
+            warm_up=self.warm_up,
+        )
+        if self._kept is not None and self._kept[0] == sample_identity(loader.dataset):
+            self.comet.load_state_dict(self._kept[1])
+        self._previous = self.comet
+        return self.comet
 
-        def loss(*args: Any, training: bool = False, **kwargs: Any) -> Tensor:
-            losses: Tensor = get_loss(*args, training=training, **kwargs)
-            return self.comet.loss(losses) if training else losses.mean()
+    def _loss(self, net: NeuralNet, *args: Any, training: bool = False, **kwargs: Any) -> Tensor:
+        """As the net's, weighted in training."""
+        losses: Tensor = type(net).get_loss(net, *args, training=training, **kwargs)
+        return self.comet.loss(losses) if training else losses.mean()
 
-        net.get_iterator, net.get_loss = iterator, loss
+    def _score(self, net: NeuralNet, batch: Any) -> Tensor:
+        if self.scores is not None:
+            return self.scores(net, batch)
+        inputs, targets = unpack_data(batch)
+        losses: Tensor = type(net).get_loss(
+            net, net.infer(inputs), targets, X=inputs, training=False
+        )
+        return losses.flatten(1).mean(dim=1) if losses.dim() > 1 else losses
+
+    def _state_to_keep(self) -> tuple[str, dict[str, Any]] | None:
+        if self._previous is None:
+            return self._kept
+        return sample_identity(self._previous.dataset), copy.deepcopy(self._previous.state_dict())
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the CoMet object, which holds the training data; its state stays."""
+        kept = {k: v for k, v in vars(self).items() if k not in ("comet", "_previous")}
+        return {**kept, "_kept": self._state_to_keep()}
 
     @override
     def on_train_end(self, net: NeuralNet, X: Any = None, y: Any = None, **_: Any) -> None:
         """Give the net its own iterator and loss back."""
         for name in ("get_iterator", "get_loss"):
             vars(net).pop(name, None)
-
-
-def _same_samples(first: Any, second: Any) -> bool:
-    return sample_identity(first) == sample_identity(second)

@@ -172,3 +172,29 @@ def test_a_row_that_spoils_the_centre_gets_a_sentence(caplog):
     with pytest.raises(ValueError, match="no sample's score is finite"):
         beyond_single_precision("DeepSVDD")
     assert "step skipped" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "kind", [lambda x: np.ascontiguousarray(x[::-1])[::-1], lambda x: x.astype(">f8")]
+)
+@pytest.mark.parametrize("name", ["AutoEncoder", "AE1SVM"])
+def test_arrays_whose_memory_torch_cannot_share(name, kind):
+    def fitted(data):
+        seeded()
+        return CoMetDetector(DETECTORS[name]()).fit(data)
+
+    ours, theirs = fitted(kind(rows())), fitted(rows())
+    assert np.array_equal(ours.decision_scores_, theirs.decision_scores_)
+    assert np.array_equal(ours.decision_function(kind(rows())), theirs.decision_function(rows()))
+
+
+def test_rows_of_another_width_get_a_sentence():
+    seeded()
+    detector = CoMetDetector(AutoEncoder(epoch_num=1, verbose=0)).fit(rows())
+    with pytest.raises(ValueError, match="have 3 columns; the detector was fitted with 6"):
+        detector.decision_function(rows()[:, :3])
+
+
+def test_too_few_rows_for_a_batch_get_a_sentence():
+    with pytest.raises(ValueError, match="the 20 rows don't fill a batch of 32"):
+        CoMetDetector(AutoEncoder(epoch_num=1, verbose=0)).fit(rows()[:20])

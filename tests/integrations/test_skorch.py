@@ -1,14 +1,18 @@
 """skorch nets with the callback."""
 
+import pickle
+
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import TensorDataset
 
 pytest.importorskip("skorch", reason='needs pip install "comet-meta[skorch]"')
 
 from skorch import NeuralNet
+from skorch.callbacks import Callback
 
-from comet_meta import SoftConfidentWeighter
+from comet_meta import IndexedDataset, SoftConfidentWeighter
 from comet_meta.integrations.skorch import CoMetCallback
 from snippets import run
 
@@ -96,3 +100,47 @@ def test_state_belongs_to_a_fit_and_partial_fit_goes_on():
     ours.set_params(max_epochs=1)
     ours.fit(other, other)
     assert dict(ours.callbacks_)["comet"].comet.rounds == 1
+
+
+class Pickles(Callback):
+    """Pickles the net after its second epoch, in the middle of its training."""
+
+    def on_epoch_end(self, net, **_):
+        if len(net.history) == 2:
+            self.content = pickle.dumps({k: v for k, v in vars(net).items() if k != "callbacks_"})
+            self.callback = pickle.dumps(dict(net.callbacks_)["comet"])
+
+
+def test_a_pickled_net_keeps_its_weights():
+    weighter = SoftConfidentWeighter(300, rule="hard")
+    torch.manual_seed(4)
+    ours = net(CoMetCallback(weighter=weighter), "none", train_split=None).fit(rows(), rows())
+    again = pickle.loads(pickle.dumps(ours))
+    assert not hasattr(dict(again.callbacks_)["comet"], "comet")  # which holds the data
+    assert torch.equal(again.forward(rows()), ours.forward(rows()))
+    before = ours.module_.state_dict()["body.0.weight"].clone()
+    for each in (ours, again):
+        torch.manual_seed(5)
+        each.partial_fit(rows(), rows())
+        assert dict(each.callbacks_)["comet"].comet.rounds == 6
+    after = ours.module_.state_dict()["body.0.weight"]
+    assert not torch.equal(after, before)
+    assert torch.equal(again.module_.state_dict()["body.0.weight"], after)
+
+
+def test_a_net_is_pickled_in_the_middle_of_its_training():
+    pickles = Pickles()
+    ours = net(CoMetCallback(), "none", train_split=None)
+    ours.callbacks.append(("pickles", pickles))
+    ours.fit(rows(), rows())
+    pickles = dict(ours.callbacks_)["pickles"]
+    assert pickle.loads(pickles.content)["module_"] is not None
+    kept = pickle.loads(pickles.callback)
+    assert not hasattr(kept, "comet")
+    assert kept._kept[1]["round"][0] == 2
+
+
+def test_an_indexed_data_set_is_not_needed():
+    data = IndexedDataset(TensorDataset(rows(), rows()))
+    with pytest.raises(TypeError, match="without its IndexedDataset"):
+        net(CoMetCallback(), "none", train_split=None).fit(data, None)

@@ -1,0 +1,116 @@
+"""PyOD's detectors through PyOD's own loop: every table of a folder, plain against CoMet.
+
+Tables, split, conditions and figures are those of ``breadth.py``. The detectors have PyOD's default
+settings, and the seed. ``plain`` is PyOD alone, ``oracle`` PyOD without the bad rows; ``comet`` is
+``CoMetDetector`` with the prior of ``RowScorer``, ``comet@rate`` told the true share of bad rows,
+``comet-own`` with the detector's own scores (the adapter's default).
+
+Every run becomes a line of ``--out``; the same command goes on where it stopped. Then it prints a
+table for each condition; without ``--folder`` nothing is run.
+"""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pyod.models.auto_encoder import AutoEncoder
+from pyod.models.base import BaseDetector
+from pyod.models.deep_svdd import DeepSVDD
+from pyod.models.vae import VAE
+from sklearn.metrics import roc_auc_score
+
+from breadth import Task
+from breadth_page import summaries
+from comet_examples.report import table
+from comet_meta import RowScorer, SoftConfidentWeighter
+from comet_meta.integrations.pyod import CoMetDetector
+from runs import Figures, Runs
+
+DETECTORS: dict[str, Callable[[Task], BaseDetector]] = {
+    "autoencoder": lambda task: AutoEncoder(random_state=task.seed, verbose=0),
+    "vae": lambda task: VAE(random_state=task.seed, verbose=0),
+    "svdd": lambda task: DeepSVDD(
+        n_features=task.train.shape[1], random_state=task.seed, verbose=0
+    ),
+}
+
+
+def _with_prior(task: Task, **options: Any) -> SoftConfidentWeighter:
+    return SoftConfidentWeighter(prior=RowScorer(seed=task.seed)(task.train), **options)
+
+
+WEIGHTERS: dict[str, Callable[[Task], SoftConfidentWeighter]] = {
+    "comet": _with_prior,
+    "comet@rate": lambda task: _with_prior(task, contamination=min(task.rate, 0.49)),
+    "comet-own": lambda task: SoftConfidentWeighter(len(task.train)),
+}
+METHODS = ("plain", "oracle", *WEIGHTERS)
+
+
+def judged(task: Task, detector: str, method: str) -> Figures:
+    """AUROC on the test rows; of a method with weights also their mean."""
+    rows = task.train.numpy()
+    model = DETECTORS[detector](task)
+    if method == "oracle":
+        rows = rows[~task.bad]
+    elif method in WEIGHTERS:
+        model = CoMetDetector(model, weighter=WEIGHTERS[method](task))
+    model.fit(rows)
+    scores = np.nan_to_num(model.decision_function(task.test.numpy()), nan=1e9, posinf=1e9)
+    figures = {"AUROC": float(roc_auc_score(task.labels, scores))}
+    if method in WEIGHTERS:
+        figures["mean weight"] = float(model.weights_.mean())
+    return figures
+
+
+def main() -> None:
+    """Run what is missing, then print the tables."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--folder", type=Path, help="with .npz tables, at any depth")
+    parser.add_argument("--detectors", nargs="+", choices=DETECTORS, default=list(DETECTORS))
+    parser.add_argument("--conditions", nargs="+", default=["as-is", "clean"])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--out", type=Path, default=Path("docs/results/pyod.jsonl"))
+    options = parser.parse_args()
+    runs = Runs(options.out)
+    if options.folder:
+        run_missing(options, runs)
+    finished = list(runs)
+    if not finished:
+        parser.error(f"no finished runs in {options.out}: give --folder, so that there will be")
+    for condition in options.conditions:
+        print(f"\nTraining sets {condition}\n")
+        print(table(summaries(finished, options.detectors, condition, options.methods)))
+
+
+def run_missing(options: argparse.Namespace, runs: Runs) -> None:
+    """Run what isn't finished."""
+    torch.set_num_threads(1)
+    finished = {tuple(sorted(run["key"].items())) for run in runs}
+    for seed in options.seeds:
+        for file in sorted(options.folder.rglob("*.npz"), key=lambda file: file.stem):
+            for condition in options.conditions:
+                task = Task(file, condition, seed)
+                for detector in options.detectors:
+                    for method in options.methods:
+                        if condition == "clean" and method in ("oracle", "comet@rate"):
+                            continue  # plain training
+                        key = {
+                            "set": file.stem,
+                            "condition": condition,
+                            "detector": detector,
+                            "method": method,
+                            "seed": seed,
+                        }
+                        if tuple(sorted(key.items())) not in finished:
+                            runs.add(key, judged(task, detector, method))
+
+
+if __name__ == "__main__":
+    main()
