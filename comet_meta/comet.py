@@ -247,7 +247,7 @@ class CoMet:
         return self._objective(own, per_sample(anomalous, len(index)), index)
 
     def suspects(self, k: int | None = 20) -> Tensor:
-        """The most suspicious training samples.
+        """The most suspect training samples.
 
         The set is scored anew if the model has changed since the last scoring. With several
         processes, all of them must call this. The weights in training don't change.
@@ -256,7 +256,7 @@ class CoMet:
             k: Number of samples; None for all.
 
         Returns:
-            Positions in the data set, most suspicious first, shape (min(k, N),).
+            Positions in the data set, most suspect first, shape (min(k, N),).
         """
         weighter = self.weighter
         if self.scores is not None and self._model_changed:
@@ -309,10 +309,11 @@ class CoMet:
         """Restore what :meth:`state_dict` saved.
 
         Args:
-            state: The saved state, from an object with the same parts.
+            state: The saved state, from an object with the same components.
 
         Raises:
-            ValueError: If it has other parts or belongs to other samples. Nothing has changed then.
+            ValueError: If it has other components or belongs to other samples. Nothing has changed
+                then.
         """
         self._wrapper.load_method_state_dict(state)
         self.rounds, self._steps, self._samples = state["round"]

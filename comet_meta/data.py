@@ -91,7 +91,7 @@ def as_batch_index(
     if len(index) != batch_size:
         raise ValueError(
             f"got {batch_size} losses and {len(index)} indices; expected one each. Losses of "
-            "shape (2, B) are a pair, as normal and as anomalous; of patches or pixels, take "
+            "shape (2, B) are a pair, as normal and as anomalous; of parts, take "
             "comet_meta.per_sample(losses, batch_size)"
         )
     return index

@@ -141,7 +141,7 @@ class StepGuard:
         check_parameters_finite(parameters)
         _LOGGER.warning(
             "step skipped: although they were left out, these samples made the gradients NaN or "
-            "infinite (as a NaN in a picture does); step(closure, index) learns from the others "
+            "infinite (as a NaN in the data does); step(closure, index) learns from the others "
             "all the same"
         )
         return False

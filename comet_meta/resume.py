@@ -64,7 +64,7 @@ class ResumableOptimizers(GuardedOptimizers):
         """Restore what :meth:`method_state_dict` saved.
 
         Args:
-            state_dict: The saved state, from a wrapper with the same parts.
+            state_dict: The saved state, from a wrapper with the same components.
 
         Raises:
             ValueError: As for :meth:`load_state_dict`.
@@ -77,12 +77,12 @@ class ResumableOptimizers(GuardedOptimizers):
         """Restore what :meth:`state_dict` saved; a resumed run then equals an uninterrupted one.
 
         Args:
-            state_dict: The saved state, from a wrapper with the same parts. If it comes from
+            state_dict: The saved state, from a wrapper with the same components. If it comes from
                 ``torch.distributed.checkpoint``, only the optimizers' state is restored.
 
         Raises:
-            ValueError: If it comes from something else, from a wrapper with other parts, or belongs
-                to other samples. Nothing has changed then.
+            ValueError: If it comes from something else, from a wrapper with other components, or
+                belongs to other samples. Nothing has changed then.
         """
         super().load_state_dict(state_dict)
 

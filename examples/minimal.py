@@ -46,5 +46,5 @@ robust, comet = train(SoftConfidentWeighter(prior=prior, contamination=0.1))
 
 print(f"AUROC of plain training: {auroc(plain):.3f}")
 print(f"AUROC with comet-meta:   {auroc(robust):.3f}")
-suspects = comet.suspects(100)  # positions in train_set, the most suspicious first
+suspects = comet.suspects(100)  # positions in train_set, the most suspect first
 print(f"bad rows among the 100 suspects: {int((suspects >= 900).sum())}")

@@ -164,7 +164,7 @@ WEIGHTER = {
     "momentum": (lambda: SoftConfidentWeighter(8, momentum=1.0), "momentum is 1.0"),
     "patch scores": (
         lambda: SoftConfidentWeighter(8).fit(torch.randn(8, 4, 4)),
-        r"reduce patch scores .* \.amax",
+        r"reduce scores of parts .*\.amax",
     ),
     "wrong number": (lambda: SoftConfidentWeighter(8).fit(torch.randn(9)), "9 scores for 8"),
     "NaN": (lambda: SoftConfidentWeighter(8).fit(NAN), r"2 of 8 scores .* \[1, 5\]"),

@@ -7,12 +7,11 @@ from comet_meta.weights.weighter import SoftConfidentWeighter
 _FEWEST = 8  # with fewer scores the weighter leaves all weights at 1
 
 
-def in_words(weighter: SoftConfidentWeighter, what: str = "pictures") -> str:
+def in_words(weighter: SoftConfidentWeighter) -> str:
     """What the estimate means, in a sentence or two.
 
     Args:
         weighter: After its fit.
-        what: The samples' name, in the plural.
 
     Returns:
         Plain text.
@@ -27,7 +26,7 @@ def in_words(weighter: SoftConfidentWeighter, what: str = "pictures") -> str:
     count = len(weighter.weights)
     if count < _FEWEST:
         return (
-            f"{count} {what} are too few to tell good from bad (it takes {_FEWEST}): nothing was "
+            f"{count} pictures are too few to tell good from bad (it takes {_FEWEST}): nothing was "
             "down-weighted."
         )
     suspects = int((weighter.p_bad > 0.5).sum())
@@ -35,22 +34,22 @@ def in_words(weighter: SoftConfidentWeighter, what: str = "pictures") -> str:
     if weighter.contamination != "auto":
         return (
             f"At the given contamination of {100 * weighter.contamination:.0f} %, {suspects:,} of "
-            f"{count:,} {what} are taken for bad."
+            f"{count:,} pictures are taken for bad."
         )
     share, low, high = weighter.contamination_
     if suspects == 0 and not low > 0:
         if weighter.has_parts and bool((weighter.part_weights() < 1).any()):
             return (
-                f"No evidence of bad {what}: none is taken for bad. As a precaution, training "
-                f"leaves out the twentieth of their patches that fits in least."
+                "No evidence of bad pictures: none is taken for bad. As a precaution, training "
+                "leaves out the twentieth of their parts that fits in least."
             )
         if left_out == 0:
-            return f"No evidence of bad {what}: nothing was down-weighted."
+            return "No evidence of bad pictures: nothing was down-weighted."
         least = (
             "the one that fits in least" if left_out == 1 else f"the {left_out:,} that fit in least"
         )
         return (
-            f"No evidence of bad {what}: none is taken for bad. As a precaution, training leaves "
+            f"No evidence of bad pictures: none is taken for bad. As a precaution, training leaves "
             f"out {least}."
         )
     interval = "" if math.isnan(low + high) else f" ({100 * low:.0f} to {100 * high:.0f} %)"
@@ -60,4 +59,4 @@ def in_words(weighter: SoftConfidentWeighter, what: str = "pictures") -> str:
         if suspects
         else "none is more likely bad than good by itself"
     )
-    return f"{amount}{interval} of the {what} look bad; {named}."
+    return f"{amount}{interval} of the pictures look bad; {named}."

@@ -67,7 +67,8 @@ def as_scores(scores: ArrayLike, name: str = "scores") -> Tensor:
     if scores.dim() != 1:
         raise ValueError(
             f"{name} has shape {tuple(scores.shape)}; expected one anomaly score per sample: "
-            "reduce patch scores to image scores first, for instance with .amax(dim=(1, 2))"
+            "reduce scores of parts to one per sample first, for instance with "
+            ".flatten(1).amax(dim=1)"
         )
     # One pass in the common case: the sum is finite only if all its terms are.
     if not scores.float().sum(dtype=torch.float64).isfinite():

@@ -1,4 +1,4 @@
-"""The order of the samples, the most suspicious first."""
+"""The order of the samples, the most suspect first."""
 
 from numbers import Integral
 

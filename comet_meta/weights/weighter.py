@@ -393,7 +393,7 @@ class SoftConfidentWeighter(nn.Module):
         return self.weights * self._part_weights.flatten(1).mean(dim=1).to(self.weights)
 
     def ranking(self, k: int | None = None) -> Tensor:
-        """The samples in the order of :meth:`ranking_scores`, the most suspicious first.
+        """The samples in the order of :meth:`ranking_scores`, the most suspect first.
 
         Args:
             k: Number of samples to return, >= 0; None for all.

@@ -467,7 +467,7 @@ def test_words_without_evidence_where_parts_have_weights():
     told = in_words(SoftConfidentWeighter(prior=prior, part_prior=part_prior))
     assert told == (
         "No evidence of bad pictures: none is taken for bad. As a precaution, training leaves out "
-        "the twentieth of their patches that fits in least."
+        "the twentieth of their parts that fits in least."
     )
     # Equal patches say nothing, so none is left out.
     told = in_words(SoftConfidentWeighter(prior=prior, part_prior=torch.ones(40, 10)))
@@ -483,9 +483,9 @@ def test_words_with_evidence():
     estimate, low, high = weighter.contamination_
     suspects = int((weighter.p_bad > 0.5).sum())
     assert 0.05 < low <= estimate <= 0.1
-    assert in_words(weighter, "parts") == (
-        f"About {100 * estimate:.0f} % ({100 * low:.0f} to {100 * high:.0f} %) of the parts look "
-        f"bad; {suspects} of 400 are more likely bad than good."
+    assert in_words(weighter) == (
+        f"About {100 * estimate:.0f} % ({100 * low:.0f} to {100 * high:.0f} %) of the pictures "
+        f"look bad; {suspects} of 400 are more likely bad than good."
     )
 
 
