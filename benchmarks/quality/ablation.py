@@ -74,20 +74,18 @@ def chosen(
     *,
     contamination: float | Literal["auto"] | None = "auto",
     exposure: float = 0.5,
-    parts: bool | None = None,
+    parts: bool = False,
 ) -> Variant:
     """The examples' ``"comet"`` with other settings.
 
     Args:
         contamination: What the weighter is told; None for the true share.
         exposure: What losses of likely bad pictures taken as anomalous count.
-        parts: Whether patches have weights too; None: where the contamination isn't ``"auto"``, as
-            in the examples.
+        parts: Whether patches have weights too.
     """
 
     def run(trial: Trial) -> Figures:
         told = float(trial.bad.mean()) if contamination is None else contamination
-        weighted = told != "auto" if parts is None else parts
 
         def optimizer_for(
             detector: Detector, data: FeatureRows, _: TrainingSettings
@@ -97,7 +95,7 @@ def chosen(
                 detector.optimizers(),
                 weighter=SoftConfidentWeighter(
                     prior=scores,
-                    part_prior=part_scores if weighted else None,
+                    part_prior=part_scores if parts else None,
                     contamination=told,
                 ),
                 exposure=exposure,
@@ -194,7 +192,8 @@ SCORES: dict[str, Variant] = {
 FRONTIER: dict[str, Variant] = {name: frontier(name) for name in names()}
 CHOICES: dict[str, Variant] = {
     "no-exposure": chosen(exposure=0.0),
-    "patches": chosen(parts=True),
     "contamination@true": chosen(contamination=None),
+    "patches": chosen(parts=True),
+    "patches@true": chosen(contamination=None, parts=True),
     "false-alarm": chosen(contamination=0.2),
 }

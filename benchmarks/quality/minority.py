@@ -2,9 +2,9 @@
 
 Good monocrystalline cells make up the folder, good polycrystalline ones a minor share of it; with
 --noise, cells of either kind are bad. The weights come from MemoryScorer as in the examples, before
-training: patches have weights where a share is told, or with --parts. Mean weights, their patches'
-included, and the variant's P(bad), over seeds (draws of the bad cells and of the variant's), by the
-default prior, a more cautious one, and one for folders of one product.
+training; with --parts, patches have weights too. Mean weights, their patches' included, and the
+variant's P(bad), over seeds (draws of the bad cells and of the variant's), by the default prior, a
+more cautious one, and one for folders of one product.
 
 With --train, what a detector is worth that has been trained on the folder: I-AUROC on test cells of
 which the variant makes up the same share, and on those of either kind alone.
@@ -54,7 +54,7 @@ def main() -> None:
         help="of the weighter: a share or auto",
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
-    parser.add_argument("--parts", action="store_true", help="patches have weights in any case")
+    parser.add_argument("--parts", action="store_true", help="patches have weights too")
     parser.add_argument("--train", choices=sorted(DETECTORS), help="what to train")
     options = parser.parse_args()
     bench = Benchmark(DEFAULT_BACKBONE, {}, "cpu", None)
@@ -66,10 +66,9 @@ def main() -> None:
                 features, bad, minor = folder(bench, share, noise, seed)
                 for name, scorer in _SCORERS.items():
                     scores, part_scores = memory_part_prior([[features]], len(features), scorer)
-                    weighted = options.parts or options.contamination != "auto"
                     weighter = SoftConfidentWeighter(
                         prior=scores,
-                        part_prior=part_scores if weighted else None,
+                        part_prior=part_scores if options.parts else None,
                         contamination=options.contamination,
                     )
                     found[name].append(figures(weighter, bad, minor))

@@ -26,7 +26,7 @@ from comet_meta import (
 )
 from comet_meta.meta.step import MetaMode
 from comet_meta.vision.files import replacing
-from comet_meta.vision.picture_prior import memory_part_prior
+from comet_meta.vision.picture_prior import memory_prior
 
 Method = Literal["plain", "oracle", "paper", "comet"]
 Schedule = Literal["constant", "cosine"]
@@ -173,14 +173,8 @@ def wrap(
     options: dict[str, Any] = {} if settings.meta is None else {"meta": settings.meta}
     if settings.strength > 0:
         options["regularizer"] = CovarianceMetaRegularizer(settings.strength)
-    scores, patch_scores = memory_part_prior(data.batches(), len(data))
-    # Weights of patches recover more, but on some clean folders they cost points. They come where
-    # somebody says that there are bad pictures.
-    told = settings.contamination != "auto"
     weighter = SoftConfidentWeighter(
-        prior=scores,
-        part_prior=patch_scores if told else None,
-        contamination=settings.contamination,
+        prior=memory_prior(data.batches(), len(data)), contamination=settings.contamination
     )
     return CoMetOptimizerWrapper(optimizers, weighter=weighter, model=model, **options)
 
