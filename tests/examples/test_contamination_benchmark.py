@@ -129,7 +129,7 @@ def test_scores_that_never_come_leave_the_prior_of_whole_pictures(trial):
     assert late["weight of bad"] == pytest.approx(whole["weight of bad"], rel=1e-4)
 
 
-def test_patches_have_weights_where_asked_for_and_where_the_share_is_told(trial, monkeypatch):
+def test_patches_have_weights_where_asked_for(trial, monkeypatch):
     asked = []
 
     def weighter(**options):
@@ -138,9 +138,10 @@ def test_patches_have_weights_where_asked_for_and_where_the_share_is_told(trial,
 
     monkeypatch.setattr(ablation, "SoftConfidentWeighter", weighter)
     chosen()(trial)
-    CHOICES["patches"](trial)
     CHOICES["contamination@true"](trial)
-    assert asked == [True, False, False]
+    CHOICES["patches"](trial)
+    CHOICES["patches@true"](trial)
+    assert asked == [True, True, False, False]
 
 
 def test_the_weighter_is_told_the_share(trial, monkeypatch):
@@ -153,6 +154,8 @@ def test_the_weighter_is_told_the_share(trial, monkeypatch):
     monkeypatch.setattr(ablation, "SoftConfidentWeighter", weighter)
     for given, told in ((0.1, 0.1), (None, float(trial.bad.mean()))):
         chosen(contamination=given)(trial)
+        assert float(made[-1].weights.mean()) == pytest.approx(0.9 - told, abs=0.01)
+        chosen(contamination=given, parts=True)(trial)
         assert float(made[-1].weights.mean()) == pytest.approx(1 - told, abs=0.01)
         counting = made[-1].part_weights()[made[-1].weights > 0]
         assert float(counting.mean()) == pytest.approx(0.9, abs=1e-4)
