@@ -261,6 +261,12 @@ def test_the_means_of_a_detector_are_over_its_sets():
     assert (row["sets"], row["plain"], row["comet"]) == ("3", "0.800", "0.820")
     assert (row["comet - plain"], row["worst set"]) == ("+0.020", "-0.010")
     assert (row["median gap"], row["least gap"]) == ("0.20", "-0.10")  # none for the flat set
+    assert (row["median gap, told"], row["least gap, told"]) == ("-", "-")
+    for own in (good, poor, flat):
+        own[0.1, "contamination@true"] = own[0.1, "oracle"]
+    (row,) = detector_rows(chosen, 0.1)
+    assert (row["median gap, told"], row["least gap, told"]) == ("1.00", "1.00")
+    assert set_row("fastflow", "a/b", good, 0.1)["gap, told"] == "1.00"
     assert set_row("fastflow", "e/f", flat, 0.1)["gap recovered"] == "-"
 
 
