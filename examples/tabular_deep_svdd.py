@@ -13,7 +13,7 @@ from comet_examples.rows import Contamination, Fitted, Weights, digits, main
 from comet_meta import (
     CoMetOptimizerWrapper,
     IndexedDataset,
-    MemoryScorer,
+    RowScorer,
     SoftConfidentWeighter,
     collect_scores,
 )
@@ -37,7 +37,7 @@ def fit(rows: Tensor, weights: Weights, contamination: Contamination) -> Fitted:
         return losses(batch).sqrt()
 
     loader = DataLoader(IndexedDataset(rows), batch_size=32, shuffle=True)  # 1
-    prior = MemoryScorer()(rows) if weights == "prior" else None
+    prior = RowScorer()(rows) if weights == "prior" else None
     weighter = None
     if weights != "none":
         weighter = SoftConfidentWeighter(len(rows), prior=prior, contamination=contamination)
