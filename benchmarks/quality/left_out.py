@@ -32,6 +32,8 @@ class LeftOut(SoftConfidentWeighter):
         part_scores: Prior of their parts, shape (N, ...); None where losses aren't by part.
     """
 
+    of_parts: Tensor | None = None
+
     def __init__(self, name: str, scores: Tensor, part_scores: Tensor | None) -> None:
         kind, _, number = name.partition("-")
         fraction = float(number)
@@ -39,7 +41,6 @@ class LeftOut(SoftConfidentWeighter):
             raise ValueError(f"{name} needs losses by part")
         samples = {"samples": fraction, "both": fraction / 2, "parts": 0.0}[kind]
         super().__init__(prior=scores, rule=lambda finite: trimmed_weights(finite, extra=samples))
-        self.of_parts: Tensor | None = None
         if part_scores is not None and kind != "samples":
             flat = trimmed_parts(part_scores.flatten(1), self.weights, fraction - samples)
             self.of_parts = flat.reshape(part_scores.shape)
