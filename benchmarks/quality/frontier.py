@@ -158,9 +158,8 @@ def frontiers(results: Iterable[Result]) -> dict[str, dict[str, Point]]:
 def draw(found: dict[str, dict[str, Point]], file: Path) -> None:
     """Gain against cost, a panel for each detector, a line for each kind."""
     figure = Figure(figsize=(3.6 * len(found), 3.4), layout="constrained")
-    for axes, (panel, points) in zip(
-        figure.subplots(1, len(found), squeeze=False)[0], found.items(), strict=True
-    ):
+    panels = figure.subplots(1, len(found), squeeze=False, sharex=True, sharey=True)[0]
+    for axes, (panel, points) in zip(panels, found.items(), strict=True):
         for kind in KINDS:
             line = [
                 (points[name].cost, points[name].gap, name.partition("-")[2])
@@ -181,7 +180,7 @@ def draw(found: dict[str, dict[str, Point]], file: Path) -> None:
         axes.set_title(panel, fontsize=9)
         axes.set(xlabel="cost on clean sets, points", ylabel="gap recovered")
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=8)
+    panels[0].legend(frameon=False, fontsize=8)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=110)
 
