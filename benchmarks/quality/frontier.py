@@ -194,11 +194,15 @@ def rows(points: dict[str, Point]) -> list[dict[str, str | float]]:
             "cost": f"{at.cost:+.2f}",
             "worst": f"{at.worst:+.1f} {at.worst_set}",
             "gap recovered": f"{at.gap:.2f}",
-            "half a": f"{at.halves[0]:.2f}",
-            "half b": f"{at.halves[1]:.2f}",
+            "half a": _shown(at.halves[0]),
+            "half b": _shown(at.halves[1]),
         }
         for name, at in points.items()
     ]
+
+
+def _shown(gap: float) -> str:
+    return f"{gap:.2f}" if np.isfinite(gap) else "-"
 
 
 def main() -> None:
