@@ -27,6 +27,7 @@ and with ``--picture`` a dot for each set; without ``--folder`` nothing is run.
 """
 
 import argparse
+import itertools
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -328,40 +329,78 @@ def judged(task: Task, detector: str, method: str) -> Figures:
     return figures
 
 
+def is_needed(condition: str, detector: str, method: str) -> bool:
+    """Whether a run says something that no other does."""
+    if condition == "clean" and method == "oracle":
+        return False  # plain training
+    by_part = DETECTORS[detector] is AutoEncoder
+    return by_part or not method.startswith(("parts", "both"))
+
+
 def main() -> None:
     """Run what is missing, then print the tables and write the page."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--folder", type=Path, help="with .npz tables, at any depth")
-    parser.add_argument("--detectors", nargs="+", choices=DETECTORS, default=list(DETECTORS))
-    parser.add_argument("--conditions", nargs="+", default=["as-is", "clean"])
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(USUAL))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--half", choices=("a", "b"), help="every other set, by name")
-    parser.add_argument("--shard", default="1/1", help="this process's part of the sets, as 1/4")
-    parser.add_argument("--quick", action="store_true", help="8 sets, seed 0, four methods")
-    parser.add_argument("--out", type=Path, default=Path("docs/results/breadth.jsonl"))
+    add_arguments(parser, list(DETECTORS), list(METHODS), Path("docs/results/breadth.jsonl"))
+    parser.set_defaults(methods=list(USUAL))
     parser.add_argument("--picture", type=Path, help="a PNG with one dot a set")
     parser.add_argument("--page", type=Path, help="a Markdown page with all tables")
     options = parser.parse_args()
-    runs = Runs(options.out)
-    if options.folder:
-        run_missing(parser, options, runs)
-    finished = list(runs)
-    if not finished:
-        parser.error(f"no finished runs in {options.out}: give --folder, so that there will be")
-    for condition in options.conditions:
-        print(f"\nTraining sets {condition}\n")
-        print(table(summaries(finished, options.detectors, condition, options.methods)))
+    finished = finished_runs(parser, options, judged, is_needed)
     if options.picture:
         draw(finished, options.detectors, options.conditions, options.picture)
     if options.page:
         write_page(finished, DETECTORS, METHODS, options.page, options.picture)
 
 
-def run_missing(parser: argparse.ArgumentParser, options: argparse.Namespace, runs: Runs) -> None:
-    """Run what isn't finished."""
+def add_arguments(
+    parser: argparse.ArgumentParser, detectors: list[str], methods: list[str], out: Path
+) -> None:
+    """What every benchmark of tables asks for."""
+    parser.add_argument("--folder", type=Path, help="with .npz tables, at any depth")
+    parser.add_argument("--detectors", nargs="+", choices=detectors, default=detectors)
+    parser.add_argument("--conditions", nargs="+", default=["as-is", "clean"])
+    parser.add_argument("--methods", nargs="+", choices=methods, default=methods)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--half", choices=("a", "b"), help="every other set, by name")
+    parser.add_argument("--shard", default="1/1", help="this process's part of the sets, as 1/4")
+    parser.add_argument("--quick", action="store_true", help="8 sets, seed 0, four methods")
+    parser.add_argument("--out", type=Path, default=out)
+
+
+def finished_runs(
+    parser: argparse.ArgumentParser,
+    options: argparse.Namespace,
+    judge: Callable[[Task, str, str], Figures],
+    is_needed: Callable[[str, str, str], bool],
+) -> list[dict[str, Any]]:
+    """Run what is missing, if there is a folder, and print a table for each condition.
+
+    Args:
+        parser: Raises what is wrong with the options.
+        options: Those of :func:`add_arguments`.
+        judge: Figures of a run, from task, detector and method.
+        is_needed: Whether a run says something, from condition, detector and method.
+
+    Returns:
+        All finished runs.
+    """
+    runs = Runs(options.out)
+    if options.folder:
+        for file in chosen_files(parser, options):
+            run_missing(file, options, runs, judge, is_needed)
+    finished = list(runs)
+    if not finished:
+        parser.error(f"no finished runs in {options.out}: give --folder, so that there will be")
+    for condition in options.conditions:
+        print(f"\nTraining sets {condition}\n")
+        print(table(summaries(finished, options.detectors, condition, options.methods)))
+    return finished
+
+
+def chosen_files(parser: argparse.ArgumentParser, options: argparse.Namespace) -> list[Path]:
+    """The tables of this process; ``--quick`` also limits the other options."""
     files = sorted(options.folder.rglob("*.npz"), key=lambda file: file.stem)
     if not files:
         parser.error(f"no .npz below {options.folder}; expected tables with X and y as in ADBench")
@@ -371,31 +410,37 @@ def run_missing(parser: argparse.ArgumentParser, options: argparse.Namespace, ru
     if options.half:
         files = files[options.half == "b" :: 2]
     part, parts = (int(number) for number in options.shard.split("/"))
+    return files[part - 1 :: parts]
+
+
+def run_missing(
+    file: Path,
+    options: argparse.Namespace,
+    runs: Runs,
+    judge: Callable[[Task, str, str], Figures],
+    is_needed: Callable[[str, str, str], bool],
+) -> None:
+    """Run what isn't finished of a table."""
     torch.set_num_threads(1)
     finished = {tuple(sorted(run["key"].items())) for run in runs}
-    for file in files[part - 1 :: parts]:
-        for condition in options.conditions:
-            for seed in options.seeds:
-                try:
-                    task = Task(file, condition, seed)
-                except ValueError as error:
-                    print(f"left out: {error}")
-                    break
-                for detector in options.detectors:
-                    for method in options.methods:
-                        if condition == "clean" and method == "oracle":
-                            continue  # plain training
-                        if detector == "svdd" and method.startswith(("parts", "both")):
-                            continue  # its losses are not by part
-                        key = {
-                            "set": file.stem,
-                            "condition": condition,
-                            "detector": detector,
-                            "method": method,
-                            "seed": seed,
-                        }
-                        if tuple(sorted(key.items())) not in finished:
-                            runs.add(key, judged(task, detector, method))
+    for condition in options.conditions:
+        for seed in options.seeds:
+            try:
+                task = Task(file, condition, seed)
+            except ValueError as error:
+                print(f"left out: {error}")
+                break
+            for detector, method in itertools.product(options.detectors, options.methods):
+                key = {
+                    "set": file.stem,
+                    "condition": condition,
+                    "detector": detector,
+                    "method": method,
+                    "seed": seed,
+                }
+                done = tuple(sorted(key.items())) in finished
+                if not done and is_needed(condition, detector, method):
+                    runs.add(key, judge(task, detector, method))
 
 
 if __name__ == "__main__":

@@ -22,8 +22,8 @@ is the set as it is on disk. I-AUROC on the test set after the last epoch, mean 
 deviation over seeds. *plain* is training without the library, *oracle* without the bad pictures,
 *comet* the library's default, *told* the same with the true share of bad pictures. `--help`
 describes the other variants. Differences are paired by seed, with p of a paired t-test. *Gap
-recovered* is (comet - plain) / (oracle - plain) on means, *told* the same of told; none where the
-bad pictures cost less than one point."""
+recovered* is (comet - plain) / (oracle - plain) on means; *gap, told* is that of told. There is
+none where the bad pictures cost less than one point."""
 
 
 def write_page(

@@ -39,6 +39,7 @@ evidence. This page shows what other fractions would give and take, and what it 
 parts (patches of a picture, values of a row) in place of samples; *both* is half of each. What the
 scores prove to be bad goes besides.
 
+- *seeds*: on average over the sets. A point uses the sets and seeds that have all runs.
 - *cost*: plain - method on clean training sets, mean over sets, in points of AUROC; negative where
   leaving out helps.
 - *worst*: the largest cost on a set.
@@ -48,13 +49,15 @@ scores prove to be bad goes besides.
 Runs and page come from
 
 ```bash
-python benchmarks/quality/breadth.py --folder adbench/ --seeds 0 1 \\
-    --methods plain oracle samples-0.05 samples-0.1 parts-0.05 parts-0.1 both-0.05 both-0.1
+python benchmarks/quality/breadth.py --folder adbench/ \\
+    --methods plain oracle comet comet-samples samples-0.1 samples-0.2 parts-0.1 parts-0.2 both-0.05
 python benchmarks/quality/contamination.py --out docs/results/pictures.jsonl \\
-    --variants plain oracle frontier --noise 0 0.1
+    --variants plain oracle comet patches --noise 0 0.1
 python benchmarks/quality/frontier.py --picture docs/images/frontier.png \\
     --page docs/results/frontier.md
-```"""
+```
+
+`comet` and `comet-samples` or `patches` leave out the twentieths."""
 
 
 class Result(NamedTuple):
@@ -72,6 +75,7 @@ class Point(NamedTuple):
     """A method on all sets of a panel."""
 
     sets: int
+    seeds: float
     cost: float
     worst: float
     worst_set: str
@@ -134,6 +138,7 @@ def point(results: Iterable[Result], method: str) -> Point | None:
         gaps = [gains[part].sum() / room[part].sum() for part in _PARTS]
     return Point(
         sets=len(sets),
+        seeds=len(common) / len(sets),
         cost=float(costs.mean()),
         worst=float(costs.max()),
         worst_set=sets[int(costs.argmax())],
@@ -191,6 +196,7 @@ def rows(points: dict[str, Point]) -> list[dict[str, str | float]]:
         {
             "left out": name.replace("-", ", "),
             "sets": str(at.sets),
+            "seeds": f"{at.seeds:.2g}",
             "cost": f"{at.cost:+.2f}",
             "worst": f"{at.worst:+.1f} {at.worst_set}",
             "gap recovered": f"{at.gap:.2f}",

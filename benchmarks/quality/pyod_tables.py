@@ -15,19 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from pyod.models.auto_encoder import AutoEncoder
 from pyod.models.base import BaseDetector
 from pyod.models.deep_svdd import DeepSVDD
 from pyod.models.vae import VAE
 from sklearn.metrics import roc_auc_score
 
-from breadth import Task
-from breadth_page import summaries
-from comet_examples.report import table
+from breadth import Task, add_arguments, finished_runs
 from comet_meta import RowScorer, SoftConfidentWeighter
 from comet_meta.integrations.pyod import CoMetDetector
-from runs import Figures, Runs
+from runs import Figures
 
 DETECTORS: dict[str, Callable[[Task], BaseDetector]] = {
     "autoencoder": lambda task: AutoEncoder(random_state=task.seed, verbose=0),
@@ -66,50 +63,18 @@ def judged(task: Task, detector: str, method: str) -> Figures:
     return figures
 
 
+def is_needed(condition: str, detector: str, method: str) -> bool:  # noqa: ARG001
+    """Whether a run says something that no other does: on clean sets some are plain training."""
+    return condition != "clean" or method not in ("oracle", "comet@rate")
+
+
 def main() -> None:
     """Run what is missing, then print the tables."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--folder", type=Path, help="with .npz tables, at any depth")
-    parser.add_argument("--detectors", nargs="+", choices=DETECTORS, default=list(DETECTORS))
-    parser.add_argument("--conditions", nargs="+", default=["as-is", "clean"])
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--out", type=Path, default=Path("docs/results/pyod.jsonl"))
-    options = parser.parse_args()
-    runs = Runs(options.out)
-    if options.folder:
-        run_missing(options, runs)
-    finished = list(runs)
-    if not finished:
-        parser.error(f"no finished runs in {options.out}: give --folder, so that there will be")
-    for condition in options.conditions:
-        print(f"\nTraining sets {condition}\n")
-        print(table(summaries(finished, options.detectors, condition, options.methods)))
-
-
-def run_missing(options: argparse.Namespace, runs: Runs) -> None:
-    """Run what isn't finished."""
-    torch.set_num_threads(1)
-    finished = {tuple(sorted(run["key"].items())) for run in runs}
-    for seed in options.seeds:
-        for file in sorted(options.folder.rglob("*.npz"), key=lambda file: file.stem):
-            for condition in options.conditions:
-                task = Task(file, condition, seed)
-                for detector in options.detectors:
-                    for method in options.methods:
-                        if condition == "clean" and method in ("oracle", "comet@rate"):
-                            continue  # plain training
-                        key = {
-                            "set": file.stem,
-                            "condition": condition,
-                            "detector": detector,
-                            "method": method,
-                            "seed": seed,
-                        }
-                        if tuple(sorted(key.items())) not in finished:
-                            runs.add(key, judged(task, detector, method))
+    add_arguments(parser, list(DETECTORS), list(METHODS), Path("docs/results/pyod.jsonl"))
+    finished_runs(parser, parser.parse_args(), judged, is_needed)
 
 
 if __name__ == "__main__":

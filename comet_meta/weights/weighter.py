@@ -39,8 +39,8 @@ class SoftConfidentWeighter(nn.Module):
             >= 1/2, and P(bad) = 1 - w.
         contamination: The share of bad samples in the training set, for ``"trimmed"``: in [0, 0.5),
             or ``"auto"``: as many as the scores prove. Give the share if you know it, because
-            scores alone seldom prove much. A few more are left out besides, with ``"auto"`` a
-            twentieth, of a given share a tenth of the samples. 0 makes all weights 1.
+            scores alone seldom prove much. A few more samples are left out besides: a twentieth
+            with ``"auto"``, a tenth beside a given share. 0 makes all weights 1.
         kappa: Width of the fence of ``"hard"`` and ``"ratio"``, >= 0 (paper: 1.5).
         momentum: How much of a sample's earlier score stays when a new one comes, in [0, 1).
         prior: Anomaly scores of the training set from another source, shape (N,), for instance of
@@ -51,7 +51,7 @@ class SoftConfidentWeighter(nn.Module):
             window, columns of a row) from the same source, shape (N, ...); see
             :meth:`part_weights` and
             :meth:`MemoryScorer.score_parts <comet_meta.MemoryScorer.score_parts>`.
-            ``"trimmed"`` then leaves out a twentieth (or tenth) of the parts in place of the
+            The twentieth or tenth of ``"trimmed"`` is then one of the parts, in place of the
             samples.
 
     Without a prior, let the model learn something before the first fit: weights from an untrained

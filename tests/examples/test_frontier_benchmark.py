@@ -81,7 +81,7 @@ def test_page_and_picture_from_finished_runs(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     for panel in ("tables, svdd", "pictures, fastflow"):
         assert f"## {panel}" in printed
-    assert printed.count("| samples, 0.05 | 1    | +2.00 | +2.0") == 2
+    assert printed.count("| samples, 0.05 | 1    | 1     | +2.00 | +2.0") == 2
     assert printed.count("| 0.50          | 0.50   | -      |") == 2
     assert "![Gain against cost](../frontier.png)" in page.read_text()
     assert picture.stat().st_size > 1000
