@@ -20,8 +20,9 @@ def in_words(weighter: SoftConfidentWeighter) -> str:
         >>> import torch
         >>> weighter = SoftConfidentWeighter(num_samples=20, contamination=0.1)
         >>> weighter.fit(torch.arange(20.0))
-        >>> in_words(weighter)
-        'At the given contamination of 10 %, 2 of 20 pictures are taken for bad.'
+        >>> print(in_words(weighter))  # doctest: +NORMALIZE_WHITESPACE
+        At the given contamination of 10 %, 2 of 20 pictures are taken for bad. As a precaution,
+        training leaves out 2 more.
     """
     count = len(weighter.weights)
     if count < _FEWEST:
@@ -32,9 +33,14 @@ def in_words(weighter: SoftConfidentWeighter) -> str:
     suspects = int((weighter.p_bad > 0.5).sum())
     left_out = int((weighter.weights < 0.5).sum())
     if weighter.contamination != "auto":
+        precaution = (
+            f" As a precaution, training leaves out {left_out - suspects:,} more."
+            if left_out > suspects
+            else ""
+        )
         return (
             f"At the given contamination of {100 * weighter.contamination:.0f} %, {suspects:,} of "
-            f"{count:,} pictures are taken for bad."
+            f"{count:,} pictures are taken for bad.{precaution}"
         )
     share, low, high = weighter.contamination_
     if suspects == 0 and not low > 0:

@@ -493,5 +493,11 @@ def test_words_at_a_given_contamination():
     weighter = SoftConfidentWeighter(100, contamination=0.08)
     weighter.fit(torch.arange(100.0))
     assert in_words(weighter) == (
-        "At the given contamination of 8 %, 8 of 100 pictures are taken for bad."
+        "At the given contamination of 8 %, 8 of 100 pictures are taken for bad. As a precaution, "
+        "training leaves out 10 more."
+    )
+    unweighted = SoftConfidentWeighter(100, contamination=0.0)
+    unweighted.fit(torch.arange(100.0))
+    assert in_words(unweighted) == (
+        "At the given contamination of 0 %, 0 of 100 pictures are taken for bad."
     )
