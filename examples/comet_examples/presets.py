@@ -82,7 +82,7 @@ def _whole(height: int, width: int) -> Transform:
 _PAPER_TRANSFORM = Transform(329, 288)
 _PAPER_TRANSFORMS = {"ksdd2": _whole(480, 176), "folder": _whole(288, 288)}
 _PAPER_DETECTORS: dict[str, dict[str, Any]] = {
-    "fastflow": {"steps": 8, "hidden_ratio": 1.0, "top": 1},
+    "fastflow": {"steps": 8, "hidden_ratio": 1.0, "top": 1, "standardize_scores": False},
     "simplenet": {
         "adaptor": True,
         "learning_rate": 2e-4,
@@ -130,7 +130,7 @@ def preset_for(detector: str, backbone: str, dataset: str) -> Preset:
 
     Example:
         >>> preset_for("fastflow", "wide_resnet50_2", "mvtec").detector
-        {'steps': 8, 'hidden_ratio': 1.0, 'top': 1}
+        {'steps': 8, 'hidden_ratio': 1.0, 'top': 1, 'standardize_scores': False}
         >>> preset_for("simplenet", "resnet18", "viaduct").steps
         2000
     """

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from typing_extensions import override
 
-from comet_examples.detectors import Detector, Exposable
+from comet_examples.detectors import Detector, Exposable, ScoresFittable
 from comet_meta import (
     CoMetOptimizerWrapper,
     CovarianceMetaRegularizer,
@@ -292,6 +292,8 @@ def train(
             reports.append(optimizer.step(_rows_of(batch, weights, losses), index))
             scheduler.step()
         module.eval()
+        if epoch == epochs[-1] and isinstance(detector, ScoresFittable):
+            detector.fit_scores(data.batches(device))
         # A prior's weights stay: scores are for the ranking alone.
         if weighter is not None and (weighter.prior is None or epoch == epochs[-1]):
             weighter.fit(collect_scores(score, scoring))

@@ -53,6 +53,15 @@ class Exposable(Protocol):
         ...
 
 
+@runtime_checkable
+class ScoresFittable(Protocol):
+    """A detector whose scores need the training set once more after training. Optional."""
+
+    def fit_scores(self, batches: Iterable[Sequence[Tensor]]) -> None:
+        """Learn from the trained detector's scores of the training set, given its features."""
+        ...
+
+
 class DetectorClass(Protocol):
     """Builds a detector: ``(channels, map_size, **options)``.
 
@@ -83,5 +92,6 @@ __all__ = [
     "Exposable",
     "FastFlow",
     "Reconstruction",
+    "ScoresFittable",
     "SimpleNet",
 ]

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 from typing_extensions import override
 
-from comet_examples.detectors.maps import at_grid, image_scores, smooth_maps
+from comet_examples.detectors.maps import at_grid, image_scores, on_finest_grid, smooth_maps
+from comet_examples.detectors.positions import PositionScaler
 from comet_meta.vision.features import PyramidFeatures
 from comet_meta.vision.statistics import FeatureScaler
 
@@ -146,7 +147,9 @@ class FastFlow(nn.Module):
     mean over all levels, channels and positions, so that one learning rate serves any backbone and
     picture size). A position's anomaly score is the negative log-density of its latent vector under
     the standard normal distribution, up to a constant and per channel; the levels' maps are resized
-    and averaged. A picture's score is the mean of its highest.
+    and averaged. A picture's score is the mean of its highest. Once training is over,
+    :meth:`fit_scores` learns what is usual at each position of the training pictures, and scores
+    are standardised by it (:class:`~comet_examples.detectors.positions.PositionScaler`).
 
     Features are brought to mean 0 and standard deviation 1 by channel over the training set and
     kept so. (The authors' code learns this scale with the flow but leaves it out of the
@@ -163,6 +166,8 @@ class FastFlow(nn.Module):
         top: Positions that a picture's score is the mean of, >= 1; the paper has 1.
         blur_sigma: Width of the Gaussian that smooths the maps, in pixels, >= 0; none in the
             paper.
+        standardize_scores: Whether scores are compared with those of the training pictures at the
+            same position; they are not in the paper.
     """
 
     extractor = PyramidFeatures
@@ -178,6 +183,7 @@ class FastFlow(nn.Module):
         exposed: float = 0.1,
         top: int = 5,
         blur_sigma: float = 0.0,
+        standardize_scores: bool = True,
     ) -> None:
         super().__init__()
         self.map_size = map_size
@@ -185,7 +191,9 @@ class FastFlow(nn.Module):
         self.exposed = exposed
         self.top = top
         self.blur_sigma = blur_sigma
+        self.standardize_scores = standardize_scores
         self.scaler = FeatureScaler(channels)
+        self.usual = PositionScaler()
         self.flows = nn.ModuleList(
             Flow(width, steps, hidden_ratio=hidden_ratio) for width in channels
         )
@@ -239,14 +247,19 @@ class FastFlow(nn.Module):
         """
         return [_energy(z) for z, _ in self._latents(features)]
 
+    def fit_scores(self, batches: Iterable[Sequence[Tensor]]) -> None:
+        """Learn which scores are usual at each position; no effect without ``standardize_scores``.
+
+        Args:
+            batches: The training set's features, levels (B, C, h, w) each.
+        """
+        if self.standardize_scores:
+            self.usual.fit(on_finest_grid(self.level_scores(levels)) for levels in batches)
+
     def patch_scores(self, features: Sequence[Tensor]) -> Tensor:
         """The levels' scores averaged on the finest level's grid, shape (B, h, w)."""
-        scores = self.level_scores(features)
-        grid = scores[0].shape[-2:]
-        resized = [
-            F.interpolate(x.unsqueeze(1), size=grid, mode="bilinear").squeeze(1) for x in scores
-        ]
-        return torch.stack(resized).mean(dim=0)
+        scores: Tensor = self.usual(on_finest_grid(self.level_scores(features)))
+        return scores.mean(dim=1)
 
     def scores(self, features: Sequence[Tensor]) -> Tensor:
         """Anomaly scores of the pictures: the mean of their highest, shape (B,)."""

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tvf
@@ -34,6 +35,21 @@ def at_grid(part_weights: Tensor, grid: Sequence[int]) -> Tensor:
     """
     return F.interpolate(part_weights.unsqueeze(1), size=tuple(grid), mode="nearest-exact").squeeze(
         1
+    )
+
+
+def on_finest_grid(levels: Sequence[Tensor]) -> Tensor:
+    """Scores of several levels, resized bilinearly to the grid of the first.
+
+    Args:
+        levels: Shape (B, h, w) each, finest first.
+
+    Returns:
+        Shape (B, levels, h, w).
+    """
+    grid = levels[0].shape[-2:]
+    return torch.cat(
+        [F.interpolate(x.unsqueeze(1), size=grid, mode="bilinear") for x in levels], dim=1
     )
 
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from typing_extensions import override
 
-from comet_examples.detectors.maps import at_grid, image_scores, smooth_maps
+from comet_examples.detectors.maps import at_grid, image_scores, on_finest_grid, smooth_maps
+from comet_examples.detectors.positions import PositionScaler
 from comet_meta.vision.features import PyramidFeatures
 from comet_meta.vision.statistics import FeatureScaler
 
@@ -43,8 +44,10 @@ class Reconstruction(nn.Module):
     All levels are brought to the coarsest grid and squeezed to ``width`` channels, of which dropout
     hides some; a small convolutional decoder rebuilds each level on its own grid. Trained on normal
     pictures it can rebuild these alone. A position's score is the cosine distance between its
-    features and what was rebuilt, the mean over the levels; a picture's score is the mean of its
-    highest.
+    features and what was rebuilt. The fine levels are hard to rebuild in any picture, so once
+    training is over, :meth:`fit_scores` learns what is usual at each position of each level, and
+    scores are standardised by it (:class:`~comet_examples.detectors.positions.PositionScaler`)
+    before the mean over the levels is taken. A picture's score is the mean of its highest.
 
     It asks nothing of the levels but that the first has the finest grid: those of a ViT, all of one
     grid, will do.
@@ -82,6 +85,7 @@ class Reconstruction(nn.Module):
         self.top = top
         self.blur_sigma = blur_sigma
         self.scaler = FeatureScaler(channels)
+        self.usual = PositionScaler()
         self.bottleneck = nn.Sequential(
             nn.Conv2d(sum(channels), width, 1), nn.GELU(), nn.Dropout(dropout)
         )
@@ -127,14 +131,18 @@ class Reconstruction(nn.Module):
             for level, rebuilt in zip(scaled, self._rebuilt(scaled), strict=True)
         ]
 
+    def fit_scores(self, batches: Iterable[Sequence[Tensor]]) -> None:
+        """Learn which distances are usual at each position.
+
+        Args:
+            batches: The training set's features, levels (B, C, h, w) each.
+        """
+        self.usual.fit(on_finest_grid(self.distances(levels)) for levels in batches)
+
     def patch_scores(self, features: Sequence[Tensor]) -> Tensor:
-        """The levels' distances averaged on the finest level's grid, shape (B, h, w)."""
-        distances = self.distances(features)
-        grid = distances[0].shape[-2:]
-        resized = [
-            F.interpolate(x.unsqueeze(1), size=grid, mode="bilinear").squeeze(1) for x in distances
-        ]
-        return torch.stack(resized).mean(dim=0)
+        """The levels' standardised distances averaged on the finest grid, shape (B, h, w)."""
+        scores: Tensor = self.usual(on_finest_grid(self.distances(features)))
+        return scores.mean(dim=1)
 
     def scores(self, features: Sequence[Tensor]) -> Tensor:
         """Anomaly scores of the pictures: the mean of their highest, shape (B,)."""
