@@ -2,8 +2,9 @@
 
 Tables, split, conditions and figures are those of ``breadth.py``. The detectors have PyOD's default
 settings, and the seed. ``plain`` is PyOD alone, ``oracle`` PyOD without the bad rows; ``comet`` is
-``CoMetDetector`` with the prior of ``RowScorer``, ``comet@rate`` told the true share of bad rows,
-``comet-own`` with the detector's own scores (the adapter's default).
+``CoMetDetector`` with the prior of ``RowScorer``, of values too for the autoencoder; ``comet@rate``
+is told the true share of bad rows, ``comet-samples`` has the prior of the rows alone, ``comet-own``
+the detector's own scores (the adapter's default).
 
 Every run becomes a line of ``--out``; the same command goes on where it stopped. Then it prints a
 table for each condition; without ``--folder`` nothing is run.
@@ -35,14 +36,21 @@ DETECTORS: dict[str, Callable[[Task], BaseDetector]] = {
 }
 
 
-def _with_prior(task: Task, **options: Any) -> SoftConfidentWeighter:
-    return SoftConfidentWeighter(prior=RowScorer(seed=task.seed)(task.train), **options)
+def _with_prior(task: Task, detector: str, **options: Any) -> SoftConfidentWeighter:
+    scores, value_scores = RowScorer(seed=task.seed).score_parts(task.train)
+    by_value = value_scores if detector == "autoencoder" else None
+    return SoftConfidentWeighter(prior=scores, part_prior=by_value, **options)
 
 
-WEIGHTERS: dict[str, Callable[[Task], SoftConfidentWeighter]] = {
+WEIGHTERS: dict[str, Callable[[Task, str], SoftConfidentWeighter]] = {
     "comet": _with_prior,
-    "comet@rate": lambda task: _with_prior(task, contamination=min(task.rate, 0.49)),
-    "comet-own": lambda task: SoftConfidentWeighter(len(task.train)),
+    "comet@rate": lambda task, detector: _with_prior(
+        task, detector, contamination=min(task.rate, 0.49)
+    ),
+    "comet-samples": lambda task, _: SoftConfidentWeighter(
+        prior=RowScorer(seed=task.seed)(task.train)
+    ),
+    "comet-own": lambda task, _: SoftConfidentWeighter(len(task.train)),
 }
 METHODS = ("plain", "oracle", *WEIGHTERS)
 
@@ -54,7 +62,7 @@ def judged(task: Task, detector: str, method: str) -> Figures:
     if method == "oracle":
         rows = rows[~task.bad]
     elif method in WEIGHTERS:
-        model = CoMetDetector(model, weighter=WEIGHTERS[method](task))
+        model = CoMetDetector(model, weighter=WEIGHTERS[method](task, detector))
     model.fit(rows)
     scores = np.nan_to_num(model.decision_function(task.test.numpy()), nan=1e9, posinf=1e9)
     figures = {"AUROC": float(roc_auc_score(task.labels, scores))}

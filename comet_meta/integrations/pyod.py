@@ -46,7 +46,9 @@ class CoMetDetector(BaseDetector):  # type: ignore[misc]
             (0, 0.5]. None: the detector's own. The weights don't depend on it: pass ``weighter``
             with a ``contamination`` for that.
         weighter: Weights of the rows; by default one with the default rule. It is copied, so that
-            ``fit`` can be called again.
+            ``fit`` can be called again. With a ``part_prior`` (N, F), such as that of
+            :meth:`RowScorer.score_parts <comet_meta.RowScorer.score_parts>`, an ``AutoEncoder``'s
+            losses are weighted value by value as well.
         warm_up: Number of epochs before the first fit of the weights, >= 1. Scores of an untrained
             detector mean nothing.
 
@@ -58,8 +60,9 @@ class CoMetDetector(BaseDetector):  # type: ignore[misc]
         labels_: 1 for outliers among the training rows, 0 for others, shape (N,).
 
     Raises:
-        ValueError: If ``contamination`` or ``warm_up`` is out of range.
-        TypeError: In ``fit``, if it isn't one of these detectors.
+        ValueError: If ``contamination`` or ``warm_up`` is out of range; in ``fit``, if the
+            weighter's weights of parts don't fit the rows.
+        TypeError: In ``fit``, if it isn't one of these detectors, or can't weight values.
 
     Example:
         >>> import numpy as np
@@ -102,6 +105,8 @@ class CoMetDetector(BaseDetector):  # type: ignore[misc]
         self._set_n_classes(y)
         detector = clone(self.detector)
         weighter = copy.deepcopy(self.weighter) or SoftConfidentWeighter(len(rows))
+        if weighter.has_parts:
+            _check_parts(detector, weighter, rows)
         if isinstance(detector, (AutoEncoder, VAE)):
             _fit_weighted(detector, rows, weighter, self.warm_up)
         elif isinstance(detector, (DeepSVDD, AE1SVM)):
@@ -142,6 +147,20 @@ class CoMetDetector(BaseDetector):  # type: ignore[misc]
         return scores
 
 
+def _check_parts(detector: BaseDetector, weighter: SoftConfidentWeighter, rows: Array) -> None:
+    if not isinstance(detector, AutoEncoder):
+        raise TypeError(
+            f"the weighter has weights of parts, but the loss of a {type(detector).__name__} isn't "
+            "a mean over a row's values; leave part_prior out, or take an AutoEncoder"
+        )
+    shape = tuple(weighter.part_weights().shape)
+    if shape != rows.shape:
+        raise ValueError(
+            f"the weighter's part_prior has the shape {shape}; expected a score for each value of "
+            f"the rows, {rows.shape}"
+        )
+
+
 def _check_batches(loader: DataLoader[Any]) -> None:
     if len(loader) == 0:
         raise ValueError(
@@ -168,18 +187,20 @@ def _fit_weighted(
         )
 
         def criterion(*tensors: Tensor, **settings: Any) -> Tensor:
-            if bool((weighter(comet.index) == 1).all()):
+            if not weighter.has_parts and bool((weighter(comet.index) == 1).all()):
                 whole: Tensor = plain(*tensors, **settings)
                 if bool(whole.isfinite()):  # PyOD reads it after the step anyway
                     comet.watch(whole)
                     return whole
 
-            def loss_of(*parts: Tensor) -> Tensor:
-                loss: Tensor = plain(*(part[None] for part in parts), **settings)
+            def loss_of(*single: Tensor) -> Tensor:
+                loss: Tensor = plain(*(value[None] for value in single), **settings)
                 return loss
 
-            losses: Tensor = torch.vmap(loss_of)(*tensors)
-            return comet.loss(losses)
+            if not weighter.has_parts:
+                return comet.loss(torch.vmap(loss_of)(*tensors))
+            of_values: Tensor = torch.vmap(torch.vmap(loss_of))(*tensors)
+            return comet.loss((weighter.part_weights(comet.index) * of_values).mean(dim=1))
 
         detector.criterion = criterion
         type(detector).train(detector, comet)

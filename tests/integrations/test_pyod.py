@@ -54,6 +54,48 @@ def unit(scores: torch.Tensor) -> torch.Tensor:
     return torch.ones_like(scores)
 
 
+def by_value(values: np.ndarray) -> SoftConfidentWeighter:
+    return SoftConfidentWeighter(prior=values.max(axis=1), part_prior=values)
+
+
+def test_an_autoencoders_losses_are_weighted_value_by_value():
+    # The only batch of the only epoch, so what the model learned from shows in its first step.
+    seen: list[torch.Tensor] = []
+
+    class Watched(AutoEncoder):
+        def training_forward(self, batch_data):
+            self.optimizer.zero_grad()
+            x = batch_data[0] if isinstance(batch_data, (tuple, list)) else batch_data
+            rebuilt = self.model(x).detach().requires_grad_()
+            self.criterion(x, rebuilt).backward()
+            seen.append(torch.cat([x, rebuilt.grad], dim=1))
+            return super().training_forward(batch_data)
+
+    data = rows().astype(np.float32)
+    values = np.abs(data) + 1e-6 * np.arange(data.size).reshape(data.shape)
+    weighter = by_value(values)
+    weights = weighter.part_weights().numpy() * weighter.weights.numpy()[:, None]
+    assert 0 < (weights == 0).mean() < 0.2
+    detector = Watched(
+        epoch_num=1, hidden_neuron_list=[4], preprocessing=False, verbose=0, batch_size=N
+    )
+    CoMetDetector(detector, weighter=weighter).fit(data)
+    read, gradients = np.split(seen[0].numpy(), 2, axis=1)
+    order = [int(np.abs(data - row).sum(axis=1).argmin()) for row in read]
+    assert sorted(order) == list(range(N))
+    # A value of weight 0 has no gradient, every other one has.
+    np.testing.assert_array_equal(gradients == 0, weights[order] == 0)
+
+
+def test_weights_of_values_that_cannot_be_used_are_refused():
+    values = np.abs(rows())
+    for name in ("VAE", "DeepSVDD", "AE1SVM"):
+        with pytest.raises(TypeError, match="isn't a mean over a row's values"):
+            CoMetDetector(DETECTORS[name](), weighter=by_value(values)).fit(rows())
+    with pytest.raises(ValueError, match=r"shape \(250, 4\); expected .*\(250, 6\)"):
+        CoMetDetector(DETECTORS["AutoEncoder"](), weighter=by_value(values[:, :4])).fit(rows())
+
+
 @pytest.mark.parametrize("name", DETECTORS)
 def test_unit_weights_train_to_the_same_bits_as_pyod_alone(name):
     def seeded_detector():
@@ -152,6 +194,9 @@ def test_the_page(monkeypatch):
     assert snippet("docs/integrations/pyod.md", "svdd")
     names = run("docs/integrations/pyod.md", "svdd", names)
     assert names["detector"].weights_.shape == (N,)
+    names = run("docs/integrations/pyod.md", "values", names)
+    assert names["weighter"].has_parts
+    assert names["detector"].decision_scores_.shape == (N,)
 
 
 def beyond_single_precision(name: str) -> CoMetDetector:

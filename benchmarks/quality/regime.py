@@ -1,0 +1,203 @@
+"""Meta-steps and penalties against the length of training: do they steady what is trained long?
+
+Every form is trained once, three and ten times as long as planned, on the same contaminated
+pictures, without the weights and with them (``weights+...``):
+
+- ``penalty-<l>``: the published penalty with lambda_0 = l, part of the loss;
+- ``constant-<l>``: the same with gamma = 0, so that its strength doesn't follow the losses;
+- ``decoupled-<l>``: AdamW's weight decay l in place of a penalty in the loss;
+- ``mldg``, ``fomaml``: the meta-step;
+- ``plain`` and ``weights``: none of these.
+
+I-AUROC after the last step, the mean over the seeds. Every finished run is a JSON line in
+``--out``; the same command goes on where it was stopped, ``--shard i/n`` runs the i-th of n parts.
+``--figure`` draws the finished runs: I-AUROC over the optimizer steps, a panel for each set.
+"""
+
+import argparse
+import itertools
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from matplotlib.figure import Figure
+from torch import nn
+from torch.optim import AdamW, Optimizer
+
+from ablation import as_comet
+from comet_examples.detectors import Detector
+from comet_examples.report import table
+from comet_examples.training import FeatureRows, TrainingSettings, wrap
+from comet_meta import CoMetOptimizerWrapper, CovarianceMetaRegularizer
+from comet_meta.meta.step import MetaMode
+from grid import Benchmark, Trial, Variant, add_arguments, benchmark, trained
+from runs import Figures, Runs, mean
+
+_LOGGER = logging.getLogger(__name__)
+
+STRENGTHS = (1e-4, 1e-3, 5e-3)
+DECAYS = (1e-2, 1e-1)
+
+
+def form(
+    weights: bool,
+    *,
+    meta: MetaMode = "none",
+    strength: float = 0,
+    gamma: float = 0.5,
+    decay: float = 0,
+) -> Variant:
+    """A way to train: weights or none, with a meta-step, a penalty or decoupled weight decay."""
+
+    def optimizer_for(
+        detector: Detector, data: FeatureRows, settings: TrainingSettings
+    ) -> CoMetOptimizerWrapper:
+        # The weights are the examples'; only optimizers and regulariser are others.
+        weighter = wrap(detector, data, settings).weighter if weights else None
+        return CoMetOptimizerWrapper(
+            [decayed(one, decay) if decay else one for one in detector.optimizers()],
+            weighter=weighter,
+            regularizer=CovarianceMetaRegularizer(strength, gamma) if strength else None,
+            meta=meta,
+            model=cast("nn.Module", detector),
+        )
+
+    return lambda trial: trained(as_comet(trial) if weights else trial, optimizer_for)
+
+
+def decayed(optimizer: Optimizer, decay: float) -> Optimizer:
+    """An AdamW with the parameters and learning rates of an Adam."""
+    return AdamW(
+        [{"params": group["params"], "lr": group["lr"]} for group in optimizer.param_groups],
+        weight_decay=decay,
+    )
+
+
+def _forms() -> dict[str, Variant]:
+    found: dict[str, Variant] = {}
+    for weights in (False, True):
+        own: dict[str, Variant] = {"": form(weights)}
+        own |= {f"penalty-{x:g}": form(weights, strength=x) for x in STRENGTHS}
+        own |= {f"constant-{x:g}": form(weights, strength=x, gamma=0) for x in STRENGTHS[-1:]}
+        own |= {f"decoupled-{x:g}": form(weights, decay=x) for x in DECAYS}
+        metas: tuple[MetaMode, ...] = ("mldg", "fomaml")
+        own |= {meta: form(weights, meta=meta) for meta in metas}
+        if weights:
+            own = {f"weights+{name}".removesuffix("+"): value for name, value in own.items()}
+        found |= {name or "plain": value for name, value in own.items()}
+    return found
+
+
+FORMS = _forms()
+
+
+def key_of(
+    bench: Benchmark, task: str, detector: str, noise: float, times: int, name: str
+) -> dict[str, Any]:
+    """All that decides a run's figures, but for the seed."""
+    return bench.key(detector, task, noise, None, f"{times} x {name}")
+
+
+def run(
+    bench: Benchmark, task: str, detector: str, noise: float, times: int, name: str, seed: int
+) -> Figures:
+    """Figures of a form that is trained ``times`` as long as planned."""
+    experiment = bench.experiment(detector, task)
+    split = experiment.split(noise, seed)
+    settings = experiment.preset.training("plain", seed=seed)
+    length = times * settings.epochs_for(len(split.train))
+    settings = replace(settings, epochs=length, steps=None)
+    return FORMS[name](Trial(experiment, split, settings))
+
+
+def rows(
+    runs: Runs, names: list[str], longer: list[int], key: Callable[[int, str], dict[str, Any]]
+) -> list[dict[str, str | float]]:
+    """Lines of the table of a detector and set: the finished forms at each length."""
+    found: list[dict[str, str | float]] = []
+    for name in names:
+        own = {times: runs.by_seed(**key(times, name)) for times in longer}
+        if any(own.values()):
+            seeds = min(len(one) for one in own.values() if one)
+            line: dict[str, str | float] = {"form": name, "seeds": str(seeds)}
+            found.append(line | {f"{times} x": _figure(one) for times, one in own.items()})
+    return found
+
+
+def _figure(own: dict[int, Figures]) -> str:
+    return f"{mean(own, 'I-AUROC'):.3f}" if own else ""
+
+
+def draw(
+    runs: Runs,
+    panels: list[str],
+    names: list[str],
+    longer: list[int],
+    key: Callable[[str, int, str], dict[str, Any]],
+    file: Path,
+) -> None:
+    """I-AUROC over the multiples of the planned length, a panel for each detector and set."""
+    figure = Figure(figsize=(3.2 * len(panels) + 1.6, 3.2), layout="constrained")
+    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for name in names:
+            own = {times: runs.by_seed(**key(panel, times, name)) for times in longer}
+            points = [(times, mean(one, "I-AUROC")) for times, one in own.items() if one]
+            if points:
+                style = "-" if name.startswith("weights") else "--"
+                axes.plot(*np.array(points).T, style, marker="o", label=name)
+        axes.set_xscale("log")
+        axes.set_xticks(longer, [f"{times} x" for times in longer])
+        axes.minorticks_off()
+        axes.set_title(panel, fontsize=9)
+        axes.set_xlabel("length of training")
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].set_ylabel("I-AUROC")
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=8)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=150)
+
+
+def main() -> None:
+    """Run what is missing, then print the tables and draw the figure."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_arguments(parser, Path("runs/regime.jsonl"))
+    parser.add_argument("--noise", type=float, default=0.1, help="share of bad training pictures")
+    parser.add_argument("--longer", type=int, nargs="+", default=[1, 3, 10])
+    parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS))
+    parser.add_argument("--figure", type=Path, help="PNG")
+    options = parser.parse_args()
+    bench, tasks, runs = benchmark(options)
+    part, parts = (int(number) for number in options.shard.split("/"))
+    grid = itertools.product(options.seeds, options.longer, tasks, options.detectors, options.forms)
+    for number, (seed, times, task, detector, name) in enumerate(grid):
+        key = key_of(bench, task, detector, options.noise, times, name) | {"seed": seed}
+        if number % parts != part - 1 or runs.done(key):
+            continue
+        figures = run(bench, task, detector, options.noise, times, name, seed)
+        runs.add(key, figures)
+        _LOGGER.info("%s, %s, %d x %s: %.3f", task, detector, times, name, figures["I-AUROC"])
+
+    def key_in(panel: str, times: int, name: str) -> dict[str, Any]:
+        detector, task = panel.split(", ")
+        return key_of(bench, task, detector, options.noise, times, name)
+
+    panels = [f"{detector}, {task}" for detector in options.detectors for task in tasks]
+    for panel in panels:
+        lines = rows(runs, options.forms, options.longer, partial(key_in, panel))
+        if lines:
+            print(f"\n### {panel}\n\n{table(lines)}")
+    if options.figure:
+        draw(runs, panels, options.forms, options.longer, key_in, options.figure)
+
+
+if __name__ == "__main__":
+    main()

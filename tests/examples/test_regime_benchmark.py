@@ -1,0 +1,104 @@
+"""Forms of the method against the length of training."""
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from tiny_experiment import experiment
+from torch.optim import Adam, AdamW
+
+from grid import Benchmark
+from regime import FORMS, decayed, draw, key_of, rows, run
+from runs import Runs
+
+
+class Tiny(Benchmark):
+    """Has one experiment for all tasks, of steps in place of epochs."""
+
+    def __init__(self, folder):
+        super().__init__("resnet18", {}, "cpu", None)
+        made = experiment(folder, "simplenet")
+        made.preset = replace(made.preset, epochs=None, steps=6, schedule="cosine")
+        self.experiment = lambda detector, task: made
+
+
+@pytest.fixture
+def seen(tmp_path, monkeypatch):
+    """A run's settings and optimizer."""
+    bench, found = Tiny(tmp_path), []
+    made = bench.experiment("simplenet", "tiny")
+    original = made.run
+
+    def watched(split, settings, wrap):
+        outcome = original(split, settings, wrap=wrap)
+        found.append((settings, outcome.training))
+        return outcome
+
+    monkeypatch.setattr(made, "run", watched)
+
+    def last(name, times=1):
+        figures = run(bench, "tiny", "simplenet", 0.0, times, name, seed=3)
+        assert 0 <= figures["I-AUROC"] <= 1
+        return found[-1]
+
+    return last
+
+
+def test_times_stretch_the_length(seen):
+    # 24 pictures in batches of 8: 6 steps are 2 epochs.
+    assert [len(seen("plain", times)[1].history) for times in (1, 3)] == [2, 6]
+    settings, _ = seen("weights")
+    assert (settings.schedule, settings.seed) == ("cosine", 3)
+
+
+def test_forms_are_what_their_names_say(seen):
+    for name in FORMS:
+        wrapper = seen(name)[1].optimizer
+        base = name.removeprefix("weights").removeprefix("+")
+        assert (wrapper.weighter is not None) == name.startswith("weights")
+        mode = "none" if wrapper.meta is None else wrapper.meta.mode
+        assert mode == (base if base in ("mldg", "fomaml") else "none")
+        kind, _, number = base.partition("-")
+        if kind in ("penalty", "constant"):
+            assert wrapper.regularizer.base_strength == float(base.split("-", 1)[1])
+            assert wrapper.regularizer.gamma == (0 if kind == "constant" else 0.5)
+        else:
+            assert wrapper.regularizer is None
+        if kind == "decoupled":
+            assert {group["weight_decay"] for group in wrapper.param_groups} == {float(number)}
+
+
+def test_forms_train_to_different_figures(seen):
+    def bits(name):
+        detector = seen(name, times=2)[1].detector
+        return torch.cat([p.detach().flatten() for p in detector.parameters()])
+
+    plain = bits("plain")
+    for name in ("penalty-0.005", "decoupled-0.1", "mldg", "fomaml", "weights"):
+        assert not torch.equal(bits(name), plain), name
+
+
+def test_decoupled_decay_keeps_parameters_and_rates():
+    first, second = (torch.zeros(2, requires_grad=True) for _ in range(2))
+    made = decayed(Adam([{"params": [first], "lr": 0.1}, {"params": [second], "lr": 0.2}]), 0.3)
+    assert isinstance(made, AdamW)
+    assert [group["lr"] for group in made.param_groups] == [0.1, 0.2]
+    assert [group["weight_decay"] for group in made.param_groups] == [0.3, 0.3]
+    assert made.param_groups[1]["params"][0] is second
+
+
+def test_table_and_figure_show_what_is_finished(tmp_path):
+    bench, runs = Benchmark("resnet18", {}, "cpu", None), Runs(tmp_path / "runs.jsonl")
+    key = partial(key_of, bench, "mvtec/a", "fastflow", 0.1)
+    for times, name, values in ((1, "plain", (0.8, 0.9)), (3, "plain", (0.7, 0.8))):
+        for seed, value in enumerate(values):
+            runs.add(key(times, name) | {"seed": seed}, {"I-AUROC": value})
+    runs.add(key(1, "weights") | {"seed": 0}, {"I-AUROC": 0.95})
+    assert rows(runs, list(FORMS), [1, 3], key) == [
+        {"form": "plain", "seeds": "2", "1 x": "0.850", "3 x": "0.750"},
+        {"form": "weights", "seeds": "1", "1 x": "0.950", "3 x": ""},
+    ]
+    file = tmp_path / "figures" / "regime.png"
+    draw(runs, ["a", "b"], list(FORMS), [1, 3], lambda _, times, name: key(times, name), file)
+    assert file.stat().st_size > 5000
