@@ -154,3 +154,20 @@ def test_the_papers_fastflow_keeps_its_scores():
     before = detector.scores(data)
     detector.fit_scores([data])
     assert torch.equal(detector.scores(data), before)
+
+
+@pytest.mark.parametrize("name", ["fastflow", "reconstruction"])
+def test_a_finished_training_is_resumed_with_its_positions(name, tmp_path):
+    data = FeatureRows(a_seam(20, torch.Generator().manual_seed(0)), torch.arange(20))
+
+    def trained(**options) -> torch.Tensor:
+        def build():
+            torch.manual_seed(0)
+            return DETECTORS[name]([6], (16, 16))
+
+        how = TrainingSettings("plain", epochs=2)
+        return predict(train(build, data, how, **options).detector, data)[0]
+
+    whole = trained(checkpoint=tmp_path / "state.pt")
+    assert torch.equal(trained(checkpoint=tmp_path / "state.pt", resume=True), whole)
+    assert whole.median().abs() < 5  # standardised
