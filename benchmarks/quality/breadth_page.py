@@ -37,6 +37,7 @@ share of bad rows. `--help` describes the other methods. Some of them have fewer
   than .02.
 - *mean weight, least*: mean over the sets, and the set with the lowest mean weight.
 - *ranking*: AUROC of bad against good training rows."""
+_FIRST = ("as-is", "clean")  # of the conditions
 
 
 def interval(values: Array, statistic: Callable[[Array], Array]) -> str:
@@ -233,7 +234,7 @@ def write_page(
     def values(name: str) -> list[Any]:
         return sorted({run["key"][name] for run in runs}, key=str)
 
-    conditions = values("condition")
+    conditions = sorted(values("condition"), key=lambda name: (name not in _FIRST, name))
     detectors = [name for name in detectors if name in values("detector")]
     methods = [name for name in methods if name in values("method")]
     seeds = " ".join(str(seed) for seed in values("seed"))
@@ -266,8 +267,8 @@ def write_page(
     parts.append("## Every set")
     for condition in conditions:
         for detector in detectors:
-            rows = every_set(runs, detector, condition)
-            parts += [f"{detector}, {condition}:", table(rows)]
+            if rows := every_set(runs, detector, condition):
+                parts += [f"{detector}, {condition}:", table(rows)]
     page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 

@@ -28,6 +28,7 @@ import itertools
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -210,7 +211,9 @@ def cost(own: BySeed, plain: BySeed) -> str:
 def draw(chosen: Chosen, levels: Sequence[float], variants: Sequence[str], file: Path) -> None:
     """I-AUROC against contamination, a panel for each detector and task."""
     detectors, tasks = (list(dict.fromkeys(key[place] for key in chosen)) for place in (0, 1))
-    size = (0.6 + 2.6 * len(tasks), 2.4 * len(detectors) + 0.4)
+    size = (2.4 + 2.6 * len(tasks), 2.4 * len(detectors) + 0.4)
+    colours = {name: f"C{number % 10}" for number, name in enumerate(variants)}
+    handles: dict[str, Any] = {}
     figure = Figure(figsize=size, layout="constrained")
     panels = figure.subplots(len(detectors), len(tasks), squeeze=False, sharex=True, sharey="col")
     for detector, line in zip(detectors, panels, strict=True):
@@ -225,7 +228,9 @@ def draw(chosen: Chosen, levels: Sequence[float], variants: Sequence[str], file:
                         deviation = np.std(values, ddof=1) if len(values) > 1 else 0.0
                         points.append((100 * noise, np.mean(values), deviation))
                 if points:
-                    axes.errorbar(*zip(*points, strict=True), label=name, marker="o", capsize=2)
+                    handles[name] = axes.errorbar(
+                        *zip(*points, strict=True), color=colours[name], marker="o", capsize=2
+                    )
             axes.set_title(f"{detector}, {task}", fontsize=9)
             axes.grid(alpha=0.3)
             axes.spines[["top", "right"]].set_visible(False)
@@ -233,7 +238,14 @@ def draw(chosen: Chosen, levels: Sequence[float], variants: Sequence[str], file:
         axes.set_xlabel("bad training pictures, %")
     for axes in panels[:, 0]:
         axes.set_ylabel("I-AUROC")
-    panels[0, 0].legend(frameon=False, fontsize=8)
+    shown = [name for name in variants if name in handles]
+    figure.legend(
+        [handles[name] for name in shown],
+        ["told" if name == "contamination@true" else name for name in shown],
+        loc="outside right center",
+        frameon=False,
+        fontsize=8,
+    )
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=150)
 
