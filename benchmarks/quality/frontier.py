@@ -52,7 +52,7 @@ Runs and page come from
 python benchmarks/quality/breadth.py --folder adbench/ \\
     --methods plain oracle comet comet-samples samples-0.1 samples-0.2 parts-0.1 parts-0.2 both-0.05
 python benchmarks/quality/contamination.py --out docs/results/pictures.jsonl \\
-    --variants plain oracle comet patches --noise 0 0.1
+    --variants plain oracle comet patches samples-0.1 --noise 0 0.1
 python benchmarks/quality/frontier.py --picture docs/images/frontier.png \\
     --page docs/results/frontier.md
 ```
