@@ -245,6 +245,8 @@ def test_commands_name_scripts_and_options_that_exist(page):
             source = file.read_text(encoding="utf-8")
             if "from grid import" in source:  # the options that the tables have in common
                 source += (file.with_name("grid.py")).read_text(encoding="utf-8")
+            if "from breadth import" in source:
+                source += (file.with_name("breadth.py")).read_text(encoding="utf-8")
             for option in re.findall(r"--[\w-]+", arguments):
                 assert f'"{option}"' in source, (script, option)
 

@@ -54,7 +54,7 @@ class CoMetDetector(BaseDetector):  # type: ignore[misc]
 
     Attributes:
         detector_: The fitted detector.
-        weights_: Confidence in each training row, shape (N,), in [0, 1].
+        weights_: How far each training row was trusted, its values included, shape (N,), in [0, 1].
         decision_scores_: Anomaly scores of the training rows, shape (N,).
         threshold_: The score above which a row is an outlier.
         labels_: 1 for outliers among the training rows, 0 for others, shape (N,).
@@ -118,7 +118,7 @@ class CoMetDetector(BaseDetector):  # type: ignore[misc]
                 "comet_meta.ConfidenceSampler"
             )
         self.detector_ = detector
-        self.weights_ = weighter.weights.numpy().copy()
+        self.weights_ = weighter.mean_weights().numpy()
         self.decision_scores_ = detector.decision_scores_
         self._process_decision_scores()
         return self

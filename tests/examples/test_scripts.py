@@ -465,7 +465,7 @@ PAPER_NOISE = {
     "patches": None,
     "top": 1,
 }
-PAPER_FLOW = {"steps": 8, "hidden_ratio": 1.0, "top": 1}
+PAPER_FLOW = {"steps": 8, "hidden_ratio": 1.0, "top": 1, "standardize_scores": False}
 
 
 @pytest.mark.parametrize(
