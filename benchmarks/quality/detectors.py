@@ -3,7 +3,8 @@
 Every finished run is a JSON line in ``--out``; the same command goes on where it was stopped, and
 ``--shard i/n`` runs the i-th of n parts, also several at once on one file. I-AUROC, the mean over
 the seeds. *bank* is ``MemoryBank``, a tenth of the patches, at random, on SimpleNet's features. A
-set that has bad training pictures is used without them.
+set that has bad training pictures is used without them. *raw* is the same detector, trained for the
+first of the lengths, whose scores aren't standardised by position.
 """
 
 import argparse
@@ -11,11 +12,13 @@ import itertools
 import logging
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from comet_examples.datasets import oracle
+from comet_examples.detectors import ScoresFittable
+from comet_examples.detectors.positions import PositionScaler
 from comet_examples.report import table
 from grid import Benchmark, add_arguments, benchmark
 from runs import Figures, Runs, mean
@@ -61,7 +64,12 @@ def run(bench: Benchmark, task: str, detector: str, times: int, seed: int) -> Fi
         settings = replace(settings, epochs=times * settings.epochs_for(len(split.train)))
     else:
         settings = replace(settings, steps=times * settings.steps)
-    return experiment.run(split, settings).figures
+    outcome = experiment.run(split, settings)
+    if not isinstance(outcome.training.detector, ScoresFittable):
+        return outcome.figures
+    cast("Any", outcome.training.detector).usual = PositionScaler()
+    raw = experiment.judge(split, *experiment.predict(outcome.training, split.test))
+    return outcome.figures | {f"raw {name}": value for name, value in raw.items()}
 
 
 def key_of(bench: Benchmark, task: str, detector: str, times: int) -> dict[str, Any]:
@@ -83,6 +91,8 @@ def rows(
         if not np.isnan(values).any():  # else it isn't finished
             lines.append(values)
             found.append(_row(task, values, longer, min(len(one) for one in own)))
+            if all("raw I-AUROC" in figures for figures in own[1].values()):
+                found[-1]["raw"] = f"{mean(own[1], 'raw I-AUROC'):.3f}"
     if lines:
         found.append(_row("mean", np.mean(lines, axis=0).tolist(), longer))
     return found

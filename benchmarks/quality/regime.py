@@ -11,7 +11,7 @@ pictures, without the weights and with them (``weights+...``):
 
 I-AUROC after the last step, the mean over the seeds. Every finished run is a JSON line in
 ``--out``; the same command goes on where it was stopped, ``--shard i/n`` runs the i-th of n parts.
-``--figure`` draws the finished runs: I-AUROC over the optimizer steps, a panel for each set.
+``--figure`` draws the finished runs: I-AUROC over the length, a panel for each set and detector.
 """
 
 import argparse

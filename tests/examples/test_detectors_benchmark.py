@@ -1,27 +1,18 @@
 """The table of detectors against the bank."""
 
-from dataclasses import replace
-
 import pytest
-from tiny_experiment import experiment
+import torch
+from sklearn.metrics import roc_auc_score
+from tiny_experiment import TinyBenchmark
 
+from comet_examples.detectors.positions import PositionScaler
 from detectors import key_of, rows, run
 from grid import Benchmark
 from runs import Runs
 
 
-class Tiny(Benchmark):
-    """Has one experiment for all tasks, of steps in place of epochs."""
-
-    def __init__(self, folder):
-        super().__init__("resnet18", {}, "cpu", None)
-        made = experiment(folder, "simplenet")
-        made.preset = replace(made.preset, epochs=None, steps=6, schedule="cosine")
-        self.experiment = lambda detector, task: made
-
-
 def test_times_stretch_the_length_and_none_is_the_bank(tmp_path, monkeypatch):
-    bench, lengths = Tiny(tmp_path), []
+    bench, lengths = TinyBenchmark(tmp_path), []
     made = bench.experiment("simplenet", "tiny")
     original = made.run
 
@@ -35,6 +26,24 @@ def test_times_stretch_the_length_and_none_is_the_bank(tmp_path, monkeypatch):
     assert lengths == [(6, "cosine", 3), (30, "cosine", 3)]
     assert run(bench, "tiny", "simplenet", 0, seed=3)["I-AUROC"] > 0.9
     assert len(lengths) == 2
+
+
+def test_scores_as_they_are_stand_beside_standardised_ones(tmp_path):
+    bench, runs = TinyBenchmark(tmp_path, "fastflow"), Runs(tmp_path / "runs.jsonl")
+    figures = run(bench, "tiny", "fastflow", 1, seed=0)
+    made = bench.experiment("fastflow", "tiny")
+    settings = made.preset.training("plain", seed=0)
+    outcome = made.run(made.split(0, 0), settings)
+    assert outcome.figures["I-AUROC"] == figures["I-AUROC"]
+    outcome.training.detector.usual = PositionScaler()
+    raw, _ = made.predict(outcome.training, made.split(0, 0).test)
+    assert not torch.equal(raw, outcome.scores)
+    bad = [sample.label for sample in made.split(0, 0).test]
+    assert figures["raw I-AUROC"] == pytest.approx(roc_auc_score(bad, raw))
+    for times in (0, 1):
+        runs.add(key_of(bench, "mvtec/a", "fastflow", times) | {"seed": 0}, figures)
+    (row, _) = rows(bench, runs, ["mvtec/a"], "fastflow", [1])
+    assert row["raw"] == f"{figures['raw I-AUROC']:.3f}"
 
 
 def test_rows_are_the_finished_sets_and_their_mean(tmp_path):

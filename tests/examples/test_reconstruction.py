@@ -31,8 +31,7 @@ def build(**options) -> Reconstruction:
 
 
 def trained(steps: int = 100, **options) -> Reconstruction:
-    # Quartiles at a position say little of a dozen pictures.
-    data = FeatureRows(levels(60), torch.arange(60))
+    data = FeatureRows(levels(), torch.arange(12))
     settings = TrainingSettings("plain", steps=steps, batch_size=6, schedule="cosine")
     options = {"dropout": 0.0, "width": 8, "learning_rate": 0.01} | options
     return train(lambda: build(**options), data, settings).detector

@@ -1,11 +1,10 @@
 """Forms of the method against the length of training."""
 
-from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
-from tiny_experiment import experiment
+from tiny_experiment import TinyBenchmark
 from torch.optim import Adam, AdamW
 
 from grid import Benchmark
@@ -13,20 +12,10 @@ from regime import FORMS, decayed, draw, key_of, rows, run
 from runs import Runs
 
 
-class Tiny(Benchmark):
-    """Has one experiment for all tasks, of steps in place of epochs."""
-
-    def __init__(self, folder):
-        super().__init__("resnet18", {}, "cpu", None)
-        made = experiment(folder, "simplenet")
-        made.preset = replace(made.preset, epochs=None, steps=6, schedule="cosine")
-        self.experiment = lambda detector, task: made
-
-
 @pytest.fixture
 def seen(tmp_path, monkeypatch):
     """A run's settings and optimizer."""
-    bench, found = Tiny(tmp_path), []
+    bench, found = TinyBenchmark(tmp_path), []
     made = bench.experiment("simplenet", "tiny")
     original = made.run
 

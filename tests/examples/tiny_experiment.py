@@ -1,5 +1,6 @@
 """A few generated pictures with an obvious defect, on features that take no time."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from comet_examples.datasets import Sample, Split, Transform
 from comet_examples.experiment import Experiment
 from comet_examples.presets import Preset
 from comet_meta.vision.features import FeatureStore
+from grid import Benchmark
 
 OPTIONS = {
     "simplenet": {
@@ -57,3 +59,13 @@ def experiment(folder: Path, detector: str) -> Experiment:
     preset = Preset(Transform(32), epochs=3, detector=OPTIONS[detector])
     store = FeatureStore(folder / "cache")
     return Experiment(split(folder), detector, preset, Pooling(), store, "cpu")
+
+
+class TinyBenchmark(Benchmark):
+    """Has one experiment for all tasks, of steps in place of epochs."""
+
+    def __init__(self, folder: Path, detector: str = "simplenet"):
+        super().__init__("resnet18", {}, "cpu", None)
+        made = experiment(folder, detector)
+        made.preset = replace(made.preset, epochs=None, steps=6, schedule="cosine")
+        self.experiment = lambda detector, task: made

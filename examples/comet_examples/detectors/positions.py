@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+_FEWEST = 20  # pictures: a quartile of fewer rests on less than five of them
+
 
 class PositionScaler(nn.Module):
     """Standardises a trained detector's scores by what is usual at their position.
@@ -21,13 +23,14 @@ class PositionScaler(nn.Module):
     3. A score becomes (score - median) / range.
 
     Medians and quartiles stay where they are when less than a quarter of the pictures are bad at
-    the same position. Before :meth:`fit`, scores are returned as they are.
+    the same position. Before :meth:`fit`, and after a fit to fewer than 20 pictures, scores are
+    returned as they are.
 
     Example:
-        >>> train = torch.tensor([0.0, 1.0, 2.0, 3.0, 4.0]).reshape(5, 1, 1, 1)
+        >>> train = torch.arange(21.0).reshape(21, 1, 1, 1)
         >>> scaler = PositionScaler()
-        >>> scaler.fit([train[:3], train[3:]])  # median 2, range 2 there and 2 in the mean
-        >>> scaler(torch.tensor([2.0, 10.0]).reshape(2, 1, 1, 1)).squeeze().tolist()
+        >>> scaler.fit([train[:16], train[16:]])  # median 10, range 10 there and 10 in the mean
+        >>> scaler(torch.tensor([10.0, 50.0]).reshape(2, 1, 1, 1)).squeeze().tolist()
         [0.0, 2.0]
     """
 
@@ -48,6 +51,9 @@ class PositionScaler(nn.Module):
                 out; a position without a finite one has median 0 and the spread of its level.
         """
         scores = torch.cat([batch.float().cpu() for batch in batches])
+        if len(scores) < _FEWEST:
+            self.median, self.spread = self.median.new_empty(0), self.spread.new_empty(0)
+            return
         scores = scores.where(scores.isfinite(), torch.nan)
         at = torch.tensor([0.25, 0.5, 0.75])
         # By rows of the grid, because torch's quantiles take so many values at a time.
