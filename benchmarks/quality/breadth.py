@@ -9,16 +9,17 @@ part holds:
 - ``clean``: none;
 - ``0.1`` (any share): as many of its anomalies as make up that share, where there are enough.
 
-The detectors train in a plain loop of 600 steps. ``comet`` is the library's default with the prior
-of ``RowScorer``, and with weights of values where the loss is a mean over the values of a row
-(autoencoder); ``comet-samples`` has weights of whole rows alone; ``comet@rate`` is ``comet`` told
-the share of anomalies; ``comet-own`` has no prior and refits on the model's own scores;
-``samples-0.1`` and the like are points of the frontier (``left_out.py``). Rivals:
-``trim-prior@rate`` and ``trim-own@rate`` leave out the highest scores of the prior or the model at
-the true rate, ``trim-own@0.1`` at a guessed one, ``forest@rate`` those of an isolation forest,
-``folding@rate`` those of detectors trained on fifths of the data and applied to the rest (after
-McIntosh and Albu, 2026), ``retrain`` those above the fence of a box plot of the scores of a first
-training.
+The detectors (an autoencoder, Deep SVDD, a variational autoencoder) train in a plain loop of 600
+steps. ``comet`` is the library's default with the prior of ``RowScorer``, and with weights of
+values where the loss is a mean over the values of a row (autoencoder); ``comet-samples`` has
+weights of whole rows alone; ``comet@rate`` is ``comet`` told the share of anomalies; ``comet-own``
+has no prior and refits on the model's own scores; ``samples-0.1`` and the like are points of the
+frontier (``left_out.py``). Rivals: ``trim-prior@rate`` and ``trim-own@rate`` leave out the highest
+scores of the prior or the model at the true rate, ``trim-own@0.1`` at a guessed one,
+``forest@rate`` those of an isolation forest, ``folding@rate`` those of detectors trained on fifths
+of the data and applied to the rest (after McIntosh and Albu, 2026), ``learning-bias@rate`` those of
+the same detectors applied to all of it (after Zhang et al., 2025), ``retrain`` those above the
+fence of a box plot of the scores of a first training.
 
 Every run becomes a line of ``--out``; the same command goes on where it stopped, and several
 processes may share the work (``--shard 1/4``). Then it prints a table for each condition, with
@@ -29,7 +30,7 @@ and with ``--picture`` a dot for each set; without ``--folder`` nothing is run.
 import argparse
 import itertools
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +39,14 @@ import torch
 from numpy.typing import NDArray
 from sklearn.ensemble import IsolationForest
 from sklearn.metrics import roc_auc_score
-from torch import Tensor, nn
+from torch import Tensor
 
 from breadth_page import draw, summaries, write_page
 from comet_examples.report import table
 from comet_meta import CoMetOptimizerWrapper, RowScorer, SoftConfidentWeighter
 from left_out import LeftOut, names
 from runs import Figures, Runs
+from table_detectors import DETECTORS, AutoEncoder, Model, is_by_value
 
 Array = NDArray[Any]
 MOST_ROWS = 10_000
@@ -52,55 +54,6 @@ STEPS = 600
 BATCH = 128
 REFIT_EVERY = 100
 QUICK = 8  # sets
-
-
-class AutoEncoder(nn.Module):
-    """Reconstruction of rows (B, C); the loss is the mean squared error."""
-
-    def __init__(self, rows: Tensor) -> None:
-        super().__init__()
-        dim = rows.shape[1]
-        self.layers = nn.Sequential(
-            *(nn.Linear(dim, 64), nn.ReLU(), nn.Linear(64, 8), nn.ReLU()),
-            *(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, dim)),
-        )
-
-    def part_losses(self, rows: Tensor) -> Tensor:
-        """Squared error of each value, (B, C)."""
-        error: Tensor = (self.layers(rows) - rows).square()
-        return error
-
-    def losses(self, rows: Tensor) -> Tensor:
-        """Mean squared error of each row, (B,)."""
-        return self.part_losses(rows).mean(dim=1)
-
-
-class DeepSVDD(nn.Module):
-    """Distance of rows (B, C) to a fixed centre, in a network without biases (Ruff et al. 2018)."""
-
-    centre: Tensor
-
-    def __init__(self, rows: Tensor) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(
-            nn.Linear(rows.shape[1], 64, bias=False),
-            nn.LeakyReLU(0.1),
-            nn.Linear(64, 32, bias=False),
-        )
-        with torch.no_grad():
-            centre = self.layers(rows).mean(dim=0)
-        self.register_buffer("centre", torch.where(centre.abs() < 0.1, 0.1, centre))
-
-    def losses(self, rows: Tensor) -> Tensor:
-        """Mean squared distance of each row, (B,)."""
-        distance: Tensor = (self.layers(rows) - self.centre).square().mean(dim=1)
-        return distance
-
-
-DETECTORS: dict[str, Callable[[Tensor], AutoEncoder | DeepSVDD]] = {
-    "autoencoder": AutoEncoder,
-    "svdd": DeepSVDD,
-}
 
 
 class Task:
@@ -154,7 +107,7 @@ def trained(
     *,
     refit: bool = False,
     rows: Tensor | None = None,
-) -> AutoEncoder | DeepSVDD:
+) -> Model:
     """A detector after 600 steps; with ``rows`` (K,), trained on these alone."""
     torch.manual_seed(task.seed)
     model = DETECTORS[detector](task.train)
@@ -179,7 +132,7 @@ def trained(
 
 
 def losses_of(
-    model: AutoEncoder | DeepSVDD,
+    model: Model,
     rows: Tensor,
     weighter: SoftConfidentWeighter | None,
     index: Tensor,
@@ -191,13 +144,12 @@ def losses_of(
 
 
 @torch.no_grad()
-def scored(model: AutoEncoder | DeepSVDD, rows: Tensor) -> Tensor:
+def scored(model: Model, rows: Tensor) -> Tensor:
     """Anomaly scores (N,): the root of the loss, whose tail is shorter."""
-    return (
-        torch.cat([model.losses(part) for part in torch.split(rows, 4096)])
-        .sqrt()
-        .nan_to_num(nan=1e9)
-    )
+    model.eval()
+    losses = torch.cat([model.losses(part) for part in torch.split(rows, 4096)])
+    model.train()
+    return losses.sqrt().nan_to_num(nan=1e9)
 
 
 def trimming(share: float) -> SoftConfidentWeighter:
@@ -221,50 +173,63 @@ def forest(task: Task) -> Tensor:
     return torch.from_numpy(-model.score_samples(task.train.numpy())).float()
 
 
+def by_fifths(task: Task, detector: str) -> Iterator[tuple[Tensor, Tensor]]:
+    """Of each fifth of the rows: which they are, (N,), and the scores (N,) of what it trained."""
+    fold = torch.arange(len(task.train)) % 5
+    for number in range(5):
+        own = fold == number
+        yield own, scored(trained(task, detector, rows=own.nonzero().flatten()), task.train)
+
+
 def folding(task: Task, detector: str) -> Tensor:
     """Mean ranks (N,) by detectors that were trained on other fifths."""
-    fold = torch.arange(len(task.train)) % 5
-    ranks = torch.zeros(len(task.train))
-    for number in range(5):
-        model = trained(task, detector, rows=(fold == number).nonzero().flatten())
-        own = fold == number
-        ranks += scored(model, task.train).argsort().argsort().float() * ~own
-    return ranks
+    return sum_of(s.argsort().argsort().float() * ~own for own, s in by_fifths(task, detector))
 
 
-def priors(task: Task, detector: str) -> tuple[Tensor, Tensor | None]:
+def learning_bias(task: Task, detector: str) -> Tensor:
+    """Sums (N,) of the scores by detectors that were trained on a fifth each, also their own."""
+    return sum_of(scores for _, scores in by_fifths(task, detector))
+
+
+def sum_of(terms: Iterator[Tensor]) -> Tensor:
+    """Their sum."""
+    return torch.stack([*terms]).sum(dim=0)
+
+
+def priors(task: Task, *, by_value: bool) -> tuple[Tensor, Tensor | None]:
     """Prior of the rows (N,), and of their values (N, C) where losses come by value."""
     scores, value_scores = RowScorer(seed=task.seed).score_parts(task.train)
-    return scores, value_scores if DETECTORS[detector] is AutoEncoder else None
+    return scores, value_scores if by_value else None
 
 
-def with_parts(task: Task, detector: str, **options: Any) -> SoftConfidentWeighter:
+def with_prior(task: Task, *, by_value: bool, **options: Any) -> SoftConfidentWeighter:
     """A weighter with these priors."""
-    scores, value_scores = priors(task, detector)
+    scores, value_scores = priors(task, by_value=by_value)
     return SoftConfidentWeighter(prior=scores, part_prior=value_scores, **options)
 
 
-Method = Callable[[Task, str], tuple[AutoEncoder | DeepSVDD, SoftConfidentWeighter | None]]
+Method = Callable[[Task, str], tuple[Model, SoftConfidentWeighter | None]]
 
 
 def _comet(task: Task, detector: str) -> tuple[Any, SoftConfidentWeighter]:
-    weighter = with_parts(task, detector)
+    weighter = with_prior(task, by_value=is_by_value(detector))
     return trained(task, detector, weighter), weighter
 
 
 def _comet_rate(task: Task, detector: str) -> tuple[Any, SoftConfidentWeighter]:
-    weighter = with_parts(task, detector, contamination=min(task.rate, 0.49))
+    by_value, rate = is_by_value(detector), min(task.rate, 0.49)
+    weighter = with_prior(task, by_value=by_value, contamination=rate)
     return trained(task, detector, weighter), weighter
 
 
 def _comet_samples(task: Task, detector: str) -> tuple[Any, SoftConfidentWeighter]:
-    weighter = SoftConfidentWeighter(prior=RowScorer(seed=task.seed)(task.train))
+    weighter = with_prior(task, by_value=False)
     return trained(task, detector, weighter), weighter
 
 
 def _left_out(name: str) -> Method:
     def method(task: Task, detector: str) -> tuple[Any, SoftConfidentWeighter]:
-        weighter = LeftOut(name, *priors(task, detector))
+        weighter = LeftOut(name, *priors(task, by_value=is_by_value(detector)))
         return trained(task, detector, weighter), weighter
 
     return method
@@ -310,6 +275,10 @@ USUAL: dict[str, Method] = {
         trained(task, detector, rows=kept_by(task, folding(task, detector))),
         None,
     ),
+    "learning-bias@rate": lambda task, detector: (
+        trained(task, detector, rows=kept_by(task, learning_bias(task, detector))),
+        None,
+    ),
     "retrain": _retrain,
 }
 FRONTIER: dict[str, Method] = {name: _left_out(name) for name in names()}
@@ -333,8 +302,7 @@ def is_needed(condition: str, detector: str, method: str) -> bool:
     """Whether a run says something that no other does."""
     if condition == "clean" and method == "oracle":
         return False  # plain training
-    by_part = DETECTORS[detector] is AutoEncoder
-    return by_part or not method.startswith(("parts", "both"))
+    return is_by_value(detector) or not method.startswith(("parts", "both"))
 
 
 def main() -> None:

@@ -22,8 +22,8 @@ from pyod.models.deep_svdd import DeepSVDD
 from pyod.models.vae import VAE
 from sklearn.metrics import roc_auc_score
 
-from breadth import Task, add_arguments, finished_runs
-from comet_meta import RowScorer, SoftConfidentWeighter
+from breadth import Task, add_arguments, finished_runs, with_prior
+from comet_meta import SoftConfidentWeighter
 from comet_meta.integrations.pyod import CoMetDetector
 from runs import Figures
 
@@ -37,9 +37,7 @@ DETECTORS: dict[str, Callable[[Task], BaseDetector]] = {
 
 
 def _with_prior(task: Task, detector: str, **options: Any) -> SoftConfidentWeighter:
-    scores, value_scores = RowScorer(seed=task.seed).score_parts(task.train)
-    by_value = value_scores if detector == "autoencoder" else None
-    return SoftConfidentWeighter(prior=scores, part_prior=by_value, **options)
+    return with_prior(task, by_value=detector == "autoencoder", **options)
 
 
 WEIGHTERS: dict[str, Callable[[Task, str], SoftConfidentWeighter]] = {
@@ -47,9 +45,7 @@ WEIGHTERS: dict[str, Callable[[Task, str], SoftConfidentWeighter]] = {
     "comet@rate": lambda task, detector: _with_prior(
         task, detector, contamination=min(task.rate, 0.49)
     ),
-    "comet-samples": lambda task, _: SoftConfidentWeighter(
-        prior=RowScorer(seed=task.seed)(task.train)
-    ),
+    "comet-samples": lambda task, _: with_prior(task, by_value=False),
     "comet-own": lambda task, _: SoftConfidentWeighter(len(task.train)),
 }
 METHODS = ("plain", "oracle", *WEIGHTERS)

@@ -4,9 +4,11 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 
 import breadth
 import breadth_page
+import table_detectors
 from runs import Runs
 
 
@@ -65,6 +67,52 @@ def test_finished_runs_are_kept_and_the_tables_printed(folder, monkeypatch, caps
     for run in runs:
         if run["key"]["method"] == "comet@rate" and run["key"]["condition"] == "clean":
             assert run["figures"]["mean weight"] == 1
+
+
+def test_the_bound_of_the_variational_autoencoder_by_hand():
+    torch.manual_seed(0)
+    rows = torch.randn(5, 3)
+    model = table_detectors.VAE(rows)
+    with torch.no_grad():
+        for layer in (model.encoder[2], model.decoder[2]):
+            layer.weight.zero_()
+        model.encoder[2].bias.copy_(torch.tensor([2.0] + 7 * [0.0] + [0.0] + 7 * [0.0]))
+        model.decoder[2].bias.fill_(1.0)
+    # KL of N((2, 0, ...), 1) from N(0, 1) is 2; the rows are taken for (1, 1, 1).
+    expected = ((rows - 1).square().sum(dim=1) / 2 + 2) / 3
+    torch.testing.assert_close(model.losses(rows), expected)
+    with torch.no_grad():
+        model.decoder[2].weight.normal_()
+    assert not torch.equal(model.losses(rows), model.losses(rows))
+    model.eval()
+    assert torch.equal(model.losses(rows), model.losses(rows))
+
+
+def test_scores_of_a_detector_are_those_of_eval_mode_and_training_goes_on(folder):
+    task = breadth.Task(folder / "far.npz", "as-is", 0)
+    model = table_detectors.VAE(task.train)
+    assert torch.equal(breadth.scored(model, task.test), breadth.scored(model, task.test))
+    assert model.training
+
+
+def test_folding_leaves_out_what_a_fifth_says_of_itself_and_learning_bias_does_not(
+    folder, monkeypatch
+):
+    task = breadth.Task(folder / "far.npz", "as-is", 0)
+    own = torch.arange(len(task.train)) % 5
+    # Detectors that find their own fifth normal and all others alike.
+    fifths = [(own == number, (own != number).float() + 1) for number in range(5)]
+    monkeypatch.setattr(breadth, "by_fifths", lambda *_: iter(fifths))
+    assert breadth.learning_bias(task, "svdd").unique().tolist() == [9.0]
+    monkeypatch.setattr(breadth, "by_fifths", lambda *_: iter([(own == 0, own * 1.0)]))
+    assert breadth.folding(task, "svdd")[own == 0].unique().tolist() == [0.0]
+    assert (breadth.learning_bias(task, "svdd") == own).all()
+
+
+@pytest.mark.parametrize("detector", breadth.DETECTORS)
+def test_every_detector_of_tables_finds_rows_that_lie_far_off(folder, detector):
+    task = breadth.Task(folder / "far.npz", "clean", 0)
+    assert breadth.judged(task, detector, "plain")["AUROC"] > 0.9
 
 
 def test_a_row_of_the_summary_by_hand(tmp_path):
