@@ -141,6 +141,15 @@ def test_samples_that_are_known_to_be_bad_still_go_as_a_whole():
     assert left_out == pytest.approx(LEFT_OUT_BESIDE_GIVEN * counting, rel=1e-4)
 
 
+def test_a_precaution_is_a_fraction_of_the_parts():
+    scores = some_scores()
+    weighter = weighter_of(scores, precaution=0.2)
+    assert bool((weighter() == 1).all())
+    assert float((1 - weighter.part_weights()).sum()) == pytest.approx(0.2 * N * P, rel=1e-4)
+    none = weighter_of(scores, precaution=0.0)
+    assert bool((none.part_weights() == 1).all())
+
+
 def test_the_parts_keep_their_shape():
     scores = some_scores(shape=(N, 3, 4))
     weighter = weighter_of(scores)

@@ -295,6 +295,20 @@ def test_of_a_given_share_that_and_a_tenth_is_left_out(scores, share):
     assert bool((found.p_bad <= 1 - found.weights + 1e-12).all())
 
 
+@settings(max_examples=60, deadline=None)
+@given(scores=sets, share=st.sampled_from(["auto", 0.07]), precaution=st.floats(0, 0.42))
+def test_a_precaution_is_left_out_in_place_of_the_default(scores, share, precaution):
+    weighter = SoftConfidentWeighter(
+        prior=scores.float(), contamination=share, precaution=precaution
+    )
+    low = weighter.contamination_.low if share == "auto" else share
+    left_out = min(low + precaution, 0.5) * len(scores)
+    assert float((1 - weighter()).sum()) == pytest.approx(left_out, rel=1e-4, abs=1e-3)
+    assert float(weighter.p_bad.sum()) == pytest.approx(low * len(scores), rel=1e-4, abs=1e-3)
+    weighter.fit()
+    assert float((1 - weighter()).sum()) == pytest.approx(left_out, rel=1e-4, abs=1e-3)
+
+
 @settings(max_examples=20, deadline=None)
 @given(scores=sets)
 def test_a_contamination_of_zero_leaves_nobody_out(scores):

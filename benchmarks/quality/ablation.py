@@ -16,7 +16,7 @@ from comet_meta import (
     SoftConfidentWeighter,
 )
 from comet_meta.meta.step import MetaMode
-from comet_meta.vision.picture_prior import memory_part_prior, memory_prior
+from comet_meta.vision.picture_prior import PRECAUTION, memory_part_prior, memory_prior
 from comet_meta.weights.rules import standardize
 from grid import Trial, Variant, trained
 from left_out import LeftOut, names
@@ -97,6 +97,7 @@ def chosen(
                     prior=scores,
                     part_prior=part_scores if parts else None,
                     contamination=told,
+                    precaution=None if parts else PRECAUTION,
                 ),
                 exposure=exposure,
                 model=cast("nn.Module", detector),

@@ -29,15 +29,15 @@ _SAME_FOR_TABLES = {
     ("autoencoder", "comet-samples"): "samples-0.05",
     ("svdd", "comet"): "samples-0.05",
 }
-_SAME_FOR_PICTURES = {"comet": "samples-0.05", "patches": "parts-0.05"}
+_SAME_FOR_PICTURES = {"comet": "samples-0.1", "patches": "parts-0.05"}
 _PARTS = (slice(None), slice(0, None, 2), slice(1, None, 2))  # all sets, and either half
 _INTRO = """\
 # How much to leave out without evidence
 
-Scores alone seldom prove that samples are bad, so the default leaves out a twentieth without
-evidence. This page shows what other fractions would give and take, and what it changes to leave out
-parts (patches of a picture, values of a row) in place of samples; *both* is half of each. What the
-scores prove to be bad goes besides.
+Scores alone seldom prove that samples are bad, so a twentieth is left out without evidence, of
+pictures a tenth. This page shows what other fractions would give and take, and what it changes to
+leave out parts (patches of a picture, values of a row) in place of samples; *both* is half of each.
+What the scores prove to be bad goes besides.
 
 - *seeds*: on average over the sets. A point uses the sets and seeds that have all runs.
 - *cost*: plain - method on clean training sets, mean over sets, in points of AUROC; negative where
@@ -52,12 +52,13 @@ Runs and page come from
 python benchmarks/quality/breadth.py --folder adbench/ \\
     --methods plain oracle comet comet-samples samples-0.1 samples-0.2 parts-0.1 parts-0.2 both-0.05
 python benchmarks/quality/contamination.py --out docs/results/pictures.jsonl \\
-    --variants plain oracle comet patches samples-0.1 --noise 0 0.1
+    --variants plain oracle comet patches samples-0.05 samples-0.2 --noise 0 0.1
 python benchmarks/quality/frontier.py --picture docs/images/frontier.png \\
     --page docs/results/frontier.md
 ```
 
-`comet` and `comet-samples` or `patches` leave out the twentieths."""
+Of tables, `comet` and `comet-samples` leave out the twentieths; of pictures, `comet` is
+`samples, 0.1`, and `patches` is `parts, 0.05`."""
 
 
 class Result(NamedTuple):

@@ -12,7 +12,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from comet_meta import SoftConfidentWeighter
-from comet_meta.weights.rules import trimmed_parts, trimmed_weights
+from comet_meta.weights.rules import trimmed_parts
 
 FRACTIONS = (0.025, 0.05, 0.1, 0.2)
 KINDS = ("samples", "parts", "both")
@@ -40,7 +40,7 @@ class LeftOut(SoftConfidentWeighter):
         if part_scores is None and kind != "samples":
             raise ValueError(f"{name} needs losses by part")
         samples = {"samples": fraction, "both": fraction / 2, "parts": 0.0}[kind]
-        super().__init__(prior=scores, rule=lambda finite: trimmed_weights(finite, extra=samples))
+        super().__init__(prior=scores, precaution=samples)
         if part_scores is not None and kind != "samples":
             flat = trimmed_parts(part_scores.flatten(1), self.weights, fraction - samples)
             self.of_parts = flat.reshape(part_scores.shape)

@@ -28,7 +28,7 @@ from comet_examples.report import table
 from comet_examples.training import Method, TrainingSettings
 from comet_meta import MemoryScorer, SoftConfidentWeighter
 from comet_meta.vision.backbones import DEFAULT_BACKBONE, load_backbone
-from comet_meta.vision.picture_prior import memory_part_prior
+from comet_meta.vision.picture_prior import PRECAUTION, memory_part_prior
 from grid import Benchmark
 from runs import spread
 
@@ -70,6 +70,7 @@ def main() -> None:
                         prior=scores,
                         part_prior=part_scores if options.parts else None,
                         contamination=options.contamination,
+                        precaution=None if options.parts else PRECAUTION,
                     )
                     found[name].append(figures(weighter, bad, minor))
             rows += [

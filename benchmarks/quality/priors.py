@@ -19,7 +19,7 @@ from comet_examples.metrics import curation_metrics
 from comet_examples.report import table
 from comet_meta import SoftConfidentWeighter
 from comet_meta.vision.backbones import DEFAULT_BACKBONE
-from comet_meta.vision.picture_prior import memory_prior
+from comet_meta.vision.picture_prior import PRECAUTION, memory_prior
 from comet_meta.weights.rules import estimate_contamination
 from grid import Benchmark
 from runs import spread
@@ -87,7 +87,7 @@ def figures(bench: Benchmark, task: str, noise: float, seed: int) -> dict[str, f
     samples = experiment.split(noise, seed).train
     bad = torch.from_numpy(bad_samples(samples))
     prior = memory_prior(experiment.rows(samples).batches(), len(samples))
-    weighter = SoftConfidentWeighter(prior=prior)
+    weighter = SoftConfidentWeighter(prior=prior, precaution=PRECAUTION)
     found = weighter.contamination_
     result = {
         "pictures": float(len(samples)),

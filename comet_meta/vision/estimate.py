@@ -45,9 +45,10 @@ def in_words(weighter: SoftConfidentWeighter) -> str:
     share, low, high = weighter.contamination_
     if suspects == 0 and not low > 0:
         if weighter.has_parts and bool((weighter.part_weights() < 1).any()):
+            share = float((1 - weighter.part_weights()).mean())
             return (
                 "No evidence of bad pictures: none is taken for bad. As a precaution, training "
-                "leaves out the twentieth of their parts that fits in least."
+                f"leaves out the {100 * share:.0f} % of their parts that fit in least."
             )
         if left_out == 0:
             return "No evidence of bad pictures: nothing was down-weighted."

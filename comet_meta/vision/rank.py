@@ -18,7 +18,7 @@ from comet_meta.vision.html_report import Run, write_report
 from comet_meta.vision.images import Transform
 from comet_meta.vision.keep_list import Row, write
 from comet_meta.vision.patch_grids import PatchGrids
-from comet_meta.vision.picture_prior import grid_side, streamed_prior
+from comet_meta.vision.picture_prior import PRECAUTION, grid_side, streamed_prior
 from comet_meta.vision.samples import Sample, Split
 from comet_meta.vision.survey import survey_depth
 from comet_meta.weights.prior import MemoryScorer
@@ -189,7 +189,9 @@ def rank_folder(folder: Path, settings: RankSettings) -> Ranking:
         folder,
         tuple(paths[i] for i in readable),
         tuple(unreadable.values()),
-        SoftConfidentWeighter(prior=prior, contamination=settings.contamination),
+        SoftConfidentWeighter(
+            prior=prior, contamination=settings.contamination, precaution=PRECAUTION
+        ),
         settings,
         transform,
     )

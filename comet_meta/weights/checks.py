@@ -1,13 +1,13 @@
 """Checks of a weighter's settings, of scores, and of what a rule returns."""
 
 from numbers import Integral
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from comet_meta.arrays import ArrayLike, as_floats
-from comet_meta.weights.rules import MAX_LEFT_OUT, RULES, Rule, RuleName
+from comet_meta.weights.rules import MAX_LEFT_OUT, Rule, RuleName
 
 MIN_SAMPLES = 8
 """Fewer scores tell nothing."""
@@ -18,6 +18,7 @@ def check_settings(
     rule: RuleName | Rule,
     kappa: float,
     contamination: float | Literal["auto"],
+    precaution: float | None,
     momentum: float,
 ) -> None:
     """Check the settings of a :class:`~comet_meta.SoftConfidentWeighter`.
@@ -27,6 +28,7 @@ def check_settings(
         rule: Expected a name or a function.
         kappa: Expected >= 0.
         contamination: Expected in [0, 0.5), or ``"auto"``.
+        precaution: Expected in [0, 0.5] beside the rule ``"trimmed"``, or None.
         momentum: Expected in [0, 1).
 
     Raises:
@@ -34,8 +36,8 @@ def check_settings(
     """
     if num_samples is not None and not (isinstance(num_samples, Integral) and num_samples >= 1):
         raise ValueError(f"num_samples is {num_samples!r}; expected the set's size, >= 1")
-    if not callable(rule) and rule not in RULES:
-        names = ", ".join(map(repr, RULES))
+    if not callable(rule) and rule not in get_args(RuleName):
+        names = ", ".join(map(repr, get_args(RuleName)))
         raise ValueError(f"rule is {rule!r}; expected one of {names}, or a function")
     if not kappa >= 0:
         raise ValueError(f"kappa is {kappa}; expected >= 0")
@@ -45,6 +47,13 @@ def check_settings(
         raise ValueError(
             f"contamination is {contamination!r}; expected a share in [0, 0.5), or 'auto'"
         )
+    if precaution is not None:
+        if isinstance(precaution, str) or not 0 <= precaution <= MAX_LEFT_OUT:
+            raise ValueError(
+                f"precaution is {precaution!r}; expected a fraction in [0, 0.5], or None"
+            )
+        if rule != "trimmed":
+            raise ValueError("precaution goes with rule='trimmed'; leave it out, or the other rule")
     if not 0 <= momentum < 1:
         raise ValueError(f"momentum is {momentum}; expected a share in [0, 1)")
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from comet_meta.arrays import ArrayLike, as_floats
 from comet_meta.weights.checks import MIN_SAMPLES, as_scores, too_few_or_equal
-from comet_meta.weights.rules import Rule, RuleName, extra_left_out, trimmed_parts
+from comet_meta.weights.rules import Rule, RuleName, default_precaution, trimmed_parts
 
 
 def as_part_scores(part_prior: ArrayLike, prior: Tensor | None, rule: RuleName | Rule) -> Tensor:
@@ -39,7 +39,10 @@ def as_part_scores(part_prior: ArrayLike, prior: Tensor | None, rule: RuleName |
 
 
 def weigh_parts(
-    part_scores: Tensor, weights: Tensor, contamination: float | Literal["auto"]
+    part_scores: Tensor,
+    weights: Tensor,
+    contamination: float | Literal["auto"],
+    precaution: float | None = None,
 ) -> Tensor:
     """The weights of the parts, given those of the samples.
 
@@ -47,10 +50,11 @@ def weigh_parts(
         part_scores: Anomaly scores of the parts, shape (N, ...).
         weights: Weights of the samples, shape (N,).
         contamination: Share of bad samples, in [0, 0.5), or ``"auto"``.
+        precaution: Fraction of the parts to leave out, in [0, 0.5]; None for the default.
 
     Returns:
-        Weights in [0, 1], shape (N, ...); all 1 if the contamination is 0, or the samples too few
-        or all scores equal.
+        Weights in [0, 1], shape (N, ...); all 1 if contamination or precaution is 0, or the samples
+        too few or all scores equal.
 
     Example:
         >>> part_scores = torch.linspace(0, 1, 40).reshape(10, 2, 2)
@@ -60,9 +64,11 @@ def weigh_parts(
         True
     """
     flat = part_scores.float().flatten(1)
-    if contamination == 0 or len(flat) < MIN_SAMPLES or too_few_or_equal(flat.flatten()):
+    a = default_precaution(contamination) if precaution is None else precaution
+    nothing = contamination == 0 or a == 0
+    if nothing or len(flat) < MIN_SAMPLES or too_few_or_equal(flat.flatten()):
         return torch.ones(part_scores.shape)
-    return trimmed_parts(flat, weights, extra_left_out(contamination)).reshape(part_scores.shape)
+    return trimmed_parts(flat, weights, a).reshape(part_scores.shape)
 
 
 def check_saved_parts(saved: Tensor | None, current: Tensor | None) -> None:

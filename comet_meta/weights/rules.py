@@ -110,17 +110,17 @@ def hard_weights(scores: Tensor, kappa: float = 1.5) -> Weighting:
 def trimmed_weights(
     scores: Tensor,
     contamination: float | Literal["auto"] = "auto",
-    extra: float | None = None,
+    precaution: float | None = None,
 ) -> Weighting:
     """Leave out the samples with the highest scores: the known bad ones and a few more.
 
     1. The contamination c is the share that the caller gives, or with ``"auto"`` the lower bound
        that the scores prove (:mod:`comet_meta.weights.contamination`), often 0.
-    2. The fraction f = min(c + a, 0.5) of the samples is left out. With ``"auto"`` a = 0.05: a
-       twentieth for bad samples that the scores don't prove, which on clean data costs next to
-       nothing. With a given c, a = 0.1: there are bad samples then, and some of them have no high
-       score. A given contamination of 0 leaves out none: training is then plain training, bit for
-       bit.
+    2. The fraction f = min(c + a, 0.5) of the samples is left out, where a is the precaution: for
+       bad samples that the scores don't prove. By default a = 0.05 with ``"auto"``, which on clean
+       data costs next to nothing. With a given c, a = 0.1: there are bad samples then, and some of
+       them have no high score. A given contamination of 0 leaves out none: training is then plain
+       training, bit for bit.
     3. Let r be a sample's rank from the highest score down, divided by N. Its weight is
        w = clip((r - 3f/4) / (f/2), 0, 1): it rises from 0 to 1 between 3/4 and 5/4 of f. Samples
        with equal scores get the mean of the weights of their ranks.
@@ -129,7 +129,7 @@ def trimmed_weights(
     Args:
         scores: Anomaly scores, shape (N,), not all equal.
         contamination: The share of bad samples, in [0, 0.5), or ``"auto"``.
-        extra: Fraction a, >= 0; None for that of step 2.
+        precaution: Fraction a, in [0, 0.5]; None for the default of step 2.
 
     Returns:
         Weights (N,), the largest score whose weight is at least 1/2, and P(bad).
@@ -146,7 +146,7 @@ def trimmed_weights(
     auto = contamination == "auto"
     c = estimate_contamination(scores).low if auto else float(contamination)
     # 2) left-out fraction f
-    a = extra_left_out(contamination) if extra is None else extra
+    a = default_precaution(contamination) if precaution is None else precaution
     f = min(c + a, MAX_LEFT_OUT) if auto or c > 0 else 0.0
     # 3) w = 1 - (left out at f). Before 4), because selecting a rank takes three times the memory
     #    of the scores.
@@ -192,7 +192,7 @@ def trimmed_parts(
     return part_weights
 
 
-def extra_left_out(contamination: float | Literal["auto"]) -> float:
+def default_precaution(contamination: float | Literal["auto"]) -> float:
     """The fraction that is left out beside the contamination, of the samples or of their parts.
 
     Args:
@@ -297,9 +297,8 @@ def quantile(values: Tensor, q: float) -> Tensor:
     return torch.lerp(low, high, position - lower)
 
 
-RULES: dict[RuleName, Callable[[Tensor, float, float | Literal["auto"]], Weighting]] = {
-    "trimmed": lambda scores, _kappa, contamination: trimmed_weights(scores, contamination),
-    "hard": lambda scores, kappa, _contamination: hard_weights(scores, kappa),
-    "ratio": lambda scores, kappa, _contamination: ratio_weights(scores, kappa),
+FENCES: dict[RuleName, Callable[[Tensor, float], Weighting]] = {
+    "hard": hard_weights,
+    "ratio": ratio_weights,
 }
-"""The rules by name: (scores (N,), kappa, contamination) -> weighting."""
+"""The rules with a fence by name: (scores (N,), kappa) -> weighting."""

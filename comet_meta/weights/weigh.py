@@ -7,7 +7,7 @@ from torch import Tensor
 
 from comet_meta.weights.checks import check_rule_values, too_few_or_equal
 from comet_meta.weights.rules import (
-    RULES,
+    FENCES,
     Rule,
     RuleName,
     Weighting,
@@ -21,8 +21,7 @@ def weigh(
     rule: RuleName | Rule,
     kappa: float,
     contamination: float | Literal["auto"],
-    *,
-    has_parts: bool = False,
+    precaution: float | None = None,
 ) -> Weighting:
     """Apply a rule to the samples that have a score.
 
@@ -31,7 +30,7 @@ def weigh(
         rule: A rule's name, or a function.
         kappa: Width of the fence of ``"hard"`` and ``"ratio"``, >= 0.
         contamination: Share of bad samples for ``"trimmed"``, in [0, 0.5), or ``"auto"``.
-        has_parts: Whether the samples' parts are weighed too.
+        precaution: Fraction left out besides by ``"trimmed"``, in [0, 0.5]; None for its default.
 
     Returns:
         The rule's result. Samples without a score have weight 1 and P(bad) 0; so have all samples
@@ -47,11 +46,11 @@ def weigh(
     """
     # The sum is NaN if one of its terms is, and takes less memory than a mask.
     if not scores.sum().isnan():
-        return _weigh_known(scores, rule, kappa, contamination, has_parts)
+        return _weigh_known(scores, rule, kappa, contamination, precaution)
     known = ~scores.isnan()
     weights, p_bad = torch.ones_like(scores), torch.zeros_like(scores)
     weights[known], threshold, p_bad[known] = _weigh_known(
-        scores[known], rule, kappa, contamination, has_parts
+        scores[known], rule, kappa, contamination, precaution
     )
     return Weighting(weights, threshold, p_bad)
 
@@ -61,16 +60,16 @@ def _weigh_known(
     rule: RuleName | Rule,
     kappa: float,
     contamination: float | Literal["auto"],
-    has_parts: bool,
+    precaution: float | None,
 ) -> Weighting:
     """Apply a rule to scores (M,) without NaN."""
     if too_few_or_equal(scores):
         no_threshold = torch.tensor(torch.inf)
         return Weighting(torch.ones_like(scores), no_threshold, torch.zeros_like(scores))
-    if has_parts:  # what is left out beside is one of the parts
-        return trimmed_weights(scores, contamination, extra=0.0)
+    if rule == "trimmed":
+        return trimmed_weights(scores, contamination, precaution)
     if isinstance(rule, str):
-        return RULES[rule](scores, kappa, contamination)
+        return FENCES[rule](scores, kappa)
     return _checked(rule(scores), scores)
 
 

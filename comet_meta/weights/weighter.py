@@ -39,8 +39,10 @@ class SoftConfidentWeighter(nn.Module):
             >= 1/2, and P(bad) = 1 - w.
         contamination: The share of bad samples in the training set, for ``"trimmed"``: in [0, 0.5),
             or ``"auto"``: as many as the scores prove. Give the share if you know it, because
-            scores alone seldom prove much. A few more samples are left out besides: a twentieth
-            with ``"auto"``, a tenth beside a given share. 0 makes all weights 1.
+            scores alone seldom prove much. 0 makes all weights 1.
+        precaution: The fraction of the samples that ``"trimmed"`` leaves out besides, without proof
+            that they are bad, in [0, 0.5]. None: a twentieth with ``"auto"``, a tenth beside a
+            given share.
         kappa: Width of the fence of ``"hard"`` and ``"ratio"``, >= 0 (paper: 1.5).
         momentum: How much of a sample's earlier score stays when a new one comes, in [0, 1).
         prior: Anomaly scores of the training set from another source, shape (N,), for instance of
@@ -51,8 +53,7 @@ class SoftConfidentWeighter(nn.Module):
             window, columns of a row) from the same source, shape (N, ...); see
             :meth:`part_weights` and
             :meth:`MemoryScorer.score_parts <comet_meta.MemoryScorer.score_parts>`.
-            The twentieth or tenth of ``"trimmed"`` is then one of the parts, in place of the
-            samples.
+            The precaution is then a fraction of the parts, in place of the samples.
 
     Without a prior, let the model learn something before the first fit: weights from an untrained
     model can lock in.
@@ -101,6 +102,7 @@ class SoftConfidentWeighter(nn.Module):
         rule: RuleName | Rule = "trimmed",
         kappa: float = 1.5,
         contamination: float | Literal["auto"] = "auto",
+        precaution: float | None = None,
         momentum: float = 0.0,
         prior: ArrayLike | None = None,
         part_prior: ArrayLike | None = None,
@@ -111,12 +113,13 @@ class SoftConfidentWeighter(nn.Module):
             if num_samples not in (None, len(prior)):
                 raise ValueError(f"the prior has {len(prior)} scores for {num_samples} samples")
             num_samples = len(prior)
-        check_settings(num_samples, rule, kappa, contamination, momentum)
+        check_settings(num_samples, rule, kappa, contamination, precaution, momentum)
         part_scores = None if part_prior is None else as_part_scores(part_prior, prior, rule)
         self.num_samples = num_samples
         self.rule = rule
         self.kappa = kappa
         self.contamination: float | Literal["auto"] = contamination
+        self.precaution = precaution
         self.momentum = momentum
         self._updates = 0
         self._passed_once = num_samples is not None  # whether a whole pass told the size
@@ -135,7 +138,7 @@ class SoftConfidentWeighter(nn.Module):
         if prior is not None:
             self.fit()
         if part_scores is not None:
-            self._part_weights = weigh_parts(part_scores, self.weights, contamination)
+            self._part_weights = weigh_parts(part_scores, self.weights, contamination, precaution)
 
     @torch.no_grad()
     def fit(self, scores: ArrayLike | None = None) -> None:
@@ -164,7 +167,7 @@ class SoftConfidentWeighter(nn.Module):
             self.rule,
             self.kappa,
             self.contamination,
-            has_parts=self.has_parts,
+            0.0 if self.has_parts else self.precaution,  # with parts, it is one of these
         )
         # One copy each: another thread that reads during the fit gets old or new weights.
         self.threshold.copy_(threshold)

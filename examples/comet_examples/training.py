@@ -26,7 +26,7 @@ from comet_meta import (
 )
 from comet_meta.meta.step import MetaMode
 from comet_meta.vision.files import replacing
-from comet_meta.vision.picture_prior import memory_prior
+from comet_meta.vision.picture_prior import PRECAUTION, memory_prior
 
 Method = Literal["plain", "oracle", "paper", "comet"]
 Schedule = Literal["constant", "cosine"]
@@ -174,7 +174,9 @@ def wrap(
     if settings.strength > 0:
         options["regularizer"] = CovarianceMetaRegularizer(settings.strength)
     weighter = SoftConfidentWeighter(
-        prior=memory_prior(data.batches(), len(data)), contamination=settings.contamination
+        prior=memory_prior(data.batches(), len(data)),
+        contamination=settings.contamination,
+        precaution=PRECAUTION,
     )
     return CoMetOptimizerWrapper(optimizers, weighter=weighter, model=model, **options)
 

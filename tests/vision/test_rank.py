@@ -467,7 +467,7 @@ def test_words_without_evidence_where_parts_have_weights():
     told = in_words(SoftConfidentWeighter(prior=prior, part_prior=part_prior))
     assert told == (
         "No evidence of bad pictures: none is taken for bad. As a precaution, training leaves out "
-        "the twentieth of their parts that fits in least."
+        "the 5 % of their parts that fit in least."
     )
     # Equal patches say nothing, so none is left out.
     told = in_words(SoftConfidentWeighter(prior=prior, part_prior=torch.ones(40, 10)))
