@@ -28,6 +28,7 @@ _SAME_FOR_TABLES = {
     ("autoencoder", "comet"): "parts-0.05",
     ("autoencoder", "comet-samples"): "samples-0.05",
     ("svdd", "comet"): "samples-0.05",
+    ("vae", "comet"): "samples-0.05",
 }
 _SAME_FOR_PICTURES = {"comet": "samples-0.1", "patches": "parts-0.05"}
 _PARTS = (slice(None), slice(0, None, 2), slice(1, None, 2))  # all sets, and either half
@@ -148,6 +149,14 @@ def point(results: Iterable[Result], method: str) -> Point | None:
     )
 
 
+def default_of(panel: str) -> str | None:
+    """The point of a panel that the default leaves out; None for a detector that isn't known."""
+    data, detector = panel.split(", ")
+    if data == "pictures":
+        return _SAME_FOR_PICTURES["comet"]
+    return _SAME_FOR_TABLES.get((detector, "comet"))
+
+
 def frontiers(results: Iterable[Result]) -> dict[str, dict[str, Point]]:
     """The points of each panel, by method."""
     panels: dict[str, list[Result]] = {}
@@ -182,6 +191,10 @@ def draw(found: dict[str, dict[str, Point]], file: Path) -> None:
                 )
                 for at in line:
                     axes.annotate(at[2], at[:2], (3, 3), textcoords="offset points", fontsize=7)
+        default = points.get(default_of(panel) or "")
+        if default is not None:
+            ring = {"color": "black", "markersize": 10, "fillstyle": "none", "label": "default"}
+            axes.plot(default.cost, default.gap, "o", **ring)
         axes.axvline(0, color="grey", linewidth=0.8)
         axes.set_title(panel, fontsize=9)
         axes.set(xlabel="cost on clean sets, points", ylabel="gap recovered")

@@ -5,8 +5,10 @@ import sys
 import pytest
 import torch
 
+import breadth
 import frontier
 from comet_meta import SoftConfidentWeighter
+from comet_meta.vision.picture_prior import PRECAUTION
 from left_out import LeftOut, names
 from runs import Runs
 
@@ -62,6 +64,16 @@ def test_a_point_by_hand():
     assert frontier.point(results, "samples-0.1") is None
 
 
+def test_the_default_of_every_detector_is_a_point_of_the_frontier():
+    for detector in breadth.DETECTORS:
+        assert frontier.default_of(f"tables, {detector}") in names()
+    assert frontier.default_of("tables, another") is None
+    prior = torch.arange(100.0)
+    weighter = SoftConfidentWeighter(prior=prior, precaution=PRECAUTION)
+    same = LeftOut(frontier.default_of("pictures, any"), prior, None)
+    assert torch.equal(weighter(), same())
+
+
 def test_page_and_picture_from_finished_runs(tmp_path, monkeypatch, capsys):
     tables, pictures = Runs(tmp_path / "tables.jsonl"), Runs(tmp_path / "pictures.jsonl")
     values = {"plain": (0.9, 0.6), "comet": (0.88, 0.7), "oracle": (0.9, 0.8)}
@@ -81,7 +93,8 @@ def test_page_and_picture_from_finished_runs(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     for panel in ("tables, svdd", "pictures, fastflow"):
         assert f"## {panel}" in printed
-    assert printed.count("| samples, 0.05 | 1    | 1     | +2.00 | +2.0") == 2
+    for default in ("samples, 0.05", "samples, 0.1"):  # of tables, of pictures
+        assert printed.count(f"| {default} | 1    | 1     | +2.00 | +2.0") == 1
     assert printed.count("| 0.50          | 0.50   | -      |") == 2
     assert "![Gain against cost](../frontier.png)" in page.read_text()
     assert picture.stat().st_size > 1000
