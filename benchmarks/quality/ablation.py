@@ -140,7 +140,7 @@ def scored(*, prior: bool = True, start: float = 1) -> Variant:
             own = _scores(detector, data, _score)
             return own if memory is None else (standardize(own) + memory) / 2
 
-        weighter = TimedWeighter(len(data), start=start, source=source)
+        weighter = TimedWeighter(len(data), start=start, source=source, precaution=PRECAUTION)
         if memory is not None:
             SoftConfidentWeighter.fit(weighter, memory)
         return CoMetOptimizerWrapper(
