@@ -182,7 +182,7 @@ def by_fifths(task: Task, detector: str) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def folding(task: Task, detector: str) -> Tensor:
-    """Mean ranks (N,) by detectors that were trained on other fifths."""
+    """Sums (N,) of the ranks by detectors that were trained on other fifths."""
     return sum_of(s.argsort().argsort().float() * ~own for own, s in by_fifths(task, detector))
 
 

@@ -48,7 +48,7 @@ def in_words(weighter: SoftConfidentWeighter) -> str:
             share = float((1 - weighter.part_weights()).mean())
             return (
                 "No evidence of bad pictures: none is taken for bad. As a precaution, training "
-                f"leaves out the {100 * share:.0f} % of their parts that fit in least."
+                f"leaves out the {100 * share:.2g} % of their parts that fit in least."
             )
         if left_out == 0:
             return "No evidence of bad pictures: nothing was down-weighted."

@@ -109,6 +109,8 @@ def test_the_scores_are_those_of_the_prior(folder):
     images = torch.stack([load_image(path, transform) for path in ranking.paths])
     expected = memory_prior([extractor.eval()(images)], len(images))
     torch.testing.assert_close(ranking.weighter.prior, expected, rtol=1e-4, atol=1e-4)
+    left_out = float((1 - ranking.weighter()).mean())
+    assert left_out == pytest.approx(ranking.weighter.contamination_.low + 0.1, abs=1e-4)
 
 
 def test_the_same_command_gives_the_same_list(folder):
@@ -469,6 +471,8 @@ def test_words_without_evidence_where_parts_have_weights():
         "No evidence of bad pictures: none is taken for bad. As a precaution, training leaves out "
         "the 5 % of their parts that fit in least."
     )
+    few = SoftConfidentWeighter(prior=prior, part_prior=part_prior, precaution=0.004)
+    assert "leaves out the 0.4 % of their parts" in in_words(few)
     # Equal patches say nothing, so none is left out.
     told = in_words(SoftConfidentWeighter(prior=prior, part_prior=torch.ones(40, 10)))
     assert told == "No evidence of bad pictures: nothing was down-weighted."
