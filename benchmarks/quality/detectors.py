@@ -1,10 +1,11 @@
 """Detectors that were trained on clean pictures, for as long as planned and longer, and a bank.
 
 Every finished run is a JSON line in ``--out``; the same command goes on where it was stopped, and
-``--shard i/n`` runs the i-th of n parts, also several at once on one file. I-AUROC, the mean over
-the seeds. *bank* is ``MemoryBank``, a tenth of the patches, at random, on SimpleNet's features. A
-set that has bad training pictures is used without them. *raw* is the same detector, trained for the
-first of the lengths, whose scores aren't standardised by position.
+``--shard i/n`` runs the i-th of n parts, also several at once on one file. I-AUROC, the mean ±
+standard deviation over the seeds that bank and all lengths have, differences with the p value of a
+paired t-test. *bank* is ``MemoryBank``, a tenth of the patches, at random, on SimpleNet's features.
+A set that has bad training pictures is used without them. *raw* is the same detector, trained for
+the first of the lengths, whose scores aren't standardised by position.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from comet_examples.detectors import ScoresFittable
 from comet_examples.detectors.positions import PositionScaler
 from comet_examples.report import table
 from grid import Benchmark, add_arguments, benchmark
-from runs import Figures, Runs, mean
+from runs import Figures, Runs, mean, paired, spread
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -82,32 +83,40 @@ def key_of(bench: Benchmark, task: str, detector: str, times: int) -> dict[str, 
 def rows(
     bench: Benchmark, runs: Runs, tasks: list[str], detector: str, longer: list[int]
 ) -> list[dict[str, str | float]]:
-    """Lines of a detector's table: each task, and the mean over those that are complete."""
+    """Lines of a detector's table: each task that is finished, and the mean over these."""
     lines: list[list[float]] = []
     found: list[dict[str, str | float]] = []
     for task in tasks:
-        own = [runs.by_seed(**key_of(bench, task, detector, times)) for times in (0, *longer)]
-        values = [mean(one, "I-AUROC") for one in own]
-        if not np.isnan(values).any():  # else it isn't finished
-            lines.append(values)
-            found.append(_row(task, values, longer, min(len(one) for one in own)))
-            if all("raw I-AUROC" in figures for figures in own[1].values()):
-                found[-1]["raw"] = f"{mean(own[1], 'raw I-AUROC'):.3f}"
+        every = [runs.by_seed(**key_of(bench, task, detector, times)) for times in (0, *longer)]
+        seeds = set.intersection(*(set(one) for one in every))
+        if seeds:
+            own = [{seed: one[seed] for seed in sorted(seeds)} for one in every]
+            lines.append([mean(one, "I-AUROC") for one in own])
+            found.append(_row(task, own, longer))
     if lines:
-        found.append(_row("mean", np.mean(lines, axis=0).tolist(), longer))
-    return found
+        bank, *trained = np.mean(lines, axis=0).tolist()
+        found.append({"set": "mean", "bank": f"{bank:.3f}", "- bank": f"{trained[0] - bank:+.3f}"})
+        found[-1] |= {f"{n} x": f"{x:.3f}" for n, x in zip(longer, trained, strict=True)}
+        if len(trained) > 1:
+            found[-1]["longer"] = f"{trained[-1] - trained[0]:+.3f}"
+    return [{name: row.get(name, "") for name in found[0]} for row in found]
 
 
-def _row(
-    name: str, values: list[float], longer: list[int], seeds: int | None = None
-) -> dict[str, str | float]:
-    bank, *trained = values
-    row: dict[str, str | float] = {"set": name, "seeds": str(seeds or ""), "bank": f"{bank:.3f}"}
-    row |= {f"{times} x": f"{value:.3f}" for times, value in zip(longer, trained, strict=True)}
-    row["first - bank"] = f"{trained[0] - bank:+.3f}"
+def _row(task: str, own: list[dict[int, Figures]], longer: list[int]) -> dict[str, str | float]:
+    """A line from the runs of the bank and of each length, by seed."""
+    bank, *trained = own
+    row: dict[str, str | float] = {"set": task, "seeds": str(len(bank)), "bank": _spread(bank)}
+    row |= {f"{times} x": _spread(one) for times, one in zip(longer, trained, strict=True)}
+    row["- bank"] = paired(trained[0], bank, "I-AUROC")
     if len(trained) > 1:
-        row["last - first"] = f"{trained[-1] - trained[0]:+.3f}"
+        row["longer"] = paired(trained[-1], trained[0], "I-AUROC")
+    if all("raw I-AUROC" in figures for figures in trained[0].values()):
+        row["raw"] = f"{mean(trained[0], 'raw I-AUROC'):.3f}"
     return row
+
+
+def _spread(runs: dict[int, Figures]) -> str:
+    return spread(figures["I-AUROC"] for figures in runs.values())
 
 
 if __name__ == "__main__":

@@ -48,25 +48,34 @@ def test_scores_as_they_are_stand_beside_standardised_ones(tmp_path):
 
 def test_rows_are_the_finished_sets_and_their_mean(tmp_path):
     bench, runs = Benchmark("resnet18", {}, "cpu", None), Runs(tmp_path / "runs.jsonl")
-    figures = {("mvtec/a", 0): 0.9, ("mvtec/a", 1): 0.92, ("mvtec/a", 5): 0.91, ("mvtec/b", 0): 1.0}
-    figures |= {("mvtec/c", 0): 0.8, ("mvtec/c", 1): 0.74, ("mvtec/c", 5): 0.75}
-    for (task, times), value in figures.items():
-        for seed, change in ((0, -0.01), (1, 0.01)):
+    figures = {
+        ("mvtec/a", 0): (0.89, 0.91),
+        ("mvtec/a", 1): (0.9, 0.94, 0.1),  # no bank with the third seed
+        ("mvtec/a", 5): (0.905, 0.915),
+        ("mvtec/b", 0): (1.0, 1.0),
+        ("mvtec/c", 0): (0.8,),
+        ("mvtec/c", 1): (0.74,),
+        ("mvtec/c", 5): (0.75,),
+    }
+    for (task, times), values in figures.items():
+        for seed, value in enumerate(values):
             key = key_of(bench, task, "fastflow", times) | {"seed": seed}
-            runs.add(key, {"I-AUROC": value + change})
+            runs.add(key, {"I-AUROC": value})
     first, other, mean = rows(bench, runs, ["mvtec/a", "mvtec/b", "mvtec/c"], "fastflow", [1, 5])
     assert first == {
         "set": "mvtec/a",
         "seeds": "2",
-        "bank": "0.900",
-        "1 x": "0.920",
-        "5 x": "0.910",
-        "first - bank": "+0.020",
-        "last - first": "-0.010",
+        "bank": "0.900 ± 0.014",
+        "1 x": "0.920 ± 0.028",
+        "5 x": "0.910 ± 0.007",
+        # Differences 0.01 and 0.03, then 0.005 and -0.025: t is 2 and -2/3. With one degree of
+        # freedom p = 1 - 2 / pi * arctan |t|.
+        "- bank": "+0.020 (p = 0.295)",
+        "longer": "-0.010 (p = 0.626)",
     }
     assert other["set"] == "mvtec/c"
     assert (mean["set"], mean["bank"], mean["1 x"]) == ("mean", "0.850", "0.830")
-    assert mean["first - bank"] == "-0.020"
+    assert (mean["- bank"], mean["longer"]) == ("-0.020", "+0.000")
 
 
 @pytest.mark.parametrize("detector", ["simplenet", "fastflow", "reconstruction"])
