@@ -5,7 +5,7 @@ With weights that are all 1 the module must come out as it does without the call
 
 import pytest
 import torch
-from test_lightning import BATCH, DATA, Module, fit, loader
+from lightning_training import BATCH, DATA, Module, fit, loader
 from torch.utils.data import DataLoader
 
 pl = pytest.importorskip("lightning.pytorch", reason='needs pip install "comet-meta[lightning]"')
