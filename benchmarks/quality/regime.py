@@ -9,9 +9,10 @@ pictures, without the weights and with them (``weights+...``):
 - ``mldg``, ``fomaml``: the meta-step;
 - ``plain`` and ``weights``: none of these.
 
-I-AUROC after the last step, the mean over the seeds. Every finished run is a JSON line in
-``--out``; the same command goes on where it was stopped, ``--shard i/n`` runs the i-th of n parts.
-``--figure`` draws the finished runs: I-AUROC over the length, a panel for each set and detector.
+I-AUROC after the last step, the mean over the seeds that a form has at all lengths. Every finished
+run is a JSON line in ``--out``; the same command goes on where it was stopped, ``--shard i/n`` runs
+the i-th of n parts. ``--figure`` draws the finished runs: I-AUROC over the length, a panel for each
+set and detector.
 """
 
 import argparse
@@ -120,12 +121,22 @@ def rows(
     """Lines of the table of a detector and set: the finished forms at each length."""
     found: list[dict[str, str | float]] = []
     for name in names:
-        own = {times: runs.by_seed(**key(times, name)) for times in longer}
+        own = on_common_seeds({times: runs.by_seed(**key(times, name)) for times in longer})
         if any(own.values()):
-            seeds = min(len(one) for one in own.values() if one)
+            seeds = max(len(one) for one in own.values())
             line: dict[str, str | float] = {"form": name, "seeds": str(seeds)}
             found.append(line | {f"{times} x": _figure(one) for times, one in own.items()})
     return found
+
+
+def on_common_seeds(runs: dict[int, dict[int, Figures]]) -> dict[int, dict[int, Figures]]:
+    """The runs of each length, of the seeds that all lengths have which have any."""
+    present = [set(own) for own in runs.values() if own]
+    common = set.intersection(*present) if present else set()
+    return {
+        times: {seed: own[seed] for seed in sorted(common & own.keys())}
+        for times, own in runs.items()
+    }
 
 
 def _figure(own: dict[int, Figures]) -> str:
@@ -144,7 +155,9 @@ def draw(
     figure = Figure(figsize=(3.2 * len(panels) + 1.6, 3.2), layout="constrained")
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for name in names:
-            own = {times: runs.by_seed(**key(panel, times, name)) for times in longer}
+            own = on_common_seeds(
+                {times: runs.by_seed(**key(panel, times, name)) for times in longer}
+            )
             points = [(times, mean(one, "I-AUROC")) for times, one in own.items() if one]
             if points:
                 style = "-" if name.startswith("weights") else "--"
