@@ -8,7 +8,7 @@ import numpy as np
 
 from comet_examples.report import table
 from grid import BySeed
-from runs import gap_recovered, mean, paired, spread
+from runs import gap_recovered, mean, on_common_seeds, paired, spread
 
 Chosen = Mapping[tuple[str, str], Mapping[tuple[float, str], BySeed]]
 """Finished runs by detector and task, then by noise and variant."""
@@ -87,13 +87,6 @@ def set_row(
         gap_recovered(runs["contamination@true"], runs["plain"], runs["oracle"])
     )
     return row
-
-
-def on_common_seeds(runs: Mapping[str, BySeed]) -> dict[str, BySeed]:
-    """The runs of the seeds that all methods have which have any: so that means can be compared."""
-    present = [{*own} for own in runs.values() if own]
-    common = set.intersection(*present) if present else set()
-    return {name: {seed: own[seed] for seed in common & own.keys()} for name, own in runs.items()}
 
 
 def detector_rows(chosen: Chosen, noise: float) -> list[dict[str, str | float]]:

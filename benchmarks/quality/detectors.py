@@ -22,7 +22,7 @@ from comet_examples.detectors import ScoresFittable
 from comet_examples.detectors.positions import PositionScaler
 from comet_examples.report import table
 from grid import Benchmark, add_arguments, benchmark
-from runs import Figures, Runs, mean, paired, spread
+from runs import Figures, Runs, mean, on_common_seeds, paired, spread
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -87,10 +87,9 @@ def rows(
     lines: list[list[float]] = []
     found: list[dict[str, str | float]] = []
     for task in tasks:
-        every = [runs.by_seed(**key_of(bench, task, detector, times)) for times in (0, *longer)]
-        seeds = set.intersection(*(set(one) for one in every))
-        if seeds:
-            own = [{seed: one[seed] for seed in sorted(seeds)} for one in every]
+        keys = {times: key_of(bench, task, detector, times) for times in (0, *longer)}
+        own = [*on_common_seeds({times: runs.by_seed(**keys[times]) for times in keys}).values()]
+        if all(own):  # else it isn't finished
             lines.append([mean(one, "I-AUROC") for one in own])
             found.append(_row(task, own, longer))
     if lines:

@@ -36,7 +36,7 @@ from comet_examples.training import FeatureRows, TrainingSettings, wrap
 from comet_meta import CoMetOptimizerWrapper, CovarianceMetaRegularizer
 from comet_meta.meta.step import MetaMode
 from grid import Benchmark, Trial, Variant, add_arguments, benchmark, trained
-from runs import Figures, Runs, mean
+from runs import Figures, Runs, mean, on_common_seeds
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -127,16 +127,6 @@ def rows(
             line: dict[str, str | float] = {"form": name, "seeds": str(seeds)}
             found.append(line | {f"{times} x": _figure(one) for times, one in own.items()})
     return found
-
-
-def on_common_seeds(runs: dict[int, dict[int, Figures]]) -> dict[int, dict[int, Figures]]:
-    """The runs of each length, of the seeds that all lengths have which have any."""
-    present = [set(own) for own in runs.values() if own]
-    common = set.intersection(*present) if present else set()
-    return {
-        times: {seed: own[seed] for seed in sorted(common & own.keys())}
-        for times, own in runs.items()
-    }
 
 
 def _figure(own: dict[int, Figures]) -> str:

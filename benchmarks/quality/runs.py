@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from scipy.stats import ttest_rel
@@ -11,6 +11,7 @@ from scipy.stats import ttest_rel
 from comet_examples.report import machine
 
 Figures = dict[str, float]
+Name = TypeVar("Name", str, int)
 
 
 class Runs:
@@ -54,6 +55,21 @@ class Runs:
             for run in self
             if all(run["key"].get(name) == value for name, value in wanted.items())
         }
+
+
+def on_common_seeds(runs: Mapping[Name, Mapping[int, Figures]]) -> dict[Name, dict[int, Figures]]:
+    """Runs of the same seeds, so that their means can be compared.
+
+    Args:
+        runs: Figures by seed, of each method or length by name.
+
+    Returns:
+        The same without the seeds that another name lacks. Names without any run stay empty and
+        take no seed from the others.
+    """
+    present = [{*figures} for figures in runs.values() if figures]
+    common = sorted(set.intersection(*present)) if present else []
+    return {name: {seed: own[seed] for seed in common if own} for name, own in runs.items()}
 
 
 def spread(values: Iterable[float], digits: int = 3) -> str:

@@ -5,6 +5,7 @@ import pytest
 import torch
 from scipy.ndimage import gaussian_filter
 from sklearn.metrics import roc_auc_score
+from torch.nn.functional import avg_pool2d
 
 from comet_examples.detectors import SimpleNet
 from comet_examples.presets import preset_for
@@ -212,6 +213,20 @@ def test_it_learns_to_tell_strange_patches(adaptor):
     with torch.no_grad():
         scores = torch.cat([net.scores([normal]), net.scores([strange])])
     assert roc_auc_score([0] * 40 + [1] * 40, scores) > 0.9
+
+
+def test_a_window_of_one_is_not_pooled(monkeypatch):
+    features = torch.randn(3, 6, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(avg_pool2d(features, 1), features)  # so nothing is missed
+
+    def fail(*_: object) -> None:
+        raise AssertionError("a pooling that changes nothing")
+
+    monkeypatch.setattr(torch.nn.functional, "avg_pool2d", fail)
+    detector = SimpleNet([6], (16, 16), hidden=8)
+    assert detector.losses([features]).shape == (3,)
+    with pytest.raises(AssertionError, match="changes nothing"):
+        SimpleNet([6], (16, 16), hidden=8, pool=2).losses([features])
 
 
 def test_pooling_averages_neighbouring_positions_first():

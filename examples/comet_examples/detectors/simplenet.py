@@ -206,7 +206,7 @@ class SimpleNet(nn.Module):
     def _adapted(self, features: Sequence[Tensor], drawn: Tensor | None = None) -> Tensor:
         """Adapted features of all patches, (B * h * w, dim), or of some positions."""
         (level,) = features
-        # A window of 1 changes nothing, and takes longer than the rest of a step.
+        # A window of 1 changes nothing, but would take more than a third of a step.
         pooled = level if self.pool == 1 else F.avg_pool2d(level, self.pool)
         positions = pooled.flatten(2)
         if drawn is not None:
