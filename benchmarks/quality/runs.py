@@ -11,7 +11,7 @@ from scipy.stats import ttest_rel
 from comet_examples.report import machine
 
 Figures = dict[str, float]
-Name = TypeVar("Name", str, int)
+Name = TypeVar("Name")
 
 
 class Runs:
