@@ -17,7 +17,6 @@ import torch
 import comet_meta
 
 _DONE, _INCOMPLETE, _REFUSED, _INTERRUPTED = 0, 1, 2, 130
-_SIZE = (256, 256)
 _RANKED = ".comet-meta-ranked"
 """A file beside a keep list that names the folder that was ranked."""
 
@@ -116,7 +115,7 @@ def _add_rank(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         metavar="PIXELS",
         help="side that the pictures are brought to, or height and width; they are padded, not "
-        "stretched (default: 256)",
+        "stretched (default: their own shape, as many pixels as 256 x 256)",
     )
     parser.add_argument("--batch-size", type=_count, default=32, help="(default: %(default)s)")
     parser.add_argument("--seed", type=_seed, default=0, help="(default: %(default)s)")
@@ -176,14 +175,14 @@ def _rank(options: argparse.Namespace) -> int:
     from comet_meta.vision.pixels import largest_picture
     from comet_meta.vision.rank import RankError, RankSettings, check_folder, rank_folder
 
-    size = tuple(options.resize or _SIZE)
+    size = tuple(options.resize or ())
     if len(size) > 2:
         raise RankError(f"--resize takes one number or two, not {len(size)}")
     settings = RankSettings(
         backbone=options.backbone,
         weights=options.weights,
         device=options.device,
-        size=(size[0], size[-1]),
+        size=(size[0], size[-1]) if size else None,
         batch_size=options.batch_size,
         seed=options.seed,
         contamination=options.contamination,

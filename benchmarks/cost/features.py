@@ -45,7 +45,7 @@ def throughput(options: argparse.Namespace) -> list[dict[str, str | float]]:
     device = torch.device(options.device)
     split = DATASETS["mvtec"].load(options.data_root, options.category)
     paths = [sample.path for sample in split.train]
-    transform = preset_for("simplenet", "tf_efficientnet_lite0", "mvtec").transform
+    transform = preset_for("simplenet", "tf_efficientnet_lite0").transform
     load = partial(load_image, transform=transform)
     extractor, plain = PatchFeatures(load_backbone()), PatchFeatures(load_backbone()).to(device)
 
@@ -93,7 +93,7 @@ def one_by_one(
 def precision(options: argparse.Namespace, detector: str) -> dict[str, str | float]:
     """Largest change of I-AUROC, and its size in memory, that float16 features make."""
     clean = DATASETS["mvtec"].load(options.data_root, options.category)
-    preset = preset_for(detector, "tf_efficientnet_lite0", "mvtec")
+    preset = preset_for(detector, "tf_efficientnet_lite0")
     preset = preset.lasting(epochs=options.epochs)
     whole, half = (
         Experiment(

@@ -33,10 +33,10 @@ from comet_examples.datasets import elpv
 from comet_meta.vision.backbones import load_backbone
 from comet_meta.vision.features import PatchFeatures
 from comet_meta.vision.files import sole_writer
-from comet_meta.vision.images import Transform
+from comet_meta.vision.images import SQUARE
 from comet_meta.vision.patch_grids import PatchGrids
 from comet_meta.vision.picture_prior import grid_side
-from comet_meta.vision.rank import RankSettings, feature_cache
+from comet_meta.vision.rank import feature_cache
 
 _ODD = 100
 
@@ -132,8 +132,7 @@ def random_features(folder: Path) -> None:
     cache = feature_cache(folder)
     with sole_writer(cache):
         extractor = PatchFeatures(load_backbone())
-        transform = Transform(RankSettings.size, keep_aspect=True)
-        RandomGrids(extractor, transform, grid_side(len(paths)), cache).compute(paths)
+        RandomGrids(extractor, SQUARE, grid_side(len(paths)), cache).compute(paths)
 
 
 if __name__ == "__main__":

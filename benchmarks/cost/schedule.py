@@ -75,7 +75,7 @@ def main() -> None:
     """Measure and print."""
     options = _parser().parse_args()
     torch.set_num_threads(options.threads)
-    preset = preset_for("simplenet", "tf_efficientnet_lite0", "mvtec")
+    preset = preset_for("simplenet", "tf_efficientnet_lite0")
     split = DATASETS["mvtec"].load(options.data_root, options.category)
     paths = [sample.path for sample in split.train]
     load = partial(load_image, transform=preset.transform)

@@ -4,7 +4,7 @@ import argparse
 import itertools
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -14,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from comet_examples.datasets import DATASETS, DatasetError, Split, bad_samples
+from comet_examples.cli import DEMO_PIXELS
+from comet_examples.datasets import DATASETS, DatasetError, Split, Transform, bad_samples
 from comet_examples.detectors import DETECTORS
 from comet_examples.experiment import Experiment
 from comet_examples.metrics import curation_metrics
@@ -32,6 +33,8 @@ _LOGGER = logging.getLogger(__name__)
 Array = npt.NDArray[Any]
 BySeed = dict[int, Figures]
 METHODS = ("plain", "oracle", "paper", "comet")
+AS_IN_THE_DEMO = {"elpv": DEMO_PIXELS}
+"""Shorter side of the pictures in pixels, by data set."""
 
 
 @dataclass(frozen=True)
@@ -118,15 +121,22 @@ class Benchmark:
         roots: Folder of each data set that needs one.
         device: Where to train.
         epochs: Instead of the preset's.
+        sides: Shorter side of the pictures in pixels by data set, instead of the preset's size.
     """
 
     def __init__(
-        self, backbone: str, roots: dict[str, str], device: str, epochs: int | None
+        self,
+        backbone: str,
+        roots: dict[str, str],
+        device: str,
+        epochs: int | None,
+        sides: Mapping[str, int] = AS_IN_THE_DEMO,
     ) -> None:
         self.backbone = backbone
         self.roots = {name: Path(folder) for name, folder in roots.items()}
         self.device = device
         self.epochs = epochs
+        self.sides = sides
         # On disk, so that shards and later runs share them.
         self.store = FeatureStore(memory_budget=0)
         self.experiment = cache(self._experiment)
@@ -161,8 +171,9 @@ class Benchmark:
 
     def preset(self, detector: str, task: str) -> Preset:
         """The settings of a detector on a task."""
-        preset = preset_for(detector, self.backbone, task.partition("/")[0])
-        return preset.lasting(epochs=self.epochs)
+        preset = preset_for(detector, self.backbone).lasting(epochs=self.epochs)
+        side = self.sides.get(task.partition("/")[0])
+        return preset if side is None else preset.sized(Transform(side))
 
     def run(self, detector: str, task: str, noise: float, seed: int, variant: Variant) -> Figures:
         """One training, judged on the test set after its last epoch.
@@ -212,6 +223,13 @@ def add_arguments(parser: argparse.ArgumentParser, out: Path) -> None:
     )
     parser.add_argument("--backbone", default=DEFAULT_BACKBONE)
     parser.add_argument("--epochs", type=int, help="instead of the preset's")
+    parser.add_argument(
+        "--resize",
+        nargs="*",
+        default=[f"{name}={side}" for name, side in AS_IN_THE_DEMO.items()],
+        metavar="NAME=PIXELS",
+        help="shorter side of a data set's pictures, instead of the preset's size",
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--shard", default="1/1", help="i/n: run the i-th of n parts")
     parser.add_argument("--out", type=Path, default=out)
@@ -220,7 +238,8 @@ def add_arguments(parser: argparse.ArgumentParser, out: Path) -> None:
 def benchmark(options: argparse.Namespace) -> tuple[Benchmark, list[str], Runs]:
     """The benchmark, the names of its tasks and its file of runs, from parsed arguments."""
     roots = dict(item.split("=", 1) for item in options.root)
-    bench = Benchmark(options.backbone, roots, options.device, options.epochs)
+    sides = {name: int(side) for name, side in (item.split("=", 1) for item in options.resize)}
+    bench = Benchmark(options.backbone, roots, options.device, options.epochs, sides)
     tasks = [task for name in options.tasks for task in bench.expanded(name)]
     return bench, tasks, Runs(options.out)
 

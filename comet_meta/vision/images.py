@@ -1,5 +1,7 @@
 """From picture files to tensors of one size."""
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,6 +93,40 @@ class Transform:
                 f"{picture.width} x {picture.height}; take a smaller crop or a larger resize"
             )
         return tvf.center_crop(picture, crop)
+
+
+SQUARE = Transform((256, 256), keep_aspect=True)
+"""What square pictures are brought to, where nothing else is asked for."""
+
+_STRIDE = 16  # of the coarsest of the levels in use: sides that it divides are used whole
+
+
+def common_shape(shapes: Iterable[tuple[int, int]], pixels: int) -> tuple[int, int]:
+    """The size that all pictures of a set are brought to: so many pixels, in their own shape.
+
+    1. The shape is the median of height / width.
+    2. Height and width have that ratio, and about ``pixels`` as their product.
+    3. Both are rounded to the nearest multiple of 16, and are at least 32.
+
+    Args:
+        shapes: Height and width of each picture. None gives a square.
+        pixels: Height x width to aim at, >= 1.
+
+    Returns:
+        Height and width.
+
+    Example:
+        >>> common_shape([(1024, 1024)], 256 * 256), common_shape([(630, 230)], 256 * 256)
+        ((256, 256), (416, 160))
+    """
+    ratios = [height / width for height, width in shapes]
+    ratio = float(np.median(ratios)) if ratios else 1.0
+    height, width = math.sqrt(pixels * ratio), math.sqrt(pixels / ratio)
+    return _rounded(height), _rounded(width)
+
+
+def _rounded(side: float) -> int:
+    return max(2, round(side / _STRIDE)) * _STRIDE
 
 
 def load_image(path: Path, transform: Transform) -> Tensor:

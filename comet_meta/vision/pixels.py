@@ -15,6 +15,12 @@ from torchvision.io import ImageReadMode, decode_image
 from comet_meta.vision.samples import DatasetError
 
 _ORIENTATION = 0x0112
+_SWAPS_SIDES = (
+    Image.Transpose.TRANSPOSE,
+    Image.Transpose.ROTATE_270,
+    Image.Transpose.TRANSVERSE,
+    Image.Transpose.ROTATE_90,
+)
 _BITS_PER_SAMPLE, _SAMPLE_FORMAT = 258, 339  # tags of TIFF
 _UNDO = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -219,19 +225,24 @@ def _decoded(file: Image.Image) -> tuple[Image.Image, Image.Transpose | None]:
     Of EXIF only the orientation is taken. Other entries may be such that Pillow can't read or
     rewrite them, and nothing depends on them.
     """
-    try:
-        # Removed so that Pillow's reader of TIFF doesn't turn the picture itself.
-        orientation: Any = file.getexif().pop(_ORIENTATION, 1)
-    except Exception:  # noqa: BLE001 - as many kinds as there are ways to damage a block
-        orientation = 1
+    turn = _turn(file)
     try:
         file.load()
     except Exception:
         # The decoder is done when no tile is left: then only what comes after, EXIF, was damaged.
         if getattr(file, "tile", None):
             raise
-    turn = _UNDO.get(orientation) if isinstance(orientation, int) else None
     return _as_meant(file), turn
+
+
+def _turn(file: Image.Image) -> Image.Transpose | None:
+    """The turn that sets a picture upright; taken from its EXIF, where it's gone then."""
+    try:
+        # Removed so that Pillow's reader of TIFF doesn't turn the picture itself.
+        orientation: Any = file.getexif().pop(_ORIENTATION, 1)
+    except Exception:  # noqa: BLE001 - as many kinds as there are ways to damage a block
+        return None
+    return _UNDO.get(orientation) if isinstance(orientation, int) else None
 
 
 def _as_meant(file: Image.Image) -> Image.Image:
@@ -274,6 +285,13 @@ def has_more_than_8_bits(path: Path) -> bool:
     """Whether a file has more than 8 bits a channel, by its head alone."""
     with _opened(path) as file:
         return is_deep(file) or _keeps_upper_bits(file)
+
+
+def upright_shape(path: Path) -> tuple[int, int]:
+    """Height and width of an upright picture, by its file's head alone."""
+    with _opened(path) as file:
+        lies = _turn(file) in _SWAPS_SIDES
+        return (file.width, file.height) if lies else (file.height, file.width)
 
 
 def keeps_upper_bits_only(path: Path) -> bool:

@@ -15,7 +15,7 @@ from comet_meta.vision.backbones import DEFAULT_BACKBONE, load_backbone
 from comet_meta.vision.features import PatchFeatures
 from comet_meta.vision.files import cache_folder, sole_writer
 from comet_meta.vision.html_report import Run, write_report
-from comet_meta.vision.images import Transform
+from comet_meta.vision.images import SQUARE, Transform
 from comet_meta.vision.keep_list import Row, write
 from comet_meta.vision.patch_grids import PatchGrids
 from comet_meta.vision.picture_prior import PRECAUTION, grid_side, streamed_prior
@@ -38,6 +38,7 @@ class RankSettings:
         weights: Its weights, as :func:`~comet_meta.vision.backbones.load_backbone` takes them.
         device: Where to compute.
         size: Height and width in pixels that the pictures are brought to; padded, not stretched.
+            None for as many pixels as 256 x 256, in the shape of the pictures.
         batch_size: Pictures at a time.
         seed: Seed of the random memories.
         contamination: Share of bad pictures, in [0, 0.5), where it is known; else ``"auto"``.
@@ -47,7 +48,7 @@ class RankSettings:
     backbone: str = DEFAULT_BACKBONE
     weights: str | None = None
     device: str = "cpu"
-    size: tuple[int, int] = (256, 256)
+    size: tuple[int, int] | None = None
     batch_size: int = 32
     seed: int = 0
     contamination: float | Literal["auto"] = "auto"
@@ -126,7 +127,7 @@ class Ranking:
                 settings={
                     "backbone": settings.backbone,
                     "weights": settings.weights,
-                    "pixels": settings.size,
+                    "pixels": self.transform.resize,
                     "contamination": settings.contamination,
                     "seed": settings.seed,
                 },
@@ -160,7 +161,11 @@ def rank_folder(folder: Path, settings: RankSettings) -> Ranking:
     split = _pictures(folder)
     paths = [sample.path for sample in split.train]
     extractor = PatchFeatures(load_backbone(settings.backbone, settings.weights))
-    transform = survey_depth(split).scaled(Transform(settings.size, keep_aspect=True))
+    known = survey_depth(split)
+    if settings.size is None:
+        transform = known.scaled(known.fitted(SQUARE))
+    else:
+        transform = known.scaled(Transform(settings.size, keep_aspect=True))
     cache = feature_cache(folder)
     with sole_writer(cache):
         grids = PatchGrids(
@@ -172,9 +177,9 @@ def rank_folder(folder: Path, settings: RankSettings) -> Ranking:
             batch_size=settings.batch_size,
         )
         files = grids.compute(paths)
-        known = torch.cat([~part.isnan().flatten(1).all(dim=1) for part in grids.read(files)])
+        read = torch.cat([~part.isnan().flatten(1).all(dim=1) for part in grids.read(files)])
         unreadable = {}
-        for i in (~known).nonzero().flatten().tolist():
+        for i in (~read).nonzero().flatten().tolist():
             if reason := grids.why_unreadable(paths[i]):
                 unreadable[i] = Unreadable(paths[i], reason)
         _check_readable(folder, len(paths), list(unreadable.values()), settings.keep_going)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from comet_meta.vision.images import Transform, check_mask
+from comet_meta.vision.images import Transform, check_mask, common_shape
 from comet_meta.vision.pixels import (
     Deep,
     Extremes,
@@ -20,6 +20,7 @@ from comet_meta.vision.pixels import (
     keeps_upper_bits_only,
     pages,
     read_picture,
+    upright_shape,
 )
 from comet_meta.vision.samples import DatasetError, Sample, Split
 
@@ -32,6 +33,7 @@ class _Found(NamedTuple):
     depth: Extremes | None = None
     pages: int = 1
     halved: bool = False
+    shape: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -41,10 +43,29 @@ class Survey:
     Attributes:
         faults: Sentences by the path of the picture that can't be used.
         values: Range of values of the training pictures of more than 8 bits; None without any.
+        shapes: Height and width of each training picture that can be read.
     """
 
     faults: dict[Path, str]
     values: tuple[float, float] | None
+    shapes: tuple[tuple[int, int], ...] = ()
+
+    def fitted(self, square: Transform) -> Transform:
+        """The transform for the pictures' shape.
+
+        Args:
+            square: What square pictures get, with a ``resize`` and perhaps a crop.
+
+        Returns:
+            ``square`` where all pictures are about square. Others come whole, with about as many
+            pixels, in the median of their shapes (:func:`~comet_meta.vision.images.common_shape`).
+        """
+        side = square.crop or square.resize
+        height, width = (side, side) if isinstance(side, int) else side
+        pixels = height * width
+        if all(len({*common_shape([shape], pixels)}) == 1 for shape in self.shapes):
+            return square
+        return Transform(common_shape(self.shapes, pixels), keep_aspect=True, values=square.values)
 
     def scaled(self, transform: Transform) -> Transform:
         """The transform with the range of the pictures."""
@@ -140,7 +161,8 @@ def _summarise(split: Split, found: dict[Sample, _Found]) -> Survey:
             *(split.category, len(halved), halved[0]),
         )
     faults = {s.path: each.fault for s, each in found.items() if each.fault is not None}
-    return Survey(faults, values)
+    shapes = tuple(each.shape for s in split.train if (each := found[s]).shape is not None)
+    return Survey(faults, values, shapes)
 
 
 def _inspect(sample: Sample) -> _Found:
@@ -164,4 +186,4 @@ def _found(path: Path, picture: Image.Image | Deep | None) -> _Found:
     with Image.open(path) as file:
         count = pages(file)
     depth = extremes(picture) if isinstance(picture, Deep) else None
-    return _Found(None, depth, count, keeps_upper_bits_only(path))
+    return _Found(None, depth, count, keeps_upper_bits_only(path), upright_shape(path))

@@ -32,6 +32,9 @@ _DEMO = (
     "DEMO: no --data-root, so this trains on solar cells from the elpv-dataset package "
     "(mono, 10 % of the training pictures defective), plain against CoMet"
 )
+DEMO_PIXELS = 176
+"""Side of the demo's pictures, so that it ends within minutes on two CPU cores."""
+
 _COMPARED = {
     "bank": "a memory of patches, which takes no training: what the training is worth",
     "plain": "training without CoMet",
@@ -108,6 +111,7 @@ def _options(detector: str, dataset: str, argv: Sequence[str] | None) -> argpars
         options.plain = True
         options.category = options.category or ["mono"]
         options.noise = 0.1 if options.noise is None else options.noise
+        options.resize = options.resize or [DEMO_PIXELS]
     choice = PRESETS[options.preset]
     options.backbone = options.backbone or choice.backbone
     compared = [
@@ -290,12 +294,12 @@ def _run(options: argparse.Namespace) -> int:
 
 def _preset(options: argparse.Namespace) -> Preset:
     """The preset with what the options say otherwise."""
-    preset = preset_for(options.detector, options.backbone, options.dataset)
+    preset = preset_for(options.detector, options.backbone)
     if options.resize:
         size = tuple(options.resize) if len(options.resize) == 2 else options.resize[0]
-        preset = replace(preset, transform=Transform(size, options.crop))
+        preset = preset.sized(Transform(size, options.crop))
     elif options.crop:
-        preset = replace(preset, transform=replace(preset.transform, crop=options.crop))
+        preset = preset.sized(replace(preset.transform, crop=options.crop))
     return preset.lasting(epochs=options.epochs, steps=options.steps)
 
 

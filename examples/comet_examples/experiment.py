@@ -3,7 +3,7 @@
 import hashlib
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -97,7 +97,8 @@ class Experiment:
         surveyed = surveyed or survey(clean)
         surveyed.raise_faults()
         self.clean = clean
-        self.preset = replace(preset, transform=surveyed.scaled(preset.transform))
+        transform = surveyed.fitted(preset.transform) if preset.fits else preset.transform
+        self.preset = preset.sized(surveyed.scaled(transform))
         self.device = device
         self._detector = detector
         self._extractor = DETECTORS[detector].extractor(backbone)

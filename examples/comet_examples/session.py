@@ -13,7 +13,7 @@ import torch
 
 import comet_meta
 from comet_examples import report
-from comet_examples.datasets import DatasetError, Split, Survey, bad_samples, contaminate, survey
+from comet_examples.datasets import DatasetError, Split, bad_samples, contaminate, survey
 from comet_examples.experiment import Experiment, Judged, Outcome, can_be_judged
 from comet_examples.metrics import curation_metrics
 from comet_examples.presets import Preset
@@ -114,7 +114,7 @@ class Session:
             "pictures": fingerprint((*clean.train, *clean.test)),
             "noise": self.noise,
             "overlap": self.overlap,
-            "transform": asdict(self.preset.transform),
+            "transform": asdict(self.preset.transform) | {"fits": self.preset.fits},
             "backbone": self.backbone.fingerprint,
             "detector": self.detector,
             "detector options": self.preset.detector,
@@ -137,7 +137,7 @@ class Session:
             for fault in surveyed.faults.values():
                 print(f"  {fault}", file=sys.stderr)
             clean, split = surveyed.without_faults(clean), surveyed.without_faults(split)
-            surveyed = Survey({}, surveyed.values)
+            surveyed = replace(surveyed, faults={})
         experiment = Experiment(
             clean, self.detector, self.preset, self.backbone, self.store, self.device, surveyed
         )

@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from test_scripts import SMALL, run, tree
 
@@ -24,7 +26,9 @@ from comet_examples.datasets import (
 )
 from comet_meta import SoftConfidentWeighter
 from comet_meta.vision.files import unforeseen
+from comet_meta.vision.images import common_shape
 from comet_meta.vision.samples import OUTPUT_MARK
+from comet_meta.vision.survey import survey_depth
 
 GREY = np.arange(0, 256, dtype=np.uint8).reshape(16, 16)
 WHOLE = Transform((16, 16))
@@ -95,6 +99,52 @@ def test_whole_numbers_of_every_width_and_sign_keep_their_order(tmp_path, dtype)
     marked = load_mask(Sample(path, 1, mask=path), WHOLE).flatten()
     lowest = limits.min if dtype is np.int8 else 0  # shifted: 8 bits have no sign in Pillow
     assert torch.equal(marked, torch.from_numpy(steps.flatten() > lowest))
+
+
+def test_pictures_are_brought_to_one_shape_of_their_own(tmp_path):
+    paths = [tmp_path / f"{i}.png" for i in range(5)]
+    for path, size in zip(paths, [(40, 100)] * 3 + [(44, 100), (100, 40)], strict=True):
+        Image.new("L", size, 90).save(path)
+    known = survey(split_of(*paths, test=(tmp_path / "4.png",)))
+    assert known.shapes == ((100, 40),) * 3 + ((100, 44), (40, 100))
+    found = known.fitted(Transform(329, 288))
+    assert found.crop is None
+    assert found == Transform(common_shape([(100, 40)], 288 * 288), keep_aspect=True)
+    assert load_image(paths[4], found).shape[1:] == found.resize
+
+
+def test_a_photo_that_lies_on_its_side_counts_as_it_stands(tmp_path):
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.new("L", (100, 40), 90).save(tmp_path / "x.jpg", exif=turned)
+    split = split_of(tmp_path / "x.jpg")
+    assert survey(split).shapes == survey_depth(split).shapes == ((100, 40),)
+
+
+def test_square_pictures_get_the_size_as_it_is(tmp_path):
+    for i, size in enumerate([(50, 50), (90, 91)]):
+        Image.new("L", size, 90).save(tmp_path / f"{i}.png")
+    (tmp_path / "2.png").write_bytes(b"no picture")
+    known = survey(split_of(*(tmp_path / f"{i}.png" for i in range(3))))
+    assert known.shapes == ((50, 50), (91, 90))
+    assert known.fitted(Transform(329, 288)) == Transform(329, 288)
+
+
+@given(
+    shapes=st.lists(st.tuples(st.integers(1, 5000), st.integers(1, 5000)), min_size=1),
+    pixels=st.integers(64**2, 1024**2),
+)
+def test_the_common_shape_has_about_as_many_pixels_and_does_not_depend_on_scale(shapes, pixels):
+    height, width = common_shape(shapes, pixels)
+    assert height % 16 == width % 16 == 0
+    assert min(height, width) >= 32
+    doubled = [(2 * height, 2 * width) for height, width in shapes]
+    assert common_shape(doubled, pixels) == (height, width)
+    if min(height, width) >= 64:
+        assert height * width == pytest.approx(pixels, rel=0.3)
+    ratio = float(np.median([height / width for height, width in shapes]))
+    if 1 / 4 <= ratio <= 4:
+        assert height / width == pytest.approx(ratio, rel=0.35)
 
 
 def test_one_hot_pixel_does_not_set_the_range_of_measurements(tmp_path):

@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import types
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,14 +15,18 @@ import pytest
 import torch
 from matplotlib.axes import Axes
 from PIL import Image
+from tiny_experiment import Pooling
 
 from comet_examples import cli, experiment, report, session
-from comet_examples.datasets import DATASETS, Sample, Transform
+from comet_examples.datasets import DATASETS, Sample, Split, Transform
 from comet_examples.detectors import DETECTORS
+from comet_examples.experiment import Experiment
 from comet_examples.presets import Preset, preset_for
 from comet_meta import SoftConfidentWeighter
 from comet_meta.vision.backbones import PAPER_BACKBONE
+from comet_meta.vision.features import FeatureStore
 from comet_meta.vision.files import replacing
+from comet_meta.vision.images import SQUARE
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SCRIPTS = [
@@ -469,39 +472,29 @@ PAPER_FLOW = {"steps": 8, "hidden_ratio": 1.0, "top": 1, "standardize_scores": F
 
 
 @pytest.mark.parametrize(
-    ("detector", "backbone", "dataset", "expected"),
+    ("detector", "backbone", "expected"),
     [
-        ("simplenet", PAPER_BACKBONE, "mvtec", Preset(Transform(329, 288), 160, PAPER_NOISE)),
-        ("simplenet", PAPER_BACKBONE, "viaduct", Preset(Transform(329, 288), 160, PAPER_NOISE)),
-        ("fastflow", PAPER_BACKBONE, "mvtec", Preset(Transform(329, 288), 160, PAPER_FLOW)),
-        ("newcomer", PAPER_BACKBONE, "news", Preset(Transform(329, 288), 160)),
-        (
-            "newcomer",
-            "resnet18",
-            "news",
-            Preset(Transform(256, 256), steps=1000, schedule="cosine"),
-        ),
+        ("simplenet", PAPER_BACKBONE, Preset(Transform(329, 288), 160, PAPER_NOISE)),
+        ("fastflow", PAPER_BACKBONE, Preset(Transform(329, 288), 160, PAPER_FLOW)),
+        ("newcomer", PAPER_BACKBONE, Preset(Transform(329, 288), 160)),
+        ("newcomer", "resnet18", Preset(SQUARE, steps=1000, schedule="cosine")),
     ],
 )
-def test_presets(detector, backbone, dataset, expected):
-    assert preset_for(detector, backbone, dataset) == expected
+def test_presets(detector, backbone, expected):
+    assert preset_for(detector, backbone) == expected
 
 
-@pytest.mark.parametrize("detector", DETECTORS)
-@pytest.mark.parametrize("backbone", ["resnet18", PAPER_BACKBONE])
-def test_a_data_set_s_name_decides_the_size_of_the_pictures_alone(detector, backbone):
-    presets = [preset_for(detector, backbone, name) for name in (*DATASETS, "news")]
-    same = {str(replace(preset, transform=Transform(1))) for preset in presets}
-    assert len(same) == 1
-
-
-@pytest.mark.parametrize("backbone", ["resnet18", PAPER_BACKBONE])
-def test_ksdd2_is_seen_whole_in_its_own_shape(backbone):
-    preset = preset_for("fastflow", backbone, "ksdd2")
-    height, width = preset.transform.resize
-    assert preset.transform.crop is None
-    assert height % 16 == width % 16 == 0
-    assert height / width == pytest.approx(630 / 230, rel=0.02)
+def test_an_experiment_sees_pictures_in_their_own_shape(tmp_path):
+    paths = [tmp_path / f"{i}.png" for i in range(4)]
+    for path in paths:
+        Image.new("L", (40, 100), 90).save(path)
+    clean = Split("x", tuple(Sample(path, 0) for path in paths), (), has_masks=False)
+    store = FeatureStore(tmp_path / "cache")
+    preset = Preset(Transform((64, 64), keep_aspect=True), steps=1)
+    found = Experiment(clean, "simplenet", preset, Pooling(), store, "cpu")
+    assert found.map_size == (96, 48)
+    asked = preset.sized(Transform((64, 32)))
+    assert Experiment(clean, "simplenet", asked, Pooling(), store, "cpu").map_size == (64, 32)
 
 
 def test_the_papers_preset_is_chosen_by_name(tmp_path, monkeypatch, capsys):
@@ -518,7 +511,7 @@ def test_the_papers_preset_is_chosen_by_name(tmp_path, monkeypatch, capsys):
     assert cli.main("simplenet", "mvtec", ["--data-root", root, "--preset", "paper"]) == 0
     assert asked["backbone"] == PAPER_BACKBONE
     assert asked["methods"] == ["plain", "paper", "comet"]
-    assert asked["preset"] == preset_for("simplenet", PAPER_BACKBONE, "mvtec")
+    assert asked["preset"] == preset_for("simplenet", PAPER_BACKBONE)
     assert asked["training"].epochs == 160
     assert asked["out"] == Path("runs/simplenet_mvtec")
     assert cli.main("simplenet", "mvtec", ["--data-root", root]) == 0

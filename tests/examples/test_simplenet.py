@@ -140,7 +140,7 @@ def test_maps_have_the_pictures_size_and_the_papers_blur():
 
 
 def test_the_parts_have_the_papers_settings():
-    net = SimpleNet([1536], (288, 288), **preset_for("simplenet", PAPER_BACKBONE, "mvtec").detector)
+    net = SimpleNet([1536], (288, 288), **preset_for("simplenet", PAPER_BACKBONE).detector)
     linear, norm, activation, last = net.discriminator
     assert (linear.out_features, norm.num_features, activation.negative_slope) == (1024, 1024, 0.2)
     assert last.bias is None

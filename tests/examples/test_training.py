@@ -385,6 +385,11 @@ def test_without_a_data_root_the_first_line_says_demo(capsys, monkeypatch):
     assert (asked["dataset"], asked["category"], asked["noise"]) == ("elpv", ["mono"], 0.1)
     assert asked["methods"] == ["plain", "comet"]
     assert asked["out"] == Path("runs/fastflow_elpv")
+    assert asked["resize"] == [cli.DEMO_PIXELS]
+    assert cli.main("fastflow", "ksdd2", ["--resize", "64"]) == 0
+    assert asked["resize"] == [64]
+    assert cli.main("fastflow", "elpv", []) == 0
+    assert asked["resize"] is None
 
 
 def test_a_data_set_that_is_asked_for_is_no_demo(capsys):

@@ -113,6 +113,11 @@ def test_the_scores_are_those_of_the_prior(folder):
     assert left_out == pytest.approx(ranking.weighter.contamination_.low + 0.1, abs=1e-4)
 
 
+def test_pictures_are_ranked_in_their_own_shape(folder):
+    found = rank.rank_folder(folder, rank.RankSettings("resnet10t", "random"))
+    assert found.transform == Transform((288, 224), keep_aspect=True)  # of 64 x 48 pixels
+
+
 def test_the_same_command_gives_the_same_list(folder):
     out = folder.parent / "out"
     assert run(folder) == 0
