@@ -351,8 +351,8 @@ class CoMet:
     def _end_round(self) -> None:
         self.rounds += 1
         self._steps = self._samples = 0
-        # With a prior, scores don't change the weights: no scoring during training.
-        scores_unused = self.scores is not None and self.weighter.prior is not None
+        # Mostly, scores don't change the weights of a prior: no scoring during training then.
+        scores_unused = self.scores is not None and not self.weighter.needs_scores
         if self.rounds >= self.warm_up and not scores_unused:
             self.refit()
 

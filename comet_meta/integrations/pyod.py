@@ -220,7 +220,7 @@ def _fit_drawn(
     model_name = "model_" if isinstance(detector, DeepSVDD) else "model"
 
     def weights() -> Tensor:
-        if sampler.epoch >= warm_up and weighter.prior is None:
+        if sampler.epoch >= warm_up and weighter.needs_scores:
             models = [getattr(detector, model_name)]
             with eval_mode(models), same_random_numbers(models):
                 scores = torch.as_tensor(detector.decision_function(rows)).float()

@@ -58,6 +58,38 @@ def check_settings(
         raise ValueError(f"momentum is {momentum}; expected a share in [0, 1)")
 
 
+def check_hold_out(
+    hold_out: float,
+    prior: Tensor | None,
+    rule: RuleName | Rule,
+    contamination: float | Literal["auto"],
+    part_prior: ArrayLike | None,
+) -> None:
+    """Check the fraction of the samples that a model is to judge before it is trained on them.
+
+    Args:
+        hold_out: Expected in (0, 0.5].
+        prior: Expected scores, which name the suspects.
+        rule: Expected ``"trimmed"``.
+        contamination: Expected ``"auto"``.
+        part_prior: Expected None.
+
+    Raises:
+        ValueError: If it is out of range, or goes with other arguments.
+    """
+    if isinstance(hold_out, str) or not 0 < hold_out <= MAX_LEFT_OUT:
+        raise ValueError(f"hold_out is {hold_out!r}; expected a fraction in (0, 0.5], or None")
+    if prior is None:
+        raise ValueError("hold_out needs a prior= that says which samples are suspect; give one")
+    if rule != "trimmed" or contamination != "auto":
+        raise ValueError(
+            "hold_out goes with rule='trimmed' and contamination='auto': with a given share, the "
+            "prior alone decides; leave one of them out"
+        )
+    if part_prior is not None:
+        raise ValueError("hold_out is for whole samples; leave out either hold_out or part_prior")
+
+
 def as_scores(scores: ArrayLike, name: str = "scores") -> Tensor:
     """Check scores and return them as a tensor.
 

@@ -10,8 +10,14 @@ from torch import Tensor, nn
 from comet_meta import distributed
 from comet_meta.arrays import ArrayLike
 from comet_meta.data import as_index
-from comet_meta.weights.checks import as_scores, check_settings, too_few_or_equal
+from comet_meta.weights.checks import (
+    as_scores,
+    check_hold_out,
+    check_settings,
+    too_few_or_equal,
+)
 from comet_meta.weights.contamination import NO_EVIDENCE, Contamination
+from comet_meta.weights.held_out import SUSPECT, TRAINED, choose_held_out, judge
 from comet_meta.weights.own_samples import OwnSamples
 from comet_meta.weights.parts import as_part_scores, check_saved_parts, weigh_parts
 from comet_meta.weights.ranking import join_scores, rank_samples
@@ -43,17 +49,24 @@ class SoftConfidentWeighter(nn.Module):
         precaution: The fraction of the samples that ``"trimmed"`` leaves out besides, without proof
             that they are bad, in [0, 0.5]. None: a twentieth with ``"auto"``, a tenth beside a
             given share.
-        kappa: Width of the fence of ``"hard"`` and ``"ratio"``, >= 0 (paper: 1.5).
+        kappa: Width of the fence of ``"hard"``, ``"ratio"`` and ``hold_out``, >= 0 (paper: 1.5).
         momentum: How much of a sample's earlier score stays when a new one comes, in [0, 1).
         prior: Anomaly scores of the training set from another source, shape (N,), for instance of
             a :class:`~comet_meta.MemoryScorer`. The weights then come from the prior alone and stay
-            as they are, because a model tends to confirm the weights that it was trained with. The
-            ranking uses the mean of prior and model scores, whose errors differ.
+            as they are (but see ``hold_out``), because a model tends to confirm the weights that it
+            was trained with. The ranking uses the mean of prior and model scores, whose errors
+            differ.
         part_prior: Anomaly scores of the samples' parts (patches of a picture, time steps of a
             window, columns of a row) from the same source, shape (N, ...); see
             :meth:`part_weights` and
             :meth:`MemoryScorer.score_parts <comet_meta.MemoryScorer.score_parts>`.
             The precaution is then a fraction of the parts, in place of the samples.
+        hold_out: Fraction of the samples, the most suspect by the prior, that training does without
+            until the model can judge them, in (0, 0.5]. Until the first ``fit`` they have weight 0,
+            and so has a reference of about a tenth of the others. That ``fit`` compares the model's
+            scores of both, none of which it has been trained on: suspects above Q3 + kappa * IQR of
+            the reference stay out, the others come back. Call it after about a quarter of the
+            training. In place of the precaution, for ``"trimmed"`` with ``"auto"``.
 
     Without a prior, let the model learn something before the first fit: weights from an untrained
     model can lock in.
@@ -94,6 +107,7 @@ class SoftConfidentWeighter(nn.Module):
     threshold: Tensor
     prior: Tensor | None
     _part_weights: Tensor | None
+    _roles: Tensor | None  # of the samples, see held_out.py
 
     def __init__(
         self,
@@ -106,6 +120,7 @@ class SoftConfidentWeighter(nn.Module):
         momentum: float = 0.0,
         prior: ArrayLike | None = None,
         part_prior: ArrayLike | None = None,
+        hold_out: float | None = None,
     ) -> None:
         super().__init__()
         if prior is not None:
@@ -115,11 +130,15 @@ class SoftConfidentWeighter(nn.Module):
             num_samples = len(prior)
         check_settings(num_samples, rule, kappa, contamination, precaution, momentum)
         part_scores = None if part_prior is None else as_part_scores(part_prior, prior, rule)
+        if hold_out is not None:
+            check_hold_out(hold_out, prior, rule, contamination, part_prior)
+            precaution = precaution or 0.0
         self.num_samples = num_samples
         self.rule = rule
         self.kappa = kappa
         self.contamination: float | Literal["auto"] = contamination
         self.precaution = precaution
+        self.hold_out = hold_out
         self.momentum = momentum
         self._updates = 0
         self._passed_once = num_samples is not None  # whether a whole pass told the size
@@ -133,9 +152,12 @@ class SoftConfidentWeighter(nn.Module):
         self.register_buffer("threshold", torch.tensor(torch.inf))
         self.register_buffer("prior", None if prior is None else prior.detach().cpu())
         self.register_buffer("_part_weights", None)
+        self.register_buffer("_roles", None)
         if part_scores is not None:
             self._part_weights = torch.ones(part_scores.shape)
         if prior is not None:
+            if hold_out is not None:
+                self._roles = choose_held_out(prior, hold_out)
             self.fit()
         if part_scores is not None:
             self._part_weights = weigh_parts(part_scores, self.weights, contamination, precaution)
@@ -169,6 +191,10 @@ class SoftConfidentWeighter(nn.Module):
             self.contamination,
             0.0 if self.has_parts else self.precaution,  # with parts, it is one of these
         )
+        if self._roles is not None:
+            if self.needs_scores and not self.scores[self._roles > TRAINED].isnan().any():
+                self._roles.copy_(judge(self._roles, self.scores, self.kappa))
+            weights = weights.masked_fill(self._roles > TRAINED, 0)
         # One copy each: another thread that reads during the fit gets old or new weights.
         self.threshold.copy_(threshold)
         self.weights.copy_(weights)
@@ -290,6 +316,8 @@ class SoftConfidentWeighter(nn.Module):
         self._updates = 0
         self.scores.fill_(torch.nan)
         if self.prior is not None:
+            if self._roles is not None and self.hold_out is not None:
+                self._roles.copy_(choose_held_out(self.prior, self.hold_out))
             self.fit()
             return
         self._samples.identity = None
@@ -344,6 +372,17 @@ class SoftConfidentWeighter(nn.Module):
         if self.num_samples is None:
             self._grow(int(index.max()) + 1)
         return self.weights[index]
+
+    @property
+    def needs_scores(self) -> bool:
+        """Whether scores of the model can change the weights.
+
+        So it is without a prior, and as long as samples are held out that the model is to judge.
+        Otherwise ``fit`` changes the ranking alone.
+        """
+        if self._roles is None:
+            return self.prior is None
+        return bool((self._roles == SUSPECT).any())
 
     @property
     def has_parts(self) -> bool:

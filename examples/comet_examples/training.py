@@ -26,7 +26,7 @@ from comet_meta import (
 )
 from comet_meta.meta.step import MetaMode
 from comet_meta.vision.files import replacing
-from comet_meta.vision.picture_prior import PRECAUTION, memory_prior
+from comet_meta.vision.picture_prior import HOLD_OUT, PRECAUTION, memory_prior
 
 Method = Literal["plain", "oracle", "paper", "comet"]
 Schedule = Literal["constant", "cosine"]
@@ -134,6 +134,22 @@ class TrainingSettings:
             return self.epochs
         return math.ceil(cast("int", self.steps) / self.steps_an_epoch(count))
 
+    def judged_after(self, count: int) -> int | None:
+        """Epochs after which the model judges the pictures that were held out: a quarter of them.
+
+        Args:
+            count: Pictures in the training set, >= 2.
+
+        Returns:
+            None in a training of one epoch, in which nothing can be held out.
+
+        Example:
+            >>> [TrainingSettings("comet", epochs).judged_after(100) for epochs in (1, 2, 40)]
+            [None, 1, 10]
+        """
+        epochs = self.epochs_for(count)
+        return max(1, round(epochs / 4)) if epochs > 1 else None
+
 
 @dataclass(frozen=True)
 class Training:
@@ -173,10 +189,12 @@ def wrap(
     options: dict[str, Any] = {} if settings.meta is None else {"meta": settings.meta}
     if settings.strength > 0:
         options["regularizer"] = CovarianceMetaRegularizer(settings.strength)
+    judges = settings.contamination == "auto" and settings.judged_after(len(data)) is not None
     weighter = SoftConfidentWeighter(
         prior=memory_prior(data.batches(), len(data)),
         contamination=settings.contamination,
-        precaution=PRECAUTION,
+        hold_out=HOLD_OUT if judges else None,
+        precaution=None if judges else PRECAUTION,
     )
     return CoMetOptimizerWrapper(optimizers, weighter=weighter, model=model, **options)
 
@@ -275,6 +293,7 @@ def train(
     def score(features: Sequence[Tensor]) -> Tensor:
         return detector.scores([level.to(device) for level in features])
 
+    judged_after = settings.judged_after(len(data))
     epochs = range(len(history), length)
     for epoch in tqdm(
         epochs, desc=settings.method, initial=len(history), total=length, unit="epoch"
@@ -294,10 +313,12 @@ def train(
             reports.append(optimizer.step(_rows_of(batch, weights, losses), index))
             scheduler.step()
         module.eval()
-        if epoch == epochs[-1] and isinstance(detector, ScoresFittable):
+        last = epoch == epochs[-1]
+        judges = weighter is not None and epoch + 1 == judged_after and weighter.needs_scores
+        if (last or judges) and isinstance(detector, ScoresFittable):
             detector.fit_scores(data.batches(device))
-        # A prior's weights stay: scores are for the ranking alone.
-        if weighter is not None and (weighter.prior is None or epoch == epochs[-1]):
+        # A prior's weights stay but for what is held out: scores are for the ranking then.
+        if weighter is not None and (weighter.prior is None or judges or last):
             weighter.fit(collect_scores(score, scoring))
         history.append(_summary(reports, epoch))
         if checkpoint is not None:
