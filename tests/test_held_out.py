@@ -1,0 +1,231 @@
+"""Suspects that are held out until the model, which hasn't seen them, can judge them."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils.data import DataLoader
+
+from comet_meta import CoMet, SoftConfidentWeighter
+from comet_meta.weights.held_out import (
+    LEFT_OUT,
+    REFERENCE,
+    SUSPECT,
+    TRAINED,
+    choose_held_out,
+    judge,
+)
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@given(
+    st.lists(st.integers(0, 30), min_size=1, max_size=200),
+    st.floats(0.01, 0.5),
+    st.randoms(use_true_random=False),
+)
+def test_suspects_are_the_highest_and_the_reference_is_drawn_from_all_others(values, fraction, rng):
+    prior = torch.tensor([float(value) for value in values])
+    roles = choose_held_out(prior, fraction)
+    suspects, others = prior[roles == SUSPECT], prior[roles != SUSPECT]
+    assert len(suspects) <= math.ceil(fraction * len(prior))
+    count = int((roles == REFERENCE).sum())
+    assert (count == 0) == (len(suspects) == 0)
+    if len(suspects):
+        assert suspects.min() > others.max()  # equal samples share their part
+        expected = max(round(0.1 * len(others)), 20)
+        assert count == min(expected, len(others) // 3)
+    order = list(range(len(values)))
+    rng.shuffle(order)
+    moved = choose_held_out(prior[order], fraction)
+    assert torch.equal(moved == SUSPECT, (roles == SUSPECT)[order])
+    assert torch.equal(
+        prior[order][moved == REFERENCE].sort().values, prior[roles == 1].sort().values
+    )
+
+
+def test_the_reference_is_spread_over_the_prior_by_hand():
+    roles = choose_held_out(torch.arange(200.0), 0.3)
+    assert (roles == SUSPECT).nonzero().flatten().tolist() == list(range(140, 200))
+    # 20 of 140, since a tenth would be fewer: the middle of each seven.
+    assert (roles == REFERENCE).nonzero().flatten().tolist() == list(range(3, 140, 7))
+
+
+@pytest.mark.parametrize("prior", [torch.ones(100), torch.arange(10.0), torch.zeros(1)])
+def test_nothing_is_held_out_of_equal_or_few_samples(prior):
+    assert (choose_held_out(prior, 0.3) == TRAINED).all()
+    assert (SoftConfidentWeighter(prior=prior, hold_out=0.3)() == 1).all()
+
+
+def test_the_fence_by_hand():
+    roles = torch.tensor([REFERENCE] * 5 + [SUSPECT] * 3 + [TRAINED])
+    scores = torch.tensor([0.0, 1.0, 2.0, 3.0, 4.0, 9.0, 9.1, -50.0, 100.0])
+    # Q1 = 1, Q3 = 3: the fence is 3 + 3 * 2 = 9, or 3 + 1.5 * 2 = 6.
+    assert judge(roles, scores, 3.0).tolist() == [TRAINED] * 6 + [LEFT_OUT, TRAINED, TRAINED]
+    assert judge(roles, scores).tolist() == [TRAINED] * 5 + [LEFT_OUT] * 2 + [TRAINED] * 2
+
+
+@given(st.floats(0.01, 100), st.floats(-100, 100), st.integers(0, 1000))
+def test_scale_and_offset_of_the_scores_are_of_no_matter(scale, offset, seed):
+    roles = choose_held_out(normal(100, seed=seed), 0.3)
+    scores = 3 * normal(100, seed=seed + 1).double()
+    assert torch.equal(judge(roles, scores), judge(roles, scale * scores + offset))
+
+
+def even(count: int) -> torch.Tensor:
+    """Scores without a tail, in an order of their own."""
+    return torch.rand(count, generator=torch.Generator().manual_seed(1))
+
+
+def weighter_of(bad: int = 10, count: int = 100) -> tuple[SoftConfidentWeighter, torch.Tensor]:
+    """The prior takes half of the bad samples, the last ones, for the most suspect of all."""
+    prior = normal(count).abs()
+    prior[-bad:] += 2
+    return SoftConfidentWeighter(prior=prior, hold_out=0.3), prior
+
+
+def test_bad_suspects_stay_out_and_all_others_come_back():
+    weighter, prior = weighter_of()
+    assert weighter.needs_scores
+    held = weighter() == 0
+    assert held.sum() == 30 + 20  # suspects and reference
+    scores = even(100)
+    scores[-10:] += 20
+    weighter.fit(scores)
+    assert not weighter.needs_scores
+    assert weighter()[-10:].sum() == 0
+    assert weighter()[:-10].min() == 1
+    weighter.fit(normal(100, seed=2))  # later scores are for the ranking alone
+    assert weighter()[-10:].sum() == 0
+    assert weighter()[:-10].min() == 1
+    assert torch.equal(weighter.prior, prior)
+
+
+def test_a_bad_sample_that_the_prior_does_not_suspect_stays():
+    weighter, prior = weighter_of()
+    scores = even(100)
+    scores[int(prior.argmin())] = 1000.0
+    weighter.fit(scores)
+    assert (weighter() == 1).all()
+
+
+def exponential(count: int, generator: torch.Generator) -> torch.Tensor:
+    return torch.empty(count).exponential_(generator=generator)
+
+
+@pytest.mark.parametrize("draw", [torch.randn, torch.rand, exponential])
+@pytest.mark.parametrize("count", [50, 500, 5000])
+def test_scores_that_do_not_tell_suspects_from_others_cost_next_to_nothing(draw, count):
+    """The model's scores have nothing to do with the prior: next to nobody is left out."""
+    left_out = []
+    for seed in range(40):
+        weighter = SoftConfidentWeighter(prior=normal(count, seed=seed).exp(), hold_out=0.15)
+        weighter.fit(draw(count, generator=torch.Generator().manual_seed(1000 + seed)))
+        left_out.append(float((weighter() == 0).float().mean()))
+    # 4.8 % of exponential scores lie above the fence, more with few samples to draw it by.
+    assert sum(left_out) / len(left_out) < 0.15 * 0.1
+
+
+def test_streamed_scores_decide_once_all_that_is_held_out_has_some():
+    weighter, _ = weighter_of()
+    held = (weighter() == 0).nonzero().flatten()
+    scores = even(100)
+    scores[-10:] += 20
+    weighter.update(held[:-1], scores[held[:-1]])
+    weighter.fit()
+    assert weighter.needs_scores
+    weighter.update(held[-1:], scores[held[-1:]])
+    weighter.fit()
+    assert not weighter.needs_scores
+    assert weighter()[-10:].sum() == 0
+
+
+@pytest.mark.parametrize("judged", [False, True])
+def test_a_resumed_weighter_goes_on_where_it_was(judged):
+    saved, _ = weighter_of()
+    scores = even(100)
+    scores[-10:] += 20
+    if judged:
+        saved.fit(scores)
+    restored, _ = weighter_of()
+    restored.load_state_dict(saved.state_dict())
+    assert restored.needs_scores is not judged
+    assert torch.equal(restored(), saved())
+    saved.fit(-scores)
+    restored.fit(-scores)
+    assert torch.equal(restored(), saved())
+
+
+def test_a_second_training_holds_out_again():
+    weighter, _ = weighter_of()
+    weighter.begin_fit()
+    before = weighter()
+    weighter.fit(even(100))
+    assert not torch.equal(weighter(), before)
+    weighter.begin_fit()
+    assert weighter.needs_scores
+    assert torch.equal(weighter(), before)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"hold_out": 0.0}, r"hold_out is 0.0; expected a fraction in \(0, 0.5\]"),
+        ({"hold_out": 0.6}, "hold_out is 0.6"),
+        ({"hold_out": "0.3"}, "hold_out is '0.3'"),
+        ({"hold_out": 0.3, "prior": None}, "hold_out needs a prior="),
+        ({"hold_out": 0.3, "contamination": 0.1}, "contamination='auto'"),
+        ({"hold_out": 0.3, "rule": "hard"}, "rule='trimmed'"),
+        ({"hold_out": 0.3, "part_prior": normal(30, 2)}, "hold_out is for whole samples"),
+    ],
+)
+def test_what_does_not_go_together_gets_a_sentence(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        SoftConfidentWeighter(30, **{"prior": normal(30), **arguments})
+
+
+def test_a_precaution_that_is_asked_for_is_left_out_besides():
+    weighter = SoftConfidentWeighter(prior=normal(100), hold_out=0.3, precaution=0.1)
+    weighter.fit(even(100))
+    assert float((1 - weighter()).sum()) == pytest.approx(10, abs=1e-3)
+
+
+def test_a_loop_gives_back_what_its_model_knows_and_leaves_out_what_it_does_not():
+    """An ordinary loop: of the suspects, rare good rows come back, bad ones stay out."""
+    torch.manual_seed(0)
+    position = torch.randn(200, 2)
+    position[:10] *= 2.2 / position[:10].norm(dim=1, keepdim=True)  # rare, but in the plane
+    rows = position @ torch.randn(2, 6)
+    rows[10:20] += 4 * torch.randn(10, 6)  # bad: off the plane of all others
+    prior = position.norm(dim=1)
+    prior[10:20] += 2
+    model = nn.Sequential(nn.Linear(6, 2), nn.Linear(2, 6))
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+
+    def errors(batch):
+        return (model(batch) - batch).square()
+
+    weighter = SoftConfidentWeighter(prior=prior, hold_out=0.3)
+    assert weighter()[:20].sum() == 0
+    loader = comet = CoMet(
+        DataLoader(rows, batch_size=20, shuffle=True),
+        optimizer,
+        scores=lambda batch: errors(batch).mean(dim=1),
+        model=model,
+        weighter=weighter,
+        warm_up=20,
+    )
+    for epoch in range(25):
+        for batch in loader:
+            optimizer.zero_grad()
+            comet.loss(errors(batch)).backward()
+            optimizer.step()
+        assert weighter.needs_scores is (epoch < 19)
+    assert weighter()[10:20].sum() <= 1
+    assert weighter()[:10].sum() >= 9
+    assert weighter()[20:].mean() > 0.97
