@@ -200,12 +200,12 @@ def test_a_loop_gives_back_what_its_model_knows_and_leaves_out_what_it_does_not(
     torch.manual_seed(0)
     position = torch.randn(200, 2)
     position[:10] *= 2.2 / position[:10].norm(dim=1, keepdim=True)  # rare, but in the plane
-    rows = position @ torch.randn(2, 6)
+    rows = position @ torch.randn(2, 6) + 0.3 * torch.randn(200, 6)
     rows[10:20] += 4 * torch.randn(10, 6)  # bad: off the plane of all others
     prior = position.norm(dim=1)
     prior[10:20] += 2
     model = nn.Sequential(nn.Linear(6, 2), nn.Linear(2, 6))
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
 
     def errors(batch):
         return (model(batch) - batch).square()
