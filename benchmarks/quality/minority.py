@@ -1,13 +1,14 @@
 """Does a rare variant of the product keep its weight? Two kinds of solar cells in one folder.
 
 Good monocrystalline cells make up the folder, good polycrystalline ones a minor share of it; with
---noise, cells of either kind are bad. The weights come from MemoryScorer as in the examples, before
-training; with --parts, patches have weights too. Mean weights, their patches' included, and the
-variant's P(bad), over seeds (draws of the bad cells and of the variant's), by the default prior, a
-more cautious one, and one for folders of one product.
+--noise, cells of either kind are bad. The weights come from MemoryScorer as in ``comet-meta rank``,
+without training; with --parts, patches have weights too. Mean weights, their patches' included, and
+the variant's P(bad), over seeds (draws of the bad cells and of the variant's), by the default
+prior, a more cautious one, and one for folders of one product.
 
 With --train, what a detector is worth that has been trained on the folder: I-AUROC on test cells of
-which the variant makes up the same share, and on those of either kind alone.
+which the variant makes up the same share, and on those of either kind alone; and the weights of
+good training cells of either kind at the end, when the detector has judged the suspects.
 """
 
 import argparse
@@ -117,7 +118,7 @@ def trained_rows(bench: Benchmark, options: argparse.Namespace) -> Iterator[dict
 def detection(
     experiment: Experiment, major: Split, minor: Split, share: float, settings: TrainingSettings
 ) -> dict[str, float]:
-    """I-AUROC of a detector of both kinds, on both and on either.
+    """I-AUROC of a detector of both kinds, on both and on either; with weights also their means.
 
     Args:
         experiment: Knows the cells of both kinds.
@@ -137,10 +138,21 @@ def detection(
         kinds = ([s for s in part.test if s.label == label] for part in (major, minor))
         test += beside(*kinds)
     split = replace(major, train=train, test=test)
-    scores, bad = experiment.run(split, settings).scores, bad_samples(test)
+    outcome, bad = experiment.run(split, settings), bad_samples(test)
     size = len(major.test)
     parts = {"all": slice(None), "the others": slice(size), "the variant": slice(size, None)}
-    return {name: image_metrics(scores[part], bad[part])["I-AUROC"] for name, part in parts.items()}
+    found = {
+        name: image_metrics(outcome.scores[part], bad[part])["I-AUROC"]
+        for name, part in parts.items()
+    }
+    weighter = outcome.training.optimizer.weighter
+    if weighter is not None:
+        weights = weighter.mean_weights()
+        good = torch.from_numpy(~bad_samples(train))
+        of_variant = torch.arange(len(train)) >= len(major.train)
+        found["weight of the others"] = float(weights[good & ~of_variant].mean())
+        found["of the variant"] = float(weights[good & of_variant].mean())
+    return found
 
 
 def drawn(count: int, others: int, share: float, generator: np.random.Generator) -> list[int]:

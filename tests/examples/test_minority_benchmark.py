@@ -31,7 +31,10 @@ def test_the_variant_is_the_same_share_of_the_training_and_of_good_and_bad_test_
         scores = [
             float(s.label or 0) * (k == "many") for s, k in zip(split.test, kind, strict=True)
         ]
-        return SimpleNamespace(scores=torch.tensor(scores))
+        weighter = SoftConfidentWeighter(100)
+        weighter.weights[90:] = torch.tensor([0.0, 1.0]).repeat(5)
+        training = SimpleNamespace(optimizer=SimpleNamespace(weighter=weighter))
+        return SimpleNamespace(scores=torch.tensor(scores), training=training)
 
     settings = TrainingSettings("plain", epochs=1, seed=3)
     major, minor = a_split("many"), a_split("few")
@@ -46,6 +49,8 @@ def test_the_variant_is_the_same_share_of_the_training_and_of_good_and_bad_test_
     assert figures["the others"] == 1.0
     assert figures["the variant"] == 0.5
     assert 0.5 < figures["all"] < 1.0
+    assert figures["weight of the others"] == 1.0
+    assert figures["of the variant"] == 0.5
 
 
 def test_weights_and_detectors_are_about_the_same_cells():
