@@ -22,7 +22,7 @@ Twice the weighter's default: on pictures a tenth gives back more than a twentie
 bad. Where all are good it costs about as much in the mean, and up to half a point more on a set.
 """
 
-HOLD_OUT = 0.15
+HOLD_OUT = 0.2
 """Fraction of pictures, the most suspect, that are held out until the model can judge them."""
 
 _SIDE = 6

@@ -11,9 +11,8 @@ _REFERENCE = 0.1
 _LEAST_REFERENCE = 20
 _FEWEST = 4  # a fence needs that many
 
-TRAINED, REFERENCE, SUSPECT, LEFT_OUT = range(4)
-"""What is done with a sample: trained on, held out to compare with, held out as a suspect, or left
-out for good."""
+TRAINED, REFERENCE, SUSPECT = range(3)
+"""What a sample is for: to train on, held out to compare with, or held out as a suspect."""
 
 
 def choose_held_out(prior: Tensor, fraction: float) -> Tensor:
@@ -53,26 +52,32 @@ def choose_held_out(prior: Tensor, fraction: float) -> Tensor:
 
 
 def judge(roles: Tensor, scores: Tensor, kappa: float = 1.5) -> Tensor:
-    """Let the model's scores decide which of the suspects are left out.
+    """Let the model's scores decide how far the suspects come back.
 
-    A suspect is left out if its score is above the fence Q3 + kappa * IQR of the reference's
-    scores. The model has been trained on neither, so they differ in nothing but the prior: a good
-    suspect, be it rare, scores about like other good samples that the model hasn't seen.
+    1. Q3 and IQR are those of the reference's scores. The model has been trained on neither
+       reference nor suspects, so they differ in nothing but the prior: a good suspect, be it rare,
+       scores about like other good samples that the model hasn't seen.
+    2. A suspect's weight is 1 up to the inner fence Q3 + kappa * IQR and falls to 0 at the outer
+       fence Q3 + 2 kappa * IQR, as Tukey has them with kappa = 1.5. All others have weight 1.
 
     Args:
         roles: From :func:`choose_held_out`.
         scores: The model's anomaly scores, finite for suspects and reference, shape (N,).
-        kappa: Width of the fence, >= 0.
+        kappa: Width of the fences, >= 0.
 
     Returns:
-        ``TRAINED`` or ``LEFT_OUT`` for each sample, int8 (N,).
+        Weights in [0, 1], shape (N,).
 
     Example:
-        >>> roles = torch.tensor([0, 1, 0, 1, 1, 0, 1, 2, 2], dtype=torch.int8)
-        >>> scores = torch.tensor([0.1, 1.0, 0.1, 2.0, 3.0, 0.1, 4.0, 9.0, 5.0])
-        >>> judge(roles, scores).tolist()  # the fence is 3.25 + 1.5 * 1.5
-        [0, 0, 0, 0, 0, 0, 0, 3, 0]
+        >>> roles = torch.tensor([0, 1, 1, 1, 1, 1, 2, 2, 2], dtype=torch.int8)
+        >>> scores = torch.tensor([0.1, 0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 7.5, 10.0])
+        >>> judge(roles, scores)[6:].tolist()  # the fences are 3 + 1.5 * 2 and 3 + 3 * 2
+        [1.0, 0.5, 0.0]
     """
-    fence = iqr_threshold(scores[roles == REFERENCE], kappa)
-    left_out = (roles == SUSPECT) & (scores > fence)
-    return torch.where(left_out, LEFT_OUT, TRAINED).to(torch.int8)
+    # 1)
+    reference = scores[roles == REFERENCE]
+    inner, outer = iqr_threshold(reference, kappa), iqr_threshold(reference, 2 * kappa)
+    # 2)
+    falling = ((outer - scores) / (outer - inner)).clamp(0, 1)
+    trusted = (roles != SUSPECT) | (scores <= inner)
+    return torch.where(trusted, 1.0, falling.nan_to_num(0.0))

@@ -64,9 +64,10 @@ class SoftConfidentWeighter(nn.Module):
         hold_out: Fraction of the samples, the most suspect by the prior, that training does without
             until the model can judge them, in (0, 0.5]. Until the first ``fit`` they have weight 0,
             and so has a reference of about a tenth of the others. That ``fit`` compares the model's
-            scores of both, none of which it has been trained on: suspects above Q3 + kappa * IQR of
-            the reference stay out, the others come back. Call it after about a quarter of the
-            training. In place of the precaution, for ``"trimmed"`` with ``"auto"``.
+            scores of both, none of which it has been trained on: suspects below the fence
+            Q3 + kappa * IQR of the reference come back, those far above it stay out. Call it after
+            about a quarter of the training. In place of the precaution, for ``"trimmed"`` with
+            ``"auto"``.
 
     Without a prior, let the model learn something before the first fit: weights from an untrained
     model can lock in.
@@ -108,6 +109,7 @@ class SoftConfidentWeighter(nn.Module):
     prior: Tensor | None
     _part_weights: Tensor | None
     _roles: Tensor | None  # of the samples, see held_out.py
+    _judgement: Tensor | None  # the model's, of the samples: 1 but for suspects
 
     def __init__(
         self,
@@ -153,11 +155,13 @@ class SoftConfidentWeighter(nn.Module):
         self.register_buffer("prior", None if prior is None else prior.detach().cpu())
         self.register_buffer("_part_weights", None)
         self.register_buffer("_roles", None)
+        self.register_buffer("_judgement", None)
         if part_scores is not None:
             self._part_weights = torch.ones(part_scores.shape)
         if prior is not None:
             if hold_out is not None:
                 self._roles = choose_held_out(prior, hold_out)
+                self._judgement = torch.ones(len(prior))
             self.fit()
         if part_scores is not None:
             self._part_weights = weigh_parts(part_scores, self.weights, contamination, precaution)
@@ -191,10 +195,11 @@ class SoftConfidentWeighter(nn.Module):
             self.contamination,
             0.0 if self.has_parts else self.precaution,  # with parts, it is one of these
         )
-        if self._roles is not None:
+        if self._roles is not None and self._judgement is not None:
             if self.needs_scores and not self.scores[self._roles > TRAINED].isnan().any():
-                self._roles.copy_(judge(self._roles, self.scores, self.kappa))
-            weights = weights.masked_fill(self._roles > TRAINED, 0)
+                self._judgement = judge(self._roles, self.scores, self.kappa)
+                self._roles.fill_(TRAINED)
+            weights = weights.where(self._roles == TRAINED, 0) * self._judgement
         # One copy each: another thread that reads during the fit gets old or new weights.
         self.threshold.copy_(threshold)
         self.weights.copy_(weights)
@@ -318,6 +323,7 @@ class SoftConfidentWeighter(nn.Module):
         if self.prior is not None:
             if self._roles is not None and self.hold_out is not None:
                 self._roles.copy_(choose_held_out(self.prior, self.hold_out))
+                self._judgement = torch.ones_like(self.weights)
             self.fit()
             return
         self._samples.identity = None
