@@ -412,6 +412,47 @@ def test_comet_starts_from_the_prior_of_the_frozen_features():
     assert not told.weighter.has_parts
 
 
+@pytest.mark.parametrize(("epochs", "judged"), [(2, 1), (8, 2), (10, 2)])
+def test_the_model_judges_what_is_held_out_after_a_quarter_of_the_training(epochs, judged):
+    held = []
+
+    def wrap(*args):
+        optimizer = training.wrap(*args)
+        held.append(optimizer.weighter)
+        return optimizer
+
+    def note(epoch, _):
+        waits.append(held[0].needs_scores)
+        weights.append(held[0]())
+
+    waits, weights = [], []
+    data = a_data_set(60)
+    train(build, data, TrainingSettings("comet", epochs), wrap=wrap, on_epoch=note)
+    assert waits == [epoch < judged for epoch in range(1, epochs + 1)]
+    assert all(torch.equal(later, weights[judged - 1]) for later in weights[judged:])
+    first = training.wrap(build(), data, TrainingSettings("comet", epochs)).weighter()
+    assert (first == 0).sum() == 12 + 16  # a fifth, and a third of the others
+    assert weights[-1].mean() > first.mean()
+    assert (weights[-1][first > 0] == 1).all()
+
+
+@pytest.mark.parametrize("stopped", [1, 2, 3])
+def test_a_training_that_was_stopped_before_or_after_the_judgement_goes_on_alike(tmp_path, stopped):
+    data, settings = a_data_set(60), TrainingSettings("comet", epochs=8)
+    whole = train(build, data, settings)
+
+    def stop(epoch, _):
+        if epoch == stopped:
+            raise KeyboardInterrupt
+
+    file = tmp_path / "x.pt"
+    with pytest.raises(KeyboardInterrupt):
+        train(build, data, settings, checkpoint=file, on_epoch=stop)
+    again = train(build, data, settings, checkpoint=file, resume=True)
+    assert same(whole.detector, again.detector)
+    assert torch.equal(whole.optimizer.weighter(), again.optimizer.weighter())
+
+
 def test_comet_can_be_told_how_many_are_bad(monkeypatch):
     asked = {}
     monkeypatch.setattr(cli, "_run", lambda options: asked.update(vars(options)) or 0)
