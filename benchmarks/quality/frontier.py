@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from comet_examples.report import table
+from comet_meta.vision.picture_prior import HOLD_OUT
 from left_out import KINDS, names
 from runs import Runs
 
@@ -30,15 +31,17 @@ _SAME_FOR_TABLES = {
     ("svdd", "comet"): "samples-0.05",
     ("vae", "comet"): "samples-0.05",
 }
-_SAME_FOR_PICTURES = {"comet": "samples-0.1", "patches": "parts-0.05"}
+_HELD_OUT = f"held out-{HOLD_OUT}"
+_SAME_FOR_PICTURES = {"comet": _HELD_OUT, "patches": "parts-0.05"}
 _PARTS = (slice(None), slice(0, None, 2), slice(1, None, 2))  # all sets, and either half
 _INTRO = """\
 # How much to leave out without evidence
 
-Scores alone seldom prove that samples are bad, so a twentieth is left out without evidence, of
-pictures a tenth. This page shows what other fractions would give and take, and what it changes to
-leave out parts (patches of a picture, values of a row) in place of samples; *both* is half of each.
-What the scores prove to be bad goes besides.
+Scores alone seldom prove that samples are bad, so a twentieth of a table is left out without
+evidence. This page shows what other fractions would give and take, and what it changes to leave out
+parts (patches of a picture, values of a row) in place of samples; *both* is half of each. What the
+scores prove to be bad goes besides. Of pictures, the default is *held out*: the most suspect fifth
+is held out at first, and the model, which hasn't seen them, decides who comes back.
 
 - *seeds*: on average over the sets. A point uses the sets and seeds that have all runs.
 - *cost*: plain - method on clean training sets, mean over sets, in points of AUROC; negative where
@@ -53,13 +56,13 @@ Runs and page come from
 python benchmarks/quality/breadth.py --folder adbench/ \\
     --methods plain oracle comet comet-samples samples-0.1 samples-0.2 parts-0.1 parts-0.2 both-0.05
 python benchmarks/quality/contamination.py --out docs/results/pictures.jsonl \\
-    --variants plain oracle comet patches samples-0.05 samples-0.2 --noise 0 0.1
+    --variants plain oracle comet patches samples-0.05 samples-0.1 samples-0.2 --noise 0 0.1
 python benchmarks/quality/frontier.py --picture docs/images/frontier.png \\
     --page docs/results/frontier.md
 ```
 
 Of tables, `comet` and `comet-samples` leave out the twentieths; of pictures, `comet` is
-`samples, 0.1`, and `patches` is `parts, 0.05`."""
+`held out, 0.2`, and `patches` is `parts, 0.05`."""
 
 
 class Result(NamedTuple):
@@ -150,7 +153,7 @@ def point(results: Iterable[Result], method: str) -> Point | None:
 
 
 def default_of(panel: str) -> str | None:
-    """The point of a panel that the default leaves out; None for a detector that isn't known."""
+    """The point of a panel that is the default; None for a detector that isn't known."""
     data, detector = panel.split(", ")
     if data == "pictures":
         return _SAME_FOR_PICTURES["comet"]
@@ -164,7 +167,9 @@ def frontiers(results: Iterable[Result]) -> dict[str, dict[str, Point]]:
         panels.setdefault(result.panel, []).append(result)
     found: dict[str, dict[str, Point]] = {}
     for panel, own in panels.items():
-        points = {name: at for name in names() if (at := point(own, name)) is not None}
+        points = {
+            name: at for name in (*names(), _HELD_OUT) if (at := point(own, name)) is not None
+        }
         if points:
             found[panel] = points
     return found

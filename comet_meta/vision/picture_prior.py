@@ -16,7 +16,7 @@ from comet_meta.vision.samples import DatasetError
 from comet_meta.vision.statistics import FeatureScaler
 
 PRECAUTION = 0.1
-"""Fraction of pictures that training leaves out without proof that they are bad.
+"""Fraction of pictures that is left out without proof where no model can judge them.
 
 Twice the weighter's default: on pictures a tenth gives back more than a twentieth where some are
 bad. Where all are good it costs about as much in the mean, and up to half a point more on a set.
