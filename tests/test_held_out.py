@@ -163,6 +163,15 @@ def test_a_resumed_weighter_goes_on_where_it_was(judged):
     assert torch.equal(restored(), saved())
 
 
+def test_a_state_of_a_weighter_that_holds_nothing_out_is_refused():
+    holding, _ = weighter_of()
+    plain = SoftConfidentWeighter(prior=holding.prior)
+    with pytest.raises(ValueError, match="was made without hold_out=, this one with"):
+        holding.load_state_dict(plain.state_dict())
+    with pytest.raises(ValueError, match="was made with hold_out=, this one without"):
+        plain.load_state_dict(holding.state_dict())
+
+
 def test_a_second_training_holds_out_again():
     weighter, _ = weighter_of()
     weighter.begin_fit()

@@ -43,6 +43,8 @@ def in_words(weighter: SoftConfidentWeighter) -> str:
             f"{count:,} pictures are taken for bad.{precaution}"
         )
     share, low, high = weighter.contamination_
+    if weighter.hold_out is not None and suspects == 0 and not low > 0:
+        return _of_held_out(weighter)
     if suspects == 0 and not low > 0:
         if weighter.has_parts and bool((weighter.part_weights() < 1).any()):
             share = float((1 - weighter.part_weights()).mean())
@@ -67,3 +69,19 @@ def in_words(weighter: SoftConfidentWeighter) -> str:
         else "none is more likely bad than good by itself"
     )
     return f"{amount}{interval} of the pictures look bad; {named}."
+
+
+def _of_held_out(weighter: SoftConfidentWeighter) -> str:
+    """What the model makes of the suspects that were held out."""
+    count, left_out = len(weighter.weights), int((weighter.weights < 0.5).sum())
+    if weighter.needs_scores:
+        return (
+            f"{left_out:,} of {count:,} pictures, the most suspect ones and some to compare them "
+            "with, are held out until the model can judge them."
+        )
+    if left_out == 0:
+        return "No evidence of bad pictures: the model finds none of the suspects far stranger."
+    return (
+        f"{left_out:,} of {count:,} pictures are left out: the model, which wasn't trained on "
+        "them, finds them far stranger than others that it hadn't seen."
+    )

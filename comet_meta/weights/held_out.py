@@ -81,3 +81,21 @@ def judge(roles: Tensor, scores: Tensor, kappa: float = 1.5) -> Tensor:
     falling = ((outer - scores) / (outer - inner)).clamp(0, 1)
     trusted = (roles != SUSPECT) | (scores <= inner)
     return torch.where(trusted, 1.0, falling.nan_to_num(0.0))
+
+
+def check_saved_roles(saved: Tensor | None, current: Tensor | None) -> None:
+    """Check that a saved state fits a weighter that holds samples out, or one that doesn't.
+
+    Args:
+        saved: Roles of the saved state; None without any held out.
+        current: Those of the weighter that is to load them.
+
+    Raises:
+        ValueError: If only one has them.
+    """
+    if (saved is None) != (current is None):
+        there, here = ("with" if roles is not None else "without" for roles in (saved, current))
+        raise ValueError(
+            f"the saved weighter was made {there} hold_out=, this one {here}; make it as the saved "
+            "one was"
+        )

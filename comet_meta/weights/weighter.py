@@ -17,7 +17,7 @@ from comet_meta.weights.checks import (
     too_few_or_equal,
 )
 from comet_meta.weights.contamination import NO_EVIDENCE, Contamination
-from comet_meta.weights.held_out import SUSPECT, TRAINED, choose_held_out, judge
+from comet_meta.weights.held_out import SUSPECT, TRAINED, check_saved_roles, choose_held_out, judge
 from comet_meta.weights.own_samples import OwnSamples
 from comet_meta.weights.parts import as_part_scores, check_saved_parts, weigh_parts
 from comet_meta.weights.ranking import join_scores, rank_samples
@@ -343,10 +343,12 @@ class SoftConfidentWeighter(nn.Module):
             state_dict: The saved state.
 
         Raises:
-            ValueError: If it is of another number of samples or parts, or of other samples.
+            ValueError: If it is of another number of samples or parts, of other samples, or only
+                one of the two has samples held out.
         """
         self._samples.check_saved(state_dict, self.num_samples, self.prior)
         check_saved_parts(state_dict.get("_part_weights"), self._part_weights)
+        check_saved_roles(state_dict.get("_roles"), self._roles)
 
     @property
     def contamination_(self) -> Contamination:
