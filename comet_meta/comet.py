@@ -236,6 +236,8 @@ class CoMet:
         if callable(losses):
             if anomalous is not None:
                 raise ValueError("anomalous losses need all rows: pass losses, not a function")
+            if self.scores is None and self.weighter.prior is not None:
+                self._check_that_none_waits()
             rows = self.weighter(index).nonzero().flatten().to(index.device)
             if len(rows) < min(2, len(index)):
                 return torch.zeros((), requires_grad=True)
@@ -355,6 +357,14 @@ class CoMet:
         scores_unused = self.scores is not None and not self.weighter.needs_scores
         if self.rounds >= self.warm_up and not scores_unused:
             self.refit()
+
+    def _check_that_none_waits(self) -> None:
+        """Refuse losses of some rows alone where they are to judge what is held out."""
+        if self.weighter.needs_scores:
+            raise ValueError(
+                "samples are held out until the model has judged them, and a function gives no "
+                "losses of these: pass scores=, so that CoMet can score the set"
+            )
 
     def _score_set(self) -> Tensor:
         """Anomaly scores of the whole training set, shape (N,)."""

@@ -240,3 +240,36 @@ def test_a_loop_gives_back_what_its_model_knows_and_leaves_out_what_it_does_not(
     assert weighter()[10:20].sum() <= 1
     assert weighter()[:10].sum() >= 9
     assert weighter()[20:].mean() > 0.97
+
+
+def test_losses_of_some_rows_alone_can_not_judge():
+    rows = normal(100, 3)
+    model = nn.Linear(3, 3)
+    weighter = SoftConfidentWeighter(prior=rows.norm(dim=1), hold_out=0.2)
+    loader = DataLoader(rows, batch_size=20)
+    comet = CoMet(loader, torch.optim.SGD(model.parameters(), 0.1), weighter=weighter)
+    batch = next(iter(comet))
+    with pytest.raises(ValueError, match="samples are held out until the model has judged them"):
+        comet.loss(lambda chosen: (model(batch[chosen]) - batch[chosen]).square().mean(dim=1))
+    comet.loss((model(batch) - batch).square().mean(dim=1)).backward()
+
+
+def test_losses_of_all_rows_judge_after_the_warm_up():
+    rows = normal(100, 3)
+    rows[:5] += 30
+    model = nn.Linear(3, 3)
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
+    prior = normal(100, seed=5).abs()
+    prior[:5] += 5
+    weighter = SoftConfidentWeighter(prior=prior, hold_out=0.2)
+    loader = comet = CoMet(
+        DataLoader(rows, batch_size=20, shuffle=True), optimizer, weighter=weighter, warm_up=3
+    )
+    for epoch in range(4):
+        for batch in loader:
+            optimizer.zero_grad()
+            comet.loss((model(batch) - batch).square().mean(dim=1)).backward()
+            optimizer.step()
+        assert weighter.needs_scores is (epoch < 2)
+    assert weighter()[:5].sum() == 0
+    assert weighter().mean() > 0.9
