@@ -32,7 +32,7 @@ def test_suspects_are_the_highest_and_the_reference_is_drawn_from_all_others(val
     assert (count == 0) == (len(suspects) == 0)
     if len(suspects):
         assert suspects.min() > others.max()  # equal samples share their part
-        expected = max(round(0.1 * len(others)), 20)
+        expected = max(round(0.1 * len(others)), 40)
         assert count == min(expected, len(others) // 3)
     order = list(range(len(values)))
     rng.shuffle(order)
@@ -44,10 +44,10 @@ def test_suspects_are_the_highest_and_the_reference_is_drawn_from_all_others(val
 
 
 def test_the_reference_is_spread_over_the_prior_by_hand():
-    roles = choose_held_out(torch.arange(200.0), 0.3)
-    assert (roles == SUSPECT).nonzero().flatten().tolist() == list(range(140, 200))
-    # 20 of 140, since a tenth would be fewer: the middle of each seven.
-    assert (roles == REFERENCE).nonzero().flatten().tolist() == list(range(3, 140, 7))
+    roles = choose_held_out(torch.arange(400.0), 0.3)
+    assert (roles == SUSPECT).nonzero().flatten().tolist() == list(range(280, 400))
+    # 40 of 280, since a tenth would be fewer: the middle of each seven.
+    assert (roles == REFERENCE).nonzero().flatten().tolist() == list(range(3, 280, 7))
 
 
 @pytest.mark.parametrize("prior", [torch.ones(100), torch.arange(10.0), torch.zeros(1)])
@@ -95,7 +95,7 @@ def test_bad_suspects_stay_out_and_all_others_come_back():
     weighter, prior = weighter_of()
     assert weighter.needs_scores
     held = weighter() == 0
-    assert held.sum() == 30 + 20  # suspects and reference
+    assert held.sum() == 30 + 23  # suspects and reference
     scores = even(100)
     scores[-10:] += 20
     weighter.fit(scores)

@@ -8,7 +8,7 @@ from torch import Tensor
 from comet_meta.weights.rules import iqr_threshold
 
 _REFERENCE = 0.1
-_LEAST_REFERENCE = 20
+_LEAST_REFERENCE = 40
 _FEWEST = 4  # a fence needs that many
 
 TRAINED, REFERENCE, SUSPECT = range(3)
@@ -20,7 +20,7 @@ def choose_held_out(prior: Tensor, fraction: float) -> Tensor:
 
     1. The suspects are the fraction of the samples with the highest prior. Samples whose prior is
        that of the highest one below are none: equal samples share their part.
-    2. The reference is every k-th of the others in the order of the prior: a tenth of them, or 20
+    2. The reference is every k-th of the others in the order of the prior: a tenth of them, or 40
        if that is more, but no more than a third.
     3. Without suspects, or with fewer than 4 samples to compare with, nothing is held out.
 

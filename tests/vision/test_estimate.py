@@ -69,7 +69,7 @@ def test_words_about_what_is_held_out():
     prior = torch.erfinv(torch.linspace(-0.95, 0.95, 100))
     weighter = SoftConfidentWeighter(prior=prior, hold_out=0.2)
     assert in_words(weighter) == (
-        "40 of 100 pictures, the most suspect ones and some to compare them with, are held out "
+        "46 of 100 pictures, the most suspect ones and some to compare them with, are held out "
         "until the model can judge them."
     )
     scores = torch.linspace(0, 1, 100)
