@@ -48,7 +48,7 @@ class SoftConfidentWeighter(nn.Module):
             scores alone seldom prove much. 0 makes all weights 1.
         precaution: The fraction of the samples that ``"trimmed"`` leaves out besides, without proof
             that they are bad, in [0, 0.5]. None: a twentieth with ``"auto"``, a tenth beside a
-            given share.
+            given share, none with ``hold_out``.
         kappa: Width of the fence of ``"hard"``, ``"ratio"`` and ``hold_out``, >= 0 (paper: 1.5).
         momentum: How much of a sample's earlier score stays when a new one comes, in [0, 1).
         prior: Anomaly scores of the training set from another source, shape (N,), for instance of
@@ -63,11 +63,11 @@ class SoftConfidentWeighter(nn.Module):
             The precaution is then a fraction of the parts, in place of the samples.
         hold_out: Fraction of the samples, the most suspect by the prior, that training does without
             until the model can judge them, in (0, 0.5]. Until the first ``fit`` they have weight 0,
-            and so has a reference of about a tenth of the others. That ``fit`` compares the model's
-            scores of both, none of which it has been trained on: suspects below the fence
-            Q3 + kappa * IQR of the reference come back, those far above it stay out. Call it after
-            about a quarter of the training. In place of the precaution, for ``"trimmed"`` with
-            ``"auto"``.
+            and so has a reference, at least a tenth of the others. That ``fit`` compares the
+            model's scores of both, none of which it has been trained on: suspects up to the fence
+            Q3 + kappa * IQR of the reference come back, those beyond Q3 + 2 kappa * IQR stay out.
+            Call it after about a quarter of the training. In place of the precaution, for
+            ``"trimmed"`` with ``"auto"``.
 
     Without a prior, let the model learn something before the first fit: weights from an untrained
     model can lock in.
