@@ -16,7 +16,12 @@ from comet_meta import (
     SoftConfidentWeighter,
 )
 from comet_meta.meta.step import MetaMode
-from comet_meta.vision.picture_prior import PRECAUTION, memory_part_prior, memory_prior
+from comet_meta.vision.picture_prior import (
+    HOLD_OUT,
+    PRECAUTION,
+    memory_part_prior,
+    memory_prior,
+)
 from comet_meta.weights.rules import standardize
 from grid import Trial, Variant, trained
 from left_out import LeftOut, names
@@ -88,16 +93,19 @@ def chosen(
         told = float(trial.bad.mean()) if contamination is None else contamination
 
         def optimizer_for(
-            detector: Detector, data: FeatureRows, _: TrainingSettings
+            detector: Detector, data: FeatureRows, settings: TrainingSettings
         ) -> CoMetOptimizerWrapper:
             scores, part_scores = memory_part_prior(data.batches(), len(data))
+            # As the examples do where nothing is chosen.
+            judges = told == "auto" and not parts and settings.judged_after(len(data)) is not None
             return CoMetOptimizerWrapper(
                 detector.optimizers(),
                 weighter=SoftConfidentWeighter(
                     prior=scores,
                     part_prior=part_scores if parts else None,
                     contamination=told,
-                    precaution=None if parts else PRECAUTION,
+                    hold_out=HOLD_OUT if judges else None,
+                    precaution=None if parts or judges else PRECAUTION,
                 ),
                 exposure=exposure,
                 model=cast("nn.Module", detector),
