@@ -80,8 +80,9 @@ def _of_held_out(weighter: SoftConfidentWeighter) -> str:
             "with, are held out until the model can judge them."
         )
     if left_out == 0:
-        return "No evidence of bad pictures: the model finds none of the suspects far stranger."
+        return "No evidence of bad pictures: nothing was down-weighted."
+    are, them = ("is", "it") if left_out == 1 else ("are", "them")
     return (
-        f"{left_out:,} of {count:,} pictures are left out: the model, which wasn't trained on "
-        "them, finds them far stranger than others that it hadn't seen."
+        f"{left_out:,} of {count:,} pictures {are} left out: the model, which wasn't trained on "
+        f"{them}, finds {them} far stranger than others that it hadn't seen."
     )

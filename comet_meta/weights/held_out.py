@@ -55,8 +55,8 @@ def judge(roles: Tensor, scores: Tensor, kappa: float = 1.5) -> Tensor:
     """Let the model's scores decide how far the suspects come back.
 
     1. Q3 and IQR are those of the reference's scores. The model has been trained on neither
-       reference nor suspects, so they differ in nothing but the prior: a good suspect, be it rare,
-       scores about like other good samples that the model hasn't seen.
+       reference nor suspects, so a good suspect should score much like the reference. One of a kind
+       of its own doesn't, where all of its kind are suspects.
     2. A suspect's weight is 1 up to the inner fence Q3 + kappa * IQR and falls to 0 at the outer
        fence Q3 + 2 kappa * IQR, as Tukey has them with kappa = 1.5. All others have weight 1.
 

@@ -20,6 +20,8 @@ from ablation import (
     relative_strength,
     scored,
 )
+from comet_examples.datasets import Transform
+from comet_examples.presets import preset_for
 from comet_examples.training import TrainingSettings
 from comet_meta import SoftConfidentWeighter
 from contamination import GROUPS, VARIANTS, common_gap, cost, expanded, row
@@ -224,6 +226,15 @@ def runs(*values, seconds=1.0):
         seed: {"I-AUROC": value, "processor seconds": seconds * (1 + seed)}
         for seed, value in enumerate(values)
     }
+
+
+def test_sizes_are_named_by_data_set():
+    assert grid.sized("256") == Transform(256)
+    assert grid.sized("352x128") == Transform((352, 128), keep_aspect=True)
+    bench = grid.Benchmark("resnet18", {}, "cpu", None, {"ksdd2": "352x128"})
+    named, other = (bench.preset("simplenet", f"{name}/x") for name in ("ksdd2", "mvtec"))
+    assert (str(named.transform), named.fits) == (str(grid.sized("352x128")), False)
+    assert other == preset_for("simplenet", "resnet18")
 
 
 def test_a_row_is_paired_by_seed():

@@ -81,7 +81,11 @@ def test_words_about_what_is_held_out():
     )
     usual = SoftConfidentWeighter(prior=prior, hold_out=0.2)
     usual.fit(torch.linspace(0, 1, 100))
-    assert in_words(usual).startswith("No evidence of bad pictures: the model finds none")
+    assert in_words(usual) == "No evidence of bad pictures: nothing was down-weighted."
+    one = SoftConfidentWeighter(prior=prior, hold_out=0.2)
+    scores[97] = 0.5
+    one.fit(scores)
+    assert in_words(one).startswith("1 of 100 pictures is left out")
 
 
 def test_words_of_a_proof_come_first():
