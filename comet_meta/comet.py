@@ -353,7 +353,7 @@ class CoMet:
     def _end_round(self) -> None:
         self.rounds += 1
         self._steps = self._samples = 0
-        # Mostly, scores don't change the weights of a prior: no scoring during training then.
+        # With a prior, scores change the weights only while samples are held out.
         scores_unused = self.scores is not None and not self.weighter.needs_scores
         if self.rounds >= self.warm_up and not scores_unused:
             self.refit()

@@ -26,7 +26,7 @@ def choose_held_out(prior: Tensor, fraction: float) -> Tensor:
 
     Args:
         prior: Anomaly scores from another source than the model, shape (N,).
-        fraction: Of the samples, in (0, 0.5].
+        fraction: Fraction of the samples, in (0, 0.5].
 
     Returns:
         ``TRAINED``, ``REFERENCE`` or ``SUSPECT`` for each sample, int8 (N,).

@@ -314,7 +314,12 @@ def train(
             scheduler.step()
         module.eval()
         last = epoch == epochs[-1]
-        judges = weighter is not None and epoch + 1 == judged_after and weighter.needs_scores
+        judges = (
+            weighter is not None
+            and weighter.hold_out is not None
+            and weighter.needs_scores
+            and epoch + 1 == judged_after
+        )
         if (last or judges) and isinstance(detector, ScoresFittable):
             detector.fit_scores(data.batches(device))
         # A prior's weights stay but for what is held out: scores are for the ranking then.

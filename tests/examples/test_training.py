@@ -436,6 +436,25 @@ def test_the_model_judges_what_is_held_out_after_a_quarter_of_the_training(epoch
     assert (weights[-1][first > 0] == 1).all()
 
 
+@pytest.mark.parametrize(
+    ("method", "expected"), [("plain", [8]), ("paper", [8]), ("comet", [2, 8])]
+)
+def test_scores_are_fitted_at_the_end_and_for_a_judgement_alone(method, expected):
+    epochs, done = [], [0]
+
+    class Fitted(SimpleNet):
+        def fit_scores(self, batches):
+            epochs.append(done[0] + 1)
+
+    train(
+        lambda: Fitted([6], (12, 12), hidden=16),
+        a_data_set(60),
+        TrainingSettings(method, epochs=8),
+        on_epoch=lambda epoch, _: done.append(done.pop() + 1),
+    )
+    assert epochs == expected
+
+
 @pytest.mark.parametrize("stopped", [1, 2, 3])
 def test_a_training_that_was_stopped_before_or_after_the_judgement_goes_on_alike(tmp_path, stopped):
     data, settings = a_data_set(60), TrainingSettings("comet", epochs=8)
