@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from comet_meta.weights.rules import iqr_threshold
+from comet_meta.weights.rules import MAX_LEFT_OUT, iqr_threshold, left_out
 
 _REFERENCE = 0.1
 _LEAST_REFERENCE = 40
@@ -81,6 +81,52 @@ def judge(roles: Tensor, scores: Tensor, kappa: float = 1.5) -> Tensor:
     falling = ((outer - scores) / (outer - inner)).clamp(0, 1)
     trusted = (roles != SUSPECT) | (scores <= inner)
     return torch.where(trusted, 1.0, falling.nan_to_num(0.0))
+
+
+def leave_out_more(weights: Tensor, roles: Tensor, ranking: Tensor) -> Tensor:
+    """Leave out samples besides the rejected suspects: the more, the more of these were rejected.
+
+    The suspects aren't all bad samples: no prior finds all of them, and the model rejects only
+    those that it finds far stranger than others. So further bad ones are left, most of them high in
+    the ranking.
+
+    1. r is the rejected part of the S suspects: the mean of 1 - w.
+    2. The rate is taken to fall by the factor r from one group of S samples to the next. The next
+       two groups add r^2 S + r^3 S to the r S that are rejected; in all no more than half of the
+       samples.
+    3. As many of the samples that were not rejected are left out, those with the highest ranking,
+       with the ramp of step 3 of :func:`~comet_meta.weights.rules.trimmed_weights`.
+
+    Where the model rejects a fifth of the suspects, a quarter as many more are left out; where it
+    rejects four fifths, one and a half times as many.
+
+    Args:
+        weights: From :func:`judge`, shape (N,).
+        roles: From :func:`choose_held_out`, shape (N,).
+        ranking: Scores of prior and model together, finite, shape (N,).
+
+    Returns:
+        Weights in [0, 1], no larger than the given ones, shape (N,).
+
+    Example:
+        >>> roles = torch.tensor([TRAINED] * 16 + [SUSPECT] * 4)
+        >>> weights = torch.tensor([1.0] * 18 + [0.0] * 2)  # r = 1/2: 1 and 1/2 more are left out
+        >>> more = leave_out_more(weights, roles, torch.arange(20.0))
+        >>> more[14:].tolist(), round(float((1 - more).sum()), 6)
+        ([1.0, 1.0, 0.5, 0.0, 0.0, 0.0], 3.5)
+    """
+    more = weights.clone()
+    # 1)
+    suspects = int((roles == SUSPECT).sum())
+    rejected = float((1 - weights[roles == SUSPECT]).sum())
+    rate = rejected / max(suspects, 1)
+    # 2)
+    count = min((rate + rate**2) * rejected, MAX_LEFT_OUT * len(weights) - rejected)
+    # 3)
+    kept = weights > 0
+    if count > 0:
+        more[kept] *= 1 - left_out(ranking[kept], count / int(kept.sum()))
+    return more
 
 
 def check_saved_roles(saved: Tensor | None, current: Tensor | None) -> None:

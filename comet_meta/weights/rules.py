@@ -150,9 +150,9 @@ def trimmed_weights(
     f = min(c + a, MAX_LEFT_OUT) if auto or c > 0 else 0.0
     # 3) w = 1 - (left out at f). Before 4), because selecting a rank takes three times the memory
     #    of the scores.
-    weights = _left_out(scores, f).neg_().add_(1) if f > 0 else torch.ones_like(scores)
+    weights = left_out(scores, f).neg_().add_(1) if f > 0 else torch.ones_like(scores)
     # 4) P(bad) = (left out at c)
-    p_bad = _left_out(scores, c) if c > 0 else torch.zeros_like(scores)
+    p_bad = left_out(scores, c) if c > 0 else torch.zeros_like(scores)
     return Weighting(weights, score_threshold(scores, weights), p_bad)
 
 
@@ -188,7 +188,7 @@ def trimmed_parts(
     counts = weights > 0
     # 2) w = 1 - (left out at a)
     kept = part_scores[counts]
-    part_weights[counts] -= _left_out(kept.flatten(), fraction).reshape(kept.shape)
+    part_weights[counts] -= left_out(kept.flatten(), fraction).reshape(kept.shape)
     return part_weights
 
 
@@ -216,12 +216,22 @@ def estimate_contamination(scores: Tensor) -> Contamination:
     return proven_contamination(*count_values(standardize(scores)))
 
 
-def _left_out(scores: Tensor, fraction: float) -> Tensor:
-    """The part of each sample's weight that is left out, shape (N,), in [0, 1].
+def left_out(scores: Tensor, fraction: float) -> Tensor:
+    """The part of each sample's weight that is left out to leave out a fraction of them all.
 
-    g(r) = 1 - clip((r - 3/4 f) / (f/2), 0, 1) for a fraction f in (0, 1/2] and the rank r of a
-    sample from the highest score down, divided by N; its mean over the ranks of equal scores. The
-    values add up to f * N.
+    g(r) = 1 - clip((r - 3/4 f) / (f/2), 0, 1) for a fraction f and the rank r of a sample from the
+    highest score down, divided by N; its mean over the ranks of equal scores.
+
+    Args:
+        scores: Shape (N,), N >= 1.
+        fraction: Fraction f, in (0, 4/5].
+
+    Returns:
+        In [0, 1], shape (N,). The values add up to f * N.
+
+    Example:
+        >>> left_out(torch.arange(10.0), 0.2)[5:].tolist()
+        [0.0, 0.0, 0.125, 0.875, 1.0]
     """
     count = len(scores)
     # Only scores of rank r <= 5/4 f lose weight: the others need no rank.
@@ -235,9 +245,9 @@ def _left_out(scores: Tensor, fraction: float) -> Tensor:
     start = end - sizes.double() / count
     # mean of g = (integral of g from start to end) / (end - start)
     mean = (_integral(end, fraction) - _integral(start, fraction)) / (end - start)
-    left_out = torch.zeros_like(scores)
-    left_out[high] = mean.clamp(0, 1).to(scores)[group]
-    return left_out
+    parts = torch.zeros_like(scores)
+    parts[high] = mean.clamp(0, 1).to(scores)[group]
+    return parts
 
 
 def _integral(rank: Tensor, fraction: float) -> Tensor:

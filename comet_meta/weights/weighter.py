@@ -17,7 +17,14 @@ from comet_meta.weights.checks import (
     too_few_or_equal,
 )
 from comet_meta.weights.contamination import NO_EVIDENCE, Contamination
-from comet_meta.weights.held_out import SUSPECT, TRAINED, check_saved_roles, choose_held_out, judge
+from comet_meta.weights.held_out import (
+    SUSPECT,
+    TRAINED,
+    check_saved_roles,
+    choose_held_out,
+    judge,
+    leave_out_more,
+)
 from comet_meta.weights.own_samples import OwnSamples
 from comet_meta.weights.parts import as_part_scores, check_saved_parts, weigh_parts
 from comet_meta.weights.ranking import join_scores, rank_samples
@@ -197,7 +204,8 @@ class SoftConfidentWeighter(nn.Module):
         )
         if self._roles is not None and self._judgement is not None:
             if self.needs_scores and not self.scores[self._roles > TRAINED].isnan().any():
-                self._judgement = judge(self._roles, self.scores, self.kappa)
+                judged = judge(self._roles, self.scores, self.kappa)
+                self._judgement = leave_out_more(judged, self._roles, self.ranking_scores())
                 self._roles.fill_(TRAINED)
             weights = weights.where(self._roles == TRAINED, 0) * self._judgement
         # One copy each: another thread that reads during the fit gets old or new weights.
