@@ -10,7 +10,14 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from comet_meta import CoMet, SoftConfidentWeighter
-from comet_meta.weights.held_out import REFERENCE, SUSPECT, TRAINED, choose_held_out, judge
+from comet_meta.weights.held_out import (
+    REFERENCE,
+    SUSPECT,
+    TRAINED,
+    choose_held_out,
+    judge,
+    leave_out_more,
+)
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -79,6 +86,65 @@ def test_scale_and_offset_of_the_scores_are_of_no_matter(scale, offset, seed):
     torch.testing.assert_close(judge(roles, scores), judge(roles, scale * scores + offset))
 
 
+def rejected_suspects(count: int, suspects: int, rejected: float) -> tuple[torch.Tensor, ...]:
+    """Roles and weights of samples, the last of which are suspects, the very last rejected."""
+    roles = torch.full((count,), TRAINED)
+    roles[count - suspects :] = SUSPECT
+    weights = torch.ones(count)
+    weights[count - int(rejected) :] = 0
+    return roles, weights
+
+
+def test_as_many_more_as_the_rejection_rate_foretells_by_hand():
+    roles, weights = rejected_suspects(200, suspects=40, rejected=20)
+    ranking = torch.arange(200.0).flip(0)  # the rejected ones have the lowest
+    more = leave_out_more(weights, roles, ranking)
+    # r = 1/2: 20 (1/2 + 1/4) = 15 of the 180 others, the ramp from 11.25 to 18.75 of them.
+    assert float((1 - more[:180]).sum()) == pytest.approx(15, abs=1e-4)
+    assert (more[:11] == 0).all()
+    assert (more[19:180] == 1).all()
+    assert (more[180:] == 0).all()
+
+
+def test_no_more_are_left_out_where_no_suspect_is_rejected_or_there_are_none():
+    roles, weights = rejected_suspects(50, suspects=10, rejected=0)
+    assert torch.equal(leave_out_more(weights, roles, torch.arange(50.0)), weights)
+    roles.fill_(TRAINED)
+    assert torch.equal(leave_out_more(weights, roles, torch.arange(50.0)), weights)
+
+
+def test_more_than_half_is_never_left_out():
+    roles, weights = rejected_suspects(100, suspects=40, rejected=40)
+    more = leave_out_more(weights, roles, torch.arange(100.0))
+    assert float((1 - more).sum()) == pytest.approx(50, abs=1e-4)  # not 40 (1 + 1 + 1)
+    roles, weights = rejected_suspects(100, suspects=50, rejected=50)
+    assert torch.equal(leave_out_more(weights, roles, torch.arange(100.0)), weights)
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.integers(0, 20), min_size=12, max_size=120),
+    st.integers(0, 12),
+    st.randoms(use_true_random=False),
+)
+def test_what_is_left_out_besides_follows_the_ranking(values, rejected, rng):
+    ranking = torch.tensor([float(value) for value in values])
+    roles, weights = rejected_suspects(len(values), suspects=12, rejected=rejected)
+    more = leave_out_more(weights, roles, ranking)
+    assert ((more >= 0) & (more <= weights)).all()
+    rate = rejected / 12
+    expected = min(rejected * (1 + rate + rate**2), max(rejected, len(values) / 2))
+    assert float((1 - more).sum()) == pytest.approx(expected, abs=1e-3)
+    kept = weights > 0
+    by_rank = more[kept][ranking[kept].argsort(stable=True)]
+    assert (by_rank.diff() <= 1e-6).all()  # never rises with the ranking
+    order = list(range(len(values)))
+    rng.shuffle(order)
+    torch.testing.assert_close(
+        leave_out_more(weights[order], roles[order], ranking[order]), more[order]
+    )
+
+
 def even(count: int) -> torch.Tensor:
     """Scores without a tail, in an order of their own."""
     return torch.rand(count, generator=torch.Generator().manual_seed(1))
@@ -91,7 +157,7 @@ def weighter_of(bad: int = 10, count: int = 100) -> tuple[SoftConfidentWeighter,
     return SoftConfidentWeighter(prior=prior, hold_out=0.3), prior
 
 
-def test_bad_suspects_stay_out_and_all_others_come_back():
+def test_bad_suspects_stay_out_and_others_come_back_but_for_the_highest_of_the_ranking():
     weighter, prior = weighter_of()
     assert weighter.needs_scores
     held = weighter() == 0
@@ -101,10 +167,14 @@ def test_bad_suspects_stay_out_and_all_others_come_back():
     weighter.fit(scores)
     assert not weighter.needs_scores
     assert weighter()[-10:].sum() == 0
-    assert weighter()[:-10].min() == 1
+    # A third of the suspects is rejected: 10 (1/3 + 1/9) more are left out.
+    assert float((1 - weighter()[:-10]).sum()) == pytest.approx(40 / 9, abs=1e-4)
+    ranking = weighter.ranking().tolist()
+    assert (weighter()[ranking[:13]] == 0).all()
+    assert (weighter()[ranking[16:]] == 1).all()
+    judged = weighter()
     weighter.fit(normal(100, seed=2))  # later scores are for the ranking alone
-    assert weighter()[-10:].sum() == 0
-    assert weighter()[:-10].min() == 1
+    assert torch.equal(weighter(), judged)
     assert torch.equal(weighter.prior, prior)
 
 

@@ -81,8 +81,20 @@ def _of_held_out(weighter: SoftConfidentWeighter) -> str:
         )
     if left_out == 0:
         return "No evidence of bad pictures: nothing was down-weighted."
-    are, them = ("is", "it") if left_out == 1 else ("are", "them")
+    rejected = weighter.rejected
+    if rejected == 0:
+        return (
+            "The model finds some suspects a little stranger than others that it hadn't seen: "
+            f"training leaves out {left_out:,} of {count:,} pictures, the first of the ranking."
+        )
+    are, them = ("is", "it") if rejected == 1 else ("are", "them")
+    besides = (
+        " Since no ranking finds all bad pictures, training also leaves out the next "
+        f"{left_out - rejected:,} of it."
+        if left_out > rejected
+        else ""
+    )
     return (
-        f"{left_out:,} of {count:,} pictures {are} left out: the model, which wasn't trained on "
-        f"{them}, finds {them} far stranger than others that it hadn't seen."
+        f"{rejected:,} of {count:,} pictures {are} left out: the model, which wasn't trained on "
+        f"{them}, finds {them} far stranger than others that it hadn't seen.{besides}"
     )

@@ -1,9 +1,10 @@
 """Suspects that training does without until the model, which hasn't seen them, can judge them."""
 
 import math
+from collections.abc import Collection
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from comet_meta.weights.rules import MAX_LEFT_OUT, iqr_threshold, left_out
 
@@ -129,18 +130,93 @@ def leave_out_more(weights: Tensor, roles: Tensor, ranking: Tensor) -> Tensor:
     return more
 
 
-def check_saved_roles(saved: Tensor | None, current: Tensor | None) -> None:
+class HeldOut(nn.Module):
+    """What is held out of a training, and what the model makes of it.
+
+    1. Suspects and reference are chosen by the prior and have weight 0.
+    2. The model judges once: the suspects that it doesn't reject come back, and so does the
+       reference.
+    3. The more suspects it rejects, the more of the ranking is left out besides.
+
+    Args:
+        prior: Anomaly scores from another source than the model, shape (N,).
+        fraction: Fraction of the samples that are suspects, in (0, 0.5].
+
+    Attributes:
+        roles: ``TRAINED``, ``REFERENCE`` or ``SUSPECT`` for each sample, int8 (N,); all
+            ``TRAINED`` after the judgement.
+        weights: Factor of each sample's weight, shape (N,), in [0, 1].
+        rejected: Number of suspects that the model has rejected, shape ().
+
+    Example:
+        >>> held_out = HeldOut(torch.arange(100.0), 0.2)
+        >>> int((held_out.weights == 0).sum()), held_out.waits
+        (46, True)
+        >>> scores = torch.arange(100.0) % 10
+        >>> held_out.judge(scores, ranking=scores)
+        >>> int((held_out.weights == 0).sum()), held_out.waits
+        (0, False)
+    """
+
+    roles: Tensor
+    weights: Tensor
+    rejected: Tensor
+
+    def __init__(self, prior: Tensor, fraction: float) -> None:
+        super().__init__()
+        self.fraction = fraction
+        self.register_buffer("roles", torch.zeros(prior.shape, dtype=torch.int8))
+        self.register_buffer("weights", torch.ones(prior.shape))
+        self.register_buffer("rejected", torch.tensor(0))
+        self.begin(prior)
+
+    def begin(self, prior: Tensor) -> None:
+        """Hold out for a training from the beginning (step 1).
+
+        Args:
+            prior: As for the constructor.
+        """
+        # 1)
+        self.roles.copy_(choose_held_out(prior, self.fraction))
+        self.weights.copy_(self.roles == TRAINED)
+        self.rejected.zero_()
+
+    @property
+    def waits(self) -> bool:
+        """Whether samples are held out that the model has yet to judge."""
+        return bool((self.roles == SUSPECT).any())
+
+    def judge(self, scores: Tensor, ranking: Tensor, kappa: float = 1.5) -> None:
+        """Let the model judge (steps 2 and 3), if it has scores of all that is held out.
+
+        Args:
+            scores: The model's anomaly scores, NaN for a sample without one, shape (N,).
+            ranking: Scores of prior and model together, finite, shape (N,).
+            kappa: Width of the fences, >= 0.
+        """
+        if not self.waits or bool(scores[self.roles != TRAINED].isnan().any()):
+            return
+        # 2)
+        judged = judge(self.roles, scores, kappa)
+        self.rejected.copy_((judged < 0.5).sum())
+        # 3)
+        self.weights.copy_(leave_out_more(judged, self.roles, ranking))
+        self.roles.fill_(TRAINED)
+
+
+def check_saved_held_out(saved: Collection[str], current: HeldOut | None) -> None:
     """Check that a saved state fits a weighter that holds samples out, or one that doesn't.
 
     Args:
-        saved: Roles of the saved state; None without any held out.
-        current: Those of the weighter that is to load them.
+        saved: Keys of the weighter's saved state.
+        current: What is held out where it is to be loaded.
 
     Raises:
-        ValueError: If only one has them.
+        ValueError: If only one of the two holds samples out.
     """
-    if (saved is None) != (current is None):
-        there, here = ("with" if roles is not None else "without" for roles in (saved, current))
+    held = any(key.startswith("_held_out.") for key in saved)
+    if held != (current is not None):
+        there, here = ("with" if one else "without" for one in (held, not held))
         raise ValueError(
             f"the saved weighter was made {there} hold_out=, this one {here}; make it as the saved "
             "one was"

@@ -17,14 +17,7 @@ from comet_meta.weights.checks import (
     too_few_or_equal,
 )
 from comet_meta.weights.contamination import NO_EVIDENCE, Contamination
-from comet_meta.weights.held_out import (
-    SUSPECT,
-    TRAINED,
-    check_saved_roles,
-    choose_held_out,
-    judge,
-    leave_out_more,
-)
+from comet_meta.weights.held_out import HeldOut, check_saved_held_out
 from comet_meta.weights.own_samples import OwnSamples
 from comet_meta.weights.parts import as_part_scores, check_saved_parts, weigh_parts
 from comet_meta.weights.ranking import join_scores, rank_samples
@@ -72,9 +65,10 @@ class SoftConfidentWeighter(nn.Module):
             until the model can judge them, in (0, 0.5]. Until the first ``fit`` they have weight 0,
             and so has a reference, at least a tenth of the others. That ``fit`` compares the
             model's scores of both, none of which it has been trained on: suspects up to the fence
-            Q3 + kappa * IQR of the reference come back, those beyond Q3 + 2 kappa * IQR stay out.
-            Call it after about a quarter of the training. In place of the precaution, for
-            ``"trimmed"`` with ``"auto"``.
+            Q3 + kappa * IQR of the reference come back, those beyond Q3 + 2 kappa * IQR stay out;
+            the more do, the more of the ranking is left out besides
+            (:func:`~comet_meta.weights.held_out.leave_out_more`). Call it after about a quarter of
+            the training. In place of the precaution, for ``"trimmed"`` with ``"auto"``.
 
     Without a prior, let the model learn something before the first fit: weights from an untrained
     model can lock in.
@@ -115,8 +109,7 @@ class SoftConfidentWeighter(nn.Module):
     threshold: Tensor
     prior: Tensor | None
     _part_weights: Tensor | None
-    _roles: Tensor | None  # of the samples, see held_out.py
-    _judgement: Tensor | None  # the model's, of the samples: 1 but for suspects
+    _held_out: HeldOut | None
 
     def __init__(
         self,
@@ -161,14 +154,12 @@ class SoftConfidentWeighter(nn.Module):
         self.register_buffer("threshold", torch.tensor(torch.inf))
         self.register_buffer("prior", None if prior is None else prior.detach().cpu())
         self.register_buffer("_part_weights", None)
-        self.register_buffer("_roles", None)
-        self.register_buffer("_judgement", None)
+        self._held_out = None
         if part_scores is not None:
             self._part_weights = torch.ones(part_scores.shape)
         if prior is not None:
             if hold_out is not None:
-                self._roles = choose_held_out(prior, hold_out)
-                self._judgement = torch.ones(len(prior))
+                self._held_out = HeldOut(prior, hold_out)
             self.fit()
         if part_scores is not None:
             self._part_weights = weigh_parts(part_scores, self.weights, contamination, precaution)
@@ -202,12 +193,9 @@ class SoftConfidentWeighter(nn.Module):
             self.contamination,
             0.0 if self.has_parts else self.precaution,  # with parts, it is one of these
         )
-        if self._roles is not None and self._judgement is not None:
-            if self.needs_scores and not self.scores[self._roles > TRAINED].isnan().any():
-                judged = judge(self._roles, self.scores, self.kappa)
-                self._judgement = leave_out_more(judged, self._roles, self.ranking_scores())
-                self._roles.fill_(TRAINED)
-            weights = weights.where(self._roles == TRAINED, 0) * self._judgement
+        if self._held_out is not None:
+            self._held_out.judge(self.scores, self.ranking_scores(), self.kappa)
+            weights = weights * self._held_out.weights
         # One copy each: another thread that reads during the fit gets old or new weights.
         self.threshold.copy_(threshold)
         self.weights.copy_(weights)
@@ -329,9 +317,8 @@ class SoftConfidentWeighter(nn.Module):
         self._updates = 0
         self.scores.fill_(torch.nan)
         if self.prior is not None:
-            if self._roles is not None and self.hold_out is not None:
-                self._roles.copy_(choose_held_out(self.prior, self.hold_out))
-                self._judgement = torch.ones_like(self.weights)
+            if self._held_out is not None:
+                self._held_out.begin(self.prior)
             self.fit()
             return
         self._samples.identity = None
@@ -356,7 +343,7 @@ class SoftConfidentWeighter(nn.Module):
         """
         self._samples.check_saved(state_dict, self.num_samples, self.prior)
         check_saved_parts(state_dict.get("_part_weights"), self._part_weights)
-        check_saved_roles(state_dict.get("_roles"), self._roles)
+        check_saved_held_out(state_dict, self._held_out)
 
     @property
     def contamination_(self) -> Contamination:
@@ -396,9 +383,12 @@ class SoftConfidentWeighter(nn.Module):
         So it is without a prior, and as long as samples are held out that the model is to judge.
         Otherwise ``fit`` changes the ranking alone.
         """
-        if self._roles is None:
-            return self.prior is None
-        return bool((self._roles == SUSPECT).any())
+        return self.prior is None if self._held_out is None else self._held_out.waits
+
+    @property
+    def rejected(self) -> int:
+        """How many held-out suspects the model has rejected: those that got a weight below 1/2."""
+        return 0 if self._held_out is None else int(self._held_out.rejected)
 
     @property
     def has_parts(self) -> bool:

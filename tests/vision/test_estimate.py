@@ -79,6 +79,15 @@ def test_words_about_what_is_held_out():
         "2 of 100 pictures are left out: the model, which wasn't trained on them, finds them far "
         "stranger than others that it hadn't seen."
     )
+    many = SoftConfidentWeighter(prior=prior, hold_out=0.2)
+    many.fit(torch.cat([torch.linspace(0, 1, 90), torch.full((10,), 9.0)]))
+    assert many.rejected == 10
+    # Half of the suspects: 10 (1/2 + 1/4) more, the last one by half.
+    assert in_words(many) == (
+        "10 of 100 pictures are left out: the model, which wasn't trained on them, finds them far "
+        "stranger than others that it hadn't seen. Since no ranking finds all bad pictures, "
+        "training also leaves out the next 7 of it."
+    )
     usual = SoftConfidentWeighter(prior=prior, hold_out=0.2)
     usual.fit(torch.linspace(0, 1, 100))
     assert in_words(usual) == "No evidence of bad pictures: nothing was down-weighted."
@@ -86,6 +95,15 @@ def test_words_about_what_is_held_out():
     scores[97] = 0.5
     one.fit(scores)
     assert in_words(one).startswith("1 of 100 pictures is left out")
+    doubtful = SoftConfidentWeighter(prior=prior, hold_out=0.2)
+    scores = torch.linspace(0, 1, 100)
+    scores[85:] = 1.4  # between the fences, nearer to the inner one
+    doubtful.fit(scores)
+    assert doubtful.rejected == 0
+    assert in_words(doubtful).startswith(
+        "The model finds some suspects a little stranger than others that it hadn't seen: training "
+        "leaves out"
+    )
 
 
 def test_words_of_a_proof_come_first():
