@@ -24,7 +24,7 @@ from comet_meta.vision.picture_prior import (
 )
 from comet_meta.weights.rules import standardize
 from grid import Trial, Variant, trained
-from left_out import LeftOut, names
+from left_out import LeftOut, RejectedAlone, names
 from runs import Figures
 from timed import TimedWeighter
 
@@ -131,6 +131,23 @@ def frontier(name: str) -> Variant:
     return lambda trial: trained(as_comet(trial), optimizer_for)
 
 
+def rejected_alone() -> Variant:
+    """The examples' ``"comet"`` that leaves out nothing besides the suspects that it rejects."""
+
+    def optimizer_for(
+        detector: Detector, data: FeatureRows, _: TrainingSettings
+    ) -> CoMetOptimizerWrapper:
+        return CoMetOptimizerWrapper(
+            detector.optimizers(),
+            weighter=RejectedAlone(
+                prior=memory_prior(data.batches(), len(data)), hold_out=HOLD_OUT
+            ),
+            model=cast("nn.Module", detector),
+        )
+
+    return lambda trial: trained(as_comet(trial), optimizer_for)
+
+
 def scored(*, prior: bool = True, start: float = 1) -> Variant:
     """The examples' ``"comet"``, weighted by the model's own scores, or their mean with the prior.
 
@@ -201,6 +218,7 @@ SCORES: dict[str, Variant] = {
 FRONTIER: dict[str, Variant] = {name: frontier(name) for name in names()}
 CHOICES: dict[str, Variant] = {
     "no-exposure": chosen(exposure=0.0),
+    "rejected-alone": rejected_alone(),
     "contamination@true": chosen(contamination=None),
     "patches": chosen(parts=True),
     "patches@true": chosen(contamination=None, parts=True),

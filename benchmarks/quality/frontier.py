@@ -32,7 +32,12 @@ _SAME_FOR_TABLES = {
     ("vae", "comet"): "samples-0.05",
 }
 _HELD_OUT = f"held out-{HOLD_OUT}"
-_SAME_FOR_PICTURES = {"comet": _HELD_OUT, "patches": "parts-0.05"}
+_REJECTED_ALONE = f"rejected alone-{HOLD_OUT}"
+_SAME_FOR_PICTURES = {
+    "comet": _HELD_OUT,
+    "rejected-alone": _REJECTED_ALONE,
+    "patches": "parts-0.05",
+}
 _PARTS = (slice(None), slice(0, None, 2), slice(1, None, 2))  # all sets, and either half
 _INTRO = """\
 # How much to leave out without evidence
@@ -41,7 +46,8 @@ Scores alone seldom prove that samples are bad, so a twentieth of a table is lef
 evidence. This page shows what other fractions would give and take, and what it changes to leave out
 parts (patches of a picture, values of a row) in place of samples; *both* is half of each. What the
 scores prove to be bad goes besides. Of pictures, the default is *held out*: the most suspect fifth
-is held out at first, and the model, which hasn't seen them, decides who comes back.
+is held out at first, and the model, which hasn't seen them, decides who comes back. The more of
+them it rejects, the more of the ranking is left out besides; *rejected alone* is without that.
 
 - *seeds*: on average over the sets. A point uses the sets and seeds that have all runs.
 - *cost*: plain - method on clean training sets, mean over sets, in points of AUROC; negative where
@@ -56,13 +62,14 @@ Runs and page come from
 python benchmarks/quality/breadth.py --folder adbench/ \\
     --methods plain oracle comet comet-samples samples-0.1 samples-0.2 parts-0.1 parts-0.2 both-0.05
 python benchmarks/quality/contamination.py --out docs/results/pictures.jsonl \\
-    --variants plain oracle comet patches samples-0.05 samples-0.1 samples-0.2 --noise 0 0.1
+    --variants plain oracle comet rejected-alone patches samples-0.05 samples-0.1 samples-0.2 \\
+    --noise 0 0.1
 python benchmarks/quality/frontier.py --picture docs/images/frontier.png \\
     --page docs/results/frontier.md
 ```
 
 Of tables, `comet` and `comet-samples` leave out the twentieths; of pictures, `comet` is
-`held out, 0.2`, and `patches` is `parts, 0.05`."""
+`held out, 0.2`, `rejected-alone` is `rejected alone, 0.2`, and `patches` is `parts, 0.05`."""
 
 
 class Result(NamedTuple):
@@ -168,7 +175,9 @@ def frontiers(results: Iterable[Result]) -> dict[str, dict[str, Point]]:
     found: dict[str, dict[str, Point]] = {}
     for panel, own in panels.items():
         points = {
-            name: at for name in (*names(), _HELD_OUT) if (at := point(own, name)) is not None
+            name: at
+            for name in (*names(), _REJECTED_ALONE, _HELD_OUT)
+            if (at := point(own, name)) is not None
         }
         if points:
             found[panel] = points

@@ -3,6 +3,7 @@
 ``samples-0.1`` leaves out a tenth of the samples by the prior, ``parts-0.1`` a tenth of their parts
 (patches of pictures, values of rows), ``both-0.1`` a twentieth of the samples and then a twentieth
 of the parts of the others. What the scores prove to be bad goes besides, as in the default.
+:class:`RejectedAlone` leaves out nothing besides the held-out suspects that the model rejects.
 """
 
 from collections.abc import Sequence
@@ -12,6 +13,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from comet_meta import SoftConfidentWeighter
+from comet_meta.arrays import ArrayLike
+from comet_meta.weights.held_out import judge
 from comet_meta.weights.rules import trimmed_parts
 
 FRACTIONS = (0.025, 0.05, 0.1, 0.2)
@@ -64,3 +67,17 @@ class LeftOut(SoftConfidentWeighter):
         if self.of_parts is None:
             return self.weights.clone()
         return self.weights * self.of_parts.flatten(1).mean(dim=1)
+
+
+class RejectedAlone(SoftConfidentWeighter):
+    """Holds out as the default does, but leaves out the rejected suspects alone."""
+
+    @override
+    def fit(self, scores: ArrayLike | None = None) -> None:
+        """Set the weights, without what the default leaves out besides."""
+        held_out = self._held_out
+        roles = None if held_out is None or not held_out.waits else held_out.roles.clone()
+        super().fit(scores)
+        if held_out is not None and roles is not None and not held_out.waits:
+            held_out.weights.copy_(judge(roles, self.scores, self.kappa))
+            super().fit()

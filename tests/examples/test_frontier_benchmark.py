@@ -9,7 +9,7 @@ import breadth
 import frontier
 from comet_meta import SoftConfidentWeighter
 from comet_meta.vision.picture_prior import HOLD_OUT
-from left_out import LeftOut, names
+from left_out import LeftOut, RejectedAlone, names
 from runs import Runs
 
 SCORES = torch.randn(400, generator=torch.Generator().manual_seed(0))
@@ -39,6 +39,22 @@ def test_the_defaults_are_points():
     assert torch.equal(parts.mean_weights(), default.mean_weights())
     with pytest.raises(ValueError, match="losses by part"):
         LeftOut("both-0.05", SCORES, None)
+
+
+def test_rejected_alone_leaves_out_nothing_besides_and_stays_so():
+    default = SoftConfidentWeighter(prior=SCORES, hold_out=0.2)
+    alone = RejectedAlone(prior=SCORES, hold_out=0.2)
+    assert torch.equal(alone(), default())
+    scores = torch.rand(400, generator=torch.Generator().manual_seed(2))
+    rejected = SCORES.topk(40).indices
+    scores[rejected] += 10
+    for _ in range(2):
+        alone.fit(scores)
+        default.fit(scores)
+        assert (alone() == 0).nonzero().flatten().tolist() == rejected.sort().values.tolist()
+        assert float(alone().sum()) == 360
+        # Half of the suspects is rejected: 40 (1/2 + 1/4) more.
+        assert float(default().sum()) == pytest.approx(330, abs=1e-3)
 
 
 def result(name, contaminated, method, auroc, seed=0):
