@@ -91,15 +91,12 @@ def leave_out_more(weights: Tensor, roles: Tensor, ranking: Tensor) -> Tensor:
     those that it finds far stranger than others. So further bad ones are left, most of them high in
     the ranking.
 
-    1. r is the rejected part of the S suspects: the mean of 1 - w.
-    2. The rate is taken to fall by the factor r from one group of S samples to the next. The next
-       two groups add r^2 S + r^3 S to the r S that are rejected; in all no more than half of the
-       samples.
-    3. As many of the samples that were not rejected are left out, those with the highest ranking,
-       with the ramp of step 3 of :func:`~comet_meta.weights.rules.trimmed_weights`.
-
-    Where the model rejects a fifth of the suspects, a quarter as many more are left out; where it
-    rejects four fifths, one and a half times as many.
+    1. r is the rejected part of the suspects: the mean of 1 - w.
+    2. For each rejected one, r of another sample is left out besides: a fifth as many where the
+       model rejects a fifth of the suspects, as many again where it rejects all of them. In all no
+       more than half of the samples are left out.
+    3. These are the samples with the highest ranking of those that were not rejected, with the ramp
+       of step 3 of :func:`~comet_meta.weights.rules.trimmed_weights`.
 
     Args:
         weights: From :func:`judge`, shape (N,).
@@ -111,10 +108,10 @@ def leave_out_more(weights: Tensor, roles: Tensor, ranking: Tensor) -> Tensor:
 
     Example:
         >>> roles = torch.tensor([TRAINED] * 16 + [SUSPECT] * 4)
-        >>> weights = torch.tensor([1.0] * 18 + [0.0] * 2)  # r = 1/2: 1 and 1/2 more are left out
+        >>> weights = torch.tensor([1.0] * 18 + [0.0] * 2)  # r = 1/2: one more is left out
         >>> more = leave_out_more(weights, roles, torch.arange(20.0))
         >>> more[14:].tolist(), round(float((1 - more).sum()), 6)
-        ([1.0, 1.0, 0.5, 0.0, 0.0, 0.0], 3.5)
+        ([1.0, 1.0, 0.9375, 0.0625, 0.0, 0.0], 3.0)
     """
     more = weights.clone()
     # 1)
@@ -122,7 +119,7 @@ def leave_out_more(weights: Tensor, roles: Tensor, ranking: Tensor) -> Tensor:
     rejected = float((1 - weights[roles == SUSPECT]).sum())
     rate = rejected / max(suspects, 1)
     # 2)
-    count = min((rate + rate**2) * rejected, MAX_LEFT_OUT * len(weights) - rejected)
+    count = min(rate * rejected, MAX_LEFT_OUT * len(weights) - rejected)
     # 3)
     kept = weights > 0
     if count > 0:
