@@ -82,11 +82,11 @@ def test_words_about_what_is_held_out():
     many = SoftConfidentWeighter(prior=prior, hold_out=0.2)
     many.fit(torch.cat([torch.linspace(0, 1, 90), torch.full((10,), 9.0)]))
     assert many.rejected == 10
-    # Half of the suspects: 10 (1/2 + 1/4) more, the last one by half.
+    # Half of the suspects: 5 more.
     assert in_words(many) == (
         "10 of 100 pictures are left out: the model, which wasn't trained on them, finds them far "
         "stranger than others that it hadn't seen. Since no ranking finds all bad pictures, "
-        "training also leaves out the next 7 of it."
+        "training also leaves out the next 5 of it."
     )
     usual = SoftConfidentWeighter(prior=prior, hold_out=0.2)
     usual.fit(torch.linspace(0, 1, 100))
