@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from ablation import CHOICES, FRONTIER, GRID, SCORES
@@ -213,7 +214,8 @@ def draw(chosen: Chosen, levels: Sequence[float], variants: Sequence[str], file:
     """I-AUROC against contamination, a panel for each detector and task."""
     detectors, tasks = (list(dict.fromkeys(key[place] for key in chosen)) for place in (0, 1))
     size = (2.4 + 2.6 * len(tasks), 2.4 * len(detectors) + 0.4)
-    colours = {name: f"C{number % 10}" for number, name in enumerate(variants)}
+    palette = colormaps["tab10" if len(variants) <= 10 else "tab20"]
+    colours = {name: palette(number % palette.N) for number, name in enumerate(variants)}
     handles: dict[str, Any] = {}
     figure = Figure(figsize=size, layout="constrained")
     panels = figure.subplots(len(detectors), len(tasks), squeeze=False, sharex=True, sharey="col")
