@@ -227,6 +227,7 @@ def test_a_resumed_weighter_goes_on_where_it_was(judged):
     restored, _ = weighter_of()
     restored.load_state_dict(saved.state_dict())
     assert restored.needs_scores is not judged
+    assert restored.rejected == saved.rejected == (10 if judged else 0)
     assert torch.equal(restored(), saved())
     saved.fit(-scores)
     restored.fit(-scores)

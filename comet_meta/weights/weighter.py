@@ -65,8 +65,8 @@ class SoftConfidentWeighter(nn.Module):
             until the model can judge them, in (0, 0.5]. Until the first ``fit`` they have weight 0,
             and so has a reference, at least a tenth of the others. That ``fit`` compares the
             model's scores of both, none of which it has been trained on: suspects up to the fence
-            Q3 + kappa * IQR of the reference come back, those beyond Q3 + 2 kappa * IQR stay out;
-            the more do, the more of the ranking is left out besides
+            Q3 + kappa * IQR of the reference come back, those beyond Q3 + 2 kappa * IQR stay out.
+            The more of them stay out, the more of the ranking is left out besides
             (:func:`~comet_meta.weights.held_out.leave_out_more`). Call it after about a quarter of
             the training. In place of the precaution, for ``"trimmed"`` with ``"auto"``.
 
