@@ -14,6 +14,7 @@ from comet_meta import MemoryScorer
 from comet_meta.vision.features import patch_features
 from comet_meta.vision.samples import DatasetError
 from comet_meta.vision.statistics import FeatureScaler
+from comet_meta.weights.prior import mean_in_medians
 
 PRECAUTION = 0.1
 """Fraction of pictures that is left out without proof where no model can judge them.
@@ -25,19 +26,25 @@ bad. Where all are good it costs about as much in the mean, and up to half a poi
 HOLD_OUT = 0.2
 """Fraction of pictures, the most suspect, that are held out until the model can judge them."""
 
-_SIDE = 6
-_PATCHES = 20_000
+_COARSE = 6
+_FINE = 20
+_PATCHES = 100_000
 
 
 def memory_prior(
     batches: Iterable[Sequence[Tensor]], count: int, scorer: MemoryScorer | None = None
 ) -> Tensor:
-    """Anomaly scores of a training set by :class:`~comet_meta.MemoryScorer`.
+    """Anomaly scores of a training set by :class:`~comet_meta.MemoryScorer`, on two grids.
 
-    The prior is the same for every detector: several levels are first combined into patch
-    features. Every channel is standardised over the training set. Time grows with the square of the
-    number of patches, so features are averaged down to at most 20,000 of them over the set, but no
-    coarser than 6 x 6 in a picture: small sets, where each picture counts, get finer ones.
+    A small defect is lost in coarse patches, and a large one is not strange in any fine patch. So:
+
+    1. Features are averaged down to the patches of a fine grid (:func:`grid_side`), and these to
+       those of a coarse one, 6 x 6.
+    2. On either grid, every channel is standardised over the training set, and the scorer gives
+       each picture a score.
+    3. A picture's score is the mean of both, each divided by its median.
+
+    The prior is the same for every detector: several levels are first combined into patch features.
 
     Args:
         batches: The training set's features in order, patch features as their only level
@@ -55,7 +62,7 @@ def memory_prior(
 def memory_part_prior(
     batches: Iterable[Sequence[Tensor]], count: int, scorer: MemoryScorer | None = None
 ) -> tuple[Tensor, Tensor]:
-    """:func:`memory_prior`, and the scores of the patches that it is made of.
+    """:func:`memory_prior`, and the scores of the patches of the fine grid.
 
     Args:
         batches: As for :func:`memory_prior`.
@@ -66,17 +73,21 @@ def memory_part_prior(
         Scores of the pictures, shape (N,), and of their patches, shape (N, rows, columns). A
         picture whose features are not all finite gets the highest scores.
     """
+    scorer = scorer or MemoryScorer()
     side = grid_side(count)
-    patches = torch.cat([coarse_patches(levels, side) for levels in batches])
+    patches = torch.cat([coarse_patches(levels, side) for levels in batches])  # 1)
     finite = _is_finite(patches)
-    scaler = FeatureScaler([patches.shape[1]])
-    scaler.fit([[patches[finite]]])
-    (scaled,) = scaler([patches[finite]])
-    found = (scorer or MemoryScorer()).score_parts(scaled.flatten(2).transpose(1, 2))
-    scores = torch.full((len(patches),), float(found[0].max()))
-    patch_scores = torch.full((len(patches), *patches.shape[2:]), float(found[1].max()))
-    scores[finite] = found[0]
-    patch_scores[finite] = found[1].unflatten(1, patches.shape[2:])
+    fine = patches[finite]
+    # 2)
+    found, patch_found = scorer.score_parts(_standardised(fine))
+    by_grid = [found]
+    if _has_coarse_grid(fine):
+        by_grid.append(scorer(_standardised(_coarser(fine))))
+    found = mean_in_medians(torch.stack(by_grid))  # 3)
+    scores = torch.full((len(patches),), float(found.max()))
+    patch_scores = torch.full((len(patches), *patches.shape[2:]), float(patch_found.max()))
+    scores[finite] = found
+    patch_scores[finite] = patch_found.unflatten(1, patches.shape[2:])
     return scores, patch_scores
 
 
@@ -89,7 +100,8 @@ def streamed_prior(
     """:func:`memory_prior` of more patches than should be in memory at a time.
 
     Args:
-        parts: Yields the pictures' patches in order, (b, C, h, w); it is called three times.
+        parts: Yields the pictures' patches on the fine grid in order, (b, C, h, w); it is called
+            several times.
         scratch: A folder with room for all patches; what is written there goes again.
         scorer: A scorer with other settings than the default's.
         device: Where the pictures are compared. On the CPU, memory holds no more than a part.
@@ -100,44 +112,48 @@ def streamed_prior(
     Raises:
         DatasetError: If fewer than two pictures have finite patches.
     """
+    scorer = scorer or MemoryScorer()
     finite = torch.cat([_is_finite(part) for part in parts()])
-    scaler = FeatureScaler([next(parts()).shape[1]])
-    scaler.fit([part[_is_finite(part)]] for part in parts())
-    with TemporaryFile(dir=scratch) as file:
-        for part in parts():
-            (scaled,) = scaler([part[_is_finite(part)]])
-            rows = scaled.flatten(2).transpose(1, 2).contiguous()
-            file.write(rows.numpy().tobytes())
-        file.flush()  # written, not mapped for writing: a full disk is an error and no crash
-        shape = (int(finite.sum()), *rows.shape[1:])
-        if shape[0] < 2:
-            raise DatasetError(
-                f"{shape[0]} of {len(finite)} pictures have finite features; it takes 2"
-            )
-        features = torch.from_numpy(np.memmap(file, np.float32, "c", shape=shape))
-        scores = torch.full((len(finite),), torch.nan)
-        scores[finite] = (scorer or MemoryScorer())(features.to(device)).cpu()
+    if int(finite.sum()) < 2:
+        raise DatasetError(
+            f"{int(finite.sum())} of {len(finite)} pictures have finite features; it takes 2"
+        )
+
+    def fine() -> Iterator[Tensor]:
+        return (part[_is_finite(part)] for part in parts())
+
+    # 2)
+    by_grid = [_streamed_scores(fine, scratch, scorer, device)]
+    if _has_coarse_grid(next(parts())):
+        by_grid.append(
+            _streamed_scores(lambda: map(_coarser, fine()), scratch, scorer, device)
+        )
+    scores = torch.full((len(finite),), torch.nan)
+    scores[finite] = mean_in_medians(torch.stack(by_grid))  # 3)
     return scores
 
 
 def grid_side(count: int) -> int:
-    """Patches along either side of a picture: the more pictures, the fewer.
+    """Patches along either side of a picture on the fine grid: the more pictures, the fewer.
+
+    The time to score a set grows with the number of its patches. So there are at most 100,000 over
+    the set, but no fewer than 6 x 6 in a picture.
 
     Args:
         count: Number of pictures, >= 1.
 
     Returns:
-        At least 6.
+        From 6 to 20.
 
     Example:
-        >>> grid_side(50), grid_side(50_000)
-        (20, 6)
+        >>> grid_side(50), grid_side(1000), grid_side(50_000)
+        (20, 10, 6)
     """
-    return max(_SIDE, math.isqrt(_PATCHES // count))
+    return max(_COARSE, min(_FINE, math.isqrt(_PATCHES // count)))
 
 
 def coarse_patches(levels: Sequence[Tensor], side: int) -> Tensor:
-    """Patch features averaged down to a coarse grid.
+    """Patch features averaged down to a grid.
 
     Args:
         levels: Patch features as the only level (B, C, h, w), or the levels of a backbone.
@@ -149,6 +165,49 @@ def coarse_patches(levels: Sequence[Tensor], side: int) -> Tensor:
     level = levels[0] if len(levels) == 1 else patch_features(levels)
     height, width = (min(side, length) for length in level.shape[-2:])
     return F.adaptive_avg_pool2d(level, (height, width))
+
+
+def _has_coarse_grid(patches: Tensor) -> bool:
+    """Whether patches (N, C, h, w) are finer than the coarse grid."""
+    return max(patches.shape[2:]) > _COARSE
+
+
+def _coarser(patches: Tensor) -> Tensor:
+    """The coarse grid of patches (N, C, h, w)."""
+    return coarse_patches([patches], _COARSE)
+
+
+def _standardised(patches: Tensor) -> Tensor:
+    """Patches (N, C, h, w) of standardised channels, (N, h * w, C)."""
+    scaler = FeatureScaler([patches.shape[1]])
+    scaler.fit([[patches]])
+    return _rows(scaler, patches)
+
+
+def _streamed_scores(
+    parts: Callable[[], Iterator[Tensor]],
+    scratch: Path,
+    scorer: MemoryScorer,
+    device: torch.device | str,
+) -> Tensor:
+    """Scores (N,) of standardised patches that come in parts (b, C, h, w) and lie in a file."""
+    scaler = FeatureScaler([next(parts()).shape[1]])
+    scaler.fit([part] for part in parts())
+    count = 0
+    with TemporaryFile(dir=scratch) as file:
+        for part in parts():
+            rows = _rows(scaler, part)
+            count += len(rows)
+            file.write(rows.contiguous().numpy().tobytes())
+        file.flush()  # written, not mapped for writing: a full disk is an error and no crash
+        features = np.memmap(file, np.float32, "c", shape=(count, *rows.shape[1:]))
+        return scorer(torch.from_numpy(features).to(device)).cpu()
+
+
+def _rows(scaler: FeatureScaler, patches: Tensor) -> Tensor:
+    """Scaled patches (N, C, h, w) as (N, h * w, C)."""
+    (scaled,) = scaler([patches])
+    return scaled.flatten(2).transpose(1, 2)
 
 
 def _is_finite(patches: Tensor) -> Tensor:

@@ -75,7 +75,7 @@ class MemoryScorer:
         fraction: float = 0.25,
         top_patches: int = 5,
         scale: float = 1.5,
-        max_patches: int = 8192,
+        max_patches: int = 2048,
         seed: int = 0,
     ) -> None:
         for name, value in (
@@ -349,9 +349,7 @@ class RowScorer:
             view = _whitened(scaled).float()
             scores.append(self._compare(view, group, different, parts=False)[0])
         # 4)
-        stacked = torch.stack(scores)
-        typical = stacked.median(dim=1, keepdim=True).values
-        return (stacked / typical.where(typical > 0, 1)).mean(dim=0), value_scores
+        return mean_in_medians(torch.stack(scores)), value_scores
 
     def _compare(
         self, view: Tensor, group: Tensor, different: Tensor, *, parts: bool
@@ -383,6 +381,24 @@ class RowScorer:
         if parts:
             differences /= seen.unsqueeze(1).float()
         return (totals / seen).float(), differences
+
+
+def mean_in_medians(scores: Tensor) -> Tensor:
+    """Mean of several scores of the same samples, each divided by its median.
+
+    Args:
+        scores: Anomaly scores >= 0, shape (S, N). A median of 0 divides nothing.
+
+    Returns:
+        Shape (N,).
+
+    Example:
+        >>> mean_in_medians(torch.tensor([[1.0, 2.0, 3.0], [10.0, 10.0, 40.0]]))
+        tensor([0.7500, 1.0000, 2.7500])
+    """
+    typical = scores.median(dim=1, keepdim=True).values
+    mean: Tensor = (scores / typical.where(typical > 0, 1)).mean(dim=0)
+    return mean
 
 
 def group_equal_rows(rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -420,8 +420,9 @@ def test_features_that_are_not_finite_are_most_suspect(folder, monkeypatch):
 # --- parts ------------------------------------------------------------------------------------
 
 
-def test_the_streamed_prior_is_the_prior(tmp_path):
-    patches = torch.randn(40, 5, 4, 3, generator=torch.Generator().manual_seed(0)) * 7 + 3
+@pytest.mark.parametrize("grid", [(4, 3), (9, 6), (20, 20)])
+def test_the_streamed_prior_is_the_prior(tmp_path, grid):
+    patches = torch.randn(40, 5, *grid, generator=torch.Generator().manual_seed(0)) * 7 + 3
     patches[9, 2, 1, 1] = torch.nan
     whole = torch.arange(40) != 9
     found = streamed_prior(lambda: iter(patches.split(7)), tmp_path)
@@ -450,4 +451,4 @@ def test_a_memory_reads_no_more_patches_than_it_keeps():
 
 
 def test_a_grid_for_many_pictures_is_coarse():
-    assert grid_side(50_000) == 6
+    assert grid_side(50_000) == grid_side(10**9) == 6
