@@ -26,7 +26,7 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
 
 @settings(deadline=None)
 @given(
-    st.lists(st.integers(0, 30), min_size=1, max_size=200),
+    st.lists(st.integers(0, 30), min_size=1, max_size=300),
     st.floats(0.01, 0.5),
     st.randoms(use_true_random=False),
 )
@@ -37,6 +37,7 @@ def test_suspects_are_the_highest_and_the_reference_is_drawn_from_all_others(val
     assert len(suspects) <= math.ceil(fraction * len(prior))
     count = int((roles == REFERENCE).sum())
     assert (count == 0) == (len(suspects) == 0)
+    assert len(prior) >= 100 or count == 0
     if len(suspects):
         assert suspects.min() > others.max()  # equal samples share their part
         expected = max(round(0.1 * len(others)), 40)
@@ -57,10 +58,13 @@ def test_the_reference_is_spread_over_the_prior_by_hand():
     assert (roles == REFERENCE).nonzero().flatten().tolist() == list(range(3, 280, 7))
 
 
-@pytest.mark.parametrize("prior", [torch.ones(100), torch.arange(10.0), torch.zeros(1)])
+@pytest.mark.parametrize("prior", [torch.ones(100), torch.arange(99.0), torch.zeros(1)])
 def test_nothing_is_held_out_of_equal_or_few_samples(prior):
     assert (choose_held_out(prior, 0.3) == TRAINED).all()
-    assert (SoftConfidentWeighter(prior=prior, hold_out=0.3)() == 1).all()
+    weighter = SoftConfidentWeighter(prior=prior, hold_out=0.3)
+    assert weighter.hold_out is None
+    assert not weighter.needs_scores
+    assert torch.equal(weighter(), SoftConfidentWeighter(prior=prior)())
 
 
 def test_the_fences_by_hand():
@@ -191,7 +195,7 @@ def exponential(count: int, generator: torch.Generator) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("draw", [torch.randn, torch.rand, exponential])
-@pytest.mark.parametrize("count", [50, 500, 5000])
+@pytest.mark.parametrize("count", [100, 500, 5000])
 def test_scores_that_do_not_tell_suspects_from_others_cost_next_to_nothing(draw, count):
     """The model's scores have nothing to do with the prior: next to nobody is left out."""
     left_out = []
@@ -271,10 +275,11 @@ def test_what_does_not_go_together_gets_a_sentence(arguments, message):
         SoftConfidentWeighter(30, **{"prior": normal(30), **arguments})
 
 
-def test_a_precaution_that_is_asked_for_is_left_out_besides():
-    weighter = SoftConfidentWeighter(prior=normal(100), hold_out=0.3, precaution=0.1)
-    weighter.fit(even(100))
-    assert float((1 - weighter()).sum()) == pytest.approx(10, abs=1e-3)
+@pytest.mark.parametrize(("count", "left_out"), [(100, 0.0), (99, 9.9)])
+def test_a_precaution_is_for_samples_that_no_model_judges(count, left_out):
+    weighter = SoftConfidentWeighter(prior=normal(count), hold_out=0.3, precaution=0.1)
+    weighter.fit(even(count))
+    assert float((1 - weighter()).sum()) == pytest.approx(left_out, abs=1e-3)
 
 
 def test_a_loop_gives_back_what_its_model_knows_and_leaves_out_what_it_does_not():

@@ -1,6 +1,7 @@
 """The method with parts switched off, and with other scores to weight by."""
 
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Literal, cast
@@ -13,6 +14,7 @@ from comet_examples.training import FeatureRows, TrainingSettings, wrap
 from comet_meta import (
     CoMetOptimizerWrapper,
     CovarianceMetaRegularizer,
+    MemoryScorer,
     SoftConfidentWeighter,
 )
 from comet_meta.meta.step import MetaMode
@@ -21,6 +23,8 @@ from comet_meta.vision.picture_prior import (
     PRECAUTION,
     memory_part_prior,
     memory_prior,
+    patches_on_grid,
+    standardised,
 )
 from comet_meta.weights.rules import standardize
 from grid import Trial, Variant, trained
@@ -105,7 +109,7 @@ def chosen(
                     part_prior=part_scores if parts else None,
                     contamination=told,
                     hold_out=HOLD_OUT if judges else None,
-                    precaution=None if parts or judges else PRECAUTION,
+                    precaution=None if parts else PRECAUTION,
                 ),
                 exposure=exposure,
                 model=cast("nn.Module", detector),
@@ -116,36 +120,42 @@ def chosen(
     return run
 
 
+def with_weights(weighter_for: Callable[[FeatureRows], SoftConfidentWeighter]) -> Variant:
+    """The examples' ``"comet"`` with other weights.
+
+    Args:
+        weighter_for: Makes the weighter from the features of the training set.
+    """
+
+    def optimizer_for(
+        detector: Detector, data: FeatureRows, _: TrainingSettings
+    ) -> CoMetOptimizerWrapper:
+        return CoMetOptimizerWrapper(
+            detector.optimizers(),
+            weighter=weighter_for(data),
+            model=cast("nn.Module", detector),
+        )
+
+    return lambda trial: trained(as_comet(trial), optimizer_for)
+
+
 def frontier(name: str) -> Variant:
     """A point of the frontier, see ``left_out.py``."""
-
-    def optimizer_for(
-        detector: Detector, data: FeatureRows, _: TrainingSettings
-    ) -> CoMetOptimizerWrapper:
-        return CoMetOptimizerWrapper(
-            detector.optimizers(),
-            weighter=LeftOut(name, *memory_part_prior(data.batches(), len(data))),
-            model=cast("nn.Module", detector),
-        )
-
-    return lambda trial: trained(as_comet(trial), optimizer_for)
+    return with_weights(lambda data: LeftOut(name, *memory_part_prior(data.batches(), len(data))))
 
 
-def rejected_alone() -> Variant:
-    """The examples' ``"comet"`` that leaves out nothing besides the suspects that it rejects."""
+def rejected_alone(data: FeatureRows) -> SoftConfidentWeighter:
+    """Leaves out nothing besides the suspects that the model rejects."""
+    prior = memory_prior(data.batches(), len(data))
+    return RejectedAlone(prior=prior, hold_out=HOLD_OUT, precaution=PRECAUTION)
 
-    def optimizer_for(
-        detector: Detector, data: FeatureRows, _: TrainingSettings
-    ) -> CoMetOptimizerWrapper:
-        return CoMetOptimizerWrapper(
-            detector.optimizers(),
-            weighter=RejectedAlone(
-                prior=memory_prior(data.batches(), len(data)), hold_out=HOLD_OUT
-            ),
-            model=cast("nn.Module", detector),
-        )
 
-    return lambda trial: trained(as_comet(trial), optimizer_for)
+def one_grid(data: FeatureRows) -> SoftConfidentWeighter:
+    """The default with a prior that looks on one grid, the coarser the more pictures there are."""
+    side = max(6, math.isqrt(20_000 // len(data)))
+    patches = torch.cat([patches_on_grid(levels, side) for levels in data.batches()])
+    prior = MemoryScorer(max_patches=8192)(standardised(patches))
+    return SoftConfidentWeighter(prior=prior, hold_out=HOLD_OUT, precaution=PRECAUTION)
 
 
 def scored(*, prior: bool = True, start: float = 1) -> Variant:
@@ -218,7 +228,8 @@ SCORES: dict[str, Variant] = {
 FRONTIER: dict[str, Variant] = {name: frontier(name) for name in names()}
 CHOICES: dict[str, Variant] = {
     "no-exposure": chosen(exposure=0.0),
-    "rejected-alone": rejected_alone(),
+    "rejected-alone": with_weights(rejected_alone),
+    "one-grid": with_weights(one_grid),
     "contamination@true": chosen(contamination=None),
     "patches": chosen(parts=True),
     "patches@true": chosen(contamination=None, parts=True),

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from comet_meta.vision.features import FeatureExtractor, features_key
 from comet_meta.vision.files import replacing
 from comet_meta.vision.images import Transform, load_values
-from comet_meta.vision.picture_prior import coarse_patches
+from comet_meta.vision.picture_prior import patches_on_grid
 from comet_meta.vision.samples import DatasetError
 
 _PICTURES = 128  # in a file
@@ -168,7 +168,7 @@ class PatchGrids:
     @torch.no_grad()
     def _features(self, images: Tensor) -> Tensor:
         """Patches (b, C, h, w) on the CPU of pictures (b, 3, H, W)."""
-        return coarse_patches(self.extractor(images.to(self.device)), self.side).float().cpu()
+        return patches_on_grid(self.extractor(images.to(self.device)), self.side).float().cpu()
 
     def _load(self, path: Path) -> Tensor | str:
         """The picture (3, H, W), or why it can't be read."""

@@ -75,14 +75,14 @@ def memory_part_prior(
     """
     scorer = scorer or MemoryScorer()
     side = grid_side(count)
-    patches = torch.cat([coarse_patches(levels, side) for levels in batches])  # 1)
+    patches = torch.cat([patches_on_grid(levels, side) for levels in batches])  # 1)
     finite = _is_finite(patches)
     fine = patches[finite]
     # 2)
-    found, patch_found = scorer.score_parts(_standardised(fine))
+    found, patch_found = scorer.score_parts(standardised(fine))
     by_grid = [found]
     if _has_coarse_grid(fine):
-        by_grid.append(scorer(_standardised(_coarser(fine))))
+        by_grid.append(scorer(standardised(_coarser(fine))))
     found = mean_in_medians(torch.stack(by_grid))  # 3)
     scores = torch.full((len(patches),), float(found.max()))
     patch_scores = torch.full((len(patches), *patches.shape[2:]), float(patch_found.max()))
@@ -125,9 +125,7 @@ def streamed_prior(
     # 2)
     by_grid = [_streamed_scores(fine, scratch, scorer, device)]
     if _has_coarse_grid(next(parts())):
-        by_grid.append(
-            _streamed_scores(lambda: map(_coarser, fine()), scratch, scorer, device)
-        )
+        by_grid.append(_streamed_scores(lambda: map(_coarser, fine()), scratch, scorer, device))
     scores = torch.full((len(finite),), torch.nan)
     scores[finite] = mean_in_medians(torch.stack(by_grid))  # 3)
     return scores
@@ -152,7 +150,7 @@ def grid_side(count: int) -> int:
     return max(_COARSE, min(_FINE, math.isqrt(_PATCHES // count)))
 
 
-def coarse_patches(levels: Sequence[Tensor], side: int) -> Tensor:
+def patches_on_grid(levels: Sequence[Tensor], side: int) -> Tensor:
     """Patch features averaged down to a grid.
 
     Args:
@@ -167,6 +165,20 @@ def coarse_patches(levels: Sequence[Tensor], side: int) -> Tensor:
     return F.adaptive_avg_pool2d(level, (height, width))
 
 
+def standardised(patches: Tensor) -> Tensor:
+    """What a scorer takes: patches whose channels are standardised over the training set.
+
+    Args:
+        patches: Of all pictures, shape (N, C, h, w).
+
+    Returns:
+        Shape (N, h * w, C).
+    """
+    scaler = FeatureScaler([patches.shape[1]])
+    scaler.fit([[patches]])
+    return _rows(scaler, patches)
+
+
 def _has_coarse_grid(patches: Tensor) -> bool:
     """Whether patches (N, C, h, w) are finer than the coarse grid."""
     return max(patches.shape[2:]) > _COARSE
@@ -174,14 +186,7 @@ def _has_coarse_grid(patches: Tensor) -> bool:
 
 def _coarser(patches: Tensor) -> Tensor:
     """The coarse grid of patches (N, C, h, w)."""
-    return coarse_patches([patches], _COARSE)
-
-
-def _standardised(patches: Tensor) -> Tensor:
-    """Patches (N, C, h, w) of standardised channels, (N, h * w, C)."""
-    scaler = FeatureScaler([patches.shape[1]])
-    scaler.fit([[patches]])
-    return _rows(scaler, patches)
+    return patches_on_grid([patches], _COARSE)
 
 
 def _streamed_scores(

@@ -10,7 +10,7 @@ from comet_meta.weights.rules import MAX_LEFT_OUT, iqr_threshold, left_out
 
 _REFERENCE = 0.1
 _LEAST_REFERENCE = 40
-_FEWEST = 4  # a fence needs that many
+_FEWEST = 100  # a reference of fewer has quartiles that vary too much for a fence
 
 TRAINED, REFERENCE, SUSPECT = range(3)
 """What a sample is for: to train on, held out to compare with, or held out as a suspect."""
@@ -23,7 +23,7 @@ def choose_held_out(prior: Tensor, fraction: float) -> Tensor:
        that of the highest one below are none: equal samples share their part.
     2. The reference is every k-th of the others in the order of the prior: a tenth of them, or 40
        if that is more, but no more than a third.
-    3. Without suspects, or with fewer than 4 samples to compare with, nothing is held out.
+    3. Without suspects, or of fewer than 100 samples, nothing is held out.
 
     Args:
         prior: Anomaly scores from another source than the model, shape (N,).
@@ -33,8 +33,11 @@ def choose_held_out(prior: Tensor, fraction: float) -> Tensor:
         ``TRAINED``, ``REFERENCE`` or ``SUSPECT`` for each sample, int8 (N,).
 
     Example:
-        >>> choose_held_out(torch.arange(15.0), 0.2).tolist()
-        [0, 1, 0, 0, 1, 0, 0, 1, 0, 0, 1, 0, 2, 2, 2]
+        >>> roles = choose_held_out(torch.arange(100.0), 0.2)
+        >>> roles[:4].tolist(), roles[-4:].tolist(), roles.bincount().tolist()
+        ([0, 1, 0, 0], [2, 2, 2, 2], [54, 26, 20])
+        >>> choose_held_out(torch.arange(99.0), 0.2).bincount().tolist()
+        [99]
     """
     roles = torch.full(prior.shape, TRAINED, dtype=torch.int8)
     # 1)
@@ -45,7 +48,7 @@ def choose_held_out(prior: Tensor, fraction: float) -> Tensor:
     trained = order[: len(order) - int(suspects.sum())]
     count = min(max(round(_REFERENCE * len(trained)), _LEAST_REFERENCE), len(trained) // 3)
     # 3)
-    if count >= _FEWEST and len(trained) < len(order):
+    if len(prior) >= _FEWEST and len(trained) < len(order):
         roles[suspects] = SUSPECT
         every_kth = (torch.arange(count) + 0.5) * len(trained) / count
         roles[trained[every_kth.long()]] = REFERENCE

@@ -48,7 +48,8 @@ class SoftConfidentWeighter(nn.Module):
             scores alone seldom prove much. 0 makes all weights 1.
         precaution: The fraction of the samples that ``"trimmed"`` leaves out besides, without proof
             that they are bad, in [0, 0.5]. None: a twentieth with ``"auto"``, a tenth beside a
-            given share, none with ``hold_out``.
+            given share. It is for samples that no model judges: none is left out where
+            ``hold_out`` holds samples out.
         kappa: Width of the fence of ``"hard"``, ``"ratio"`` and ``hold_out``, >= 0 (paper: 1.5).
         momentum: How much of a sample's earlier score stays when a new one comes, in [0, 1).
         prior: Anomaly scores of the training set from another source, shape (N,), for instance of
@@ -68,7 +69,8 @@ class SoftConfidentWeighter(nn.Module):
             Q3 + kappa * IQR of the reference come back, those beyond Q3 + 2 kappa * IQR stay out.
             The more of them stay out, the more of the ranking is left out besides
             (:func:`~comet_meta.weights.held_out.leave_out_more`). Call it after about a quarter of
-            the training. In place of the precaution, for ``"trimmed"`` with ``"auto"``.
+            the training. In place of the precaution, for ``"trimmed"`` with ``"auto"``. Of fewer
+            than 100 samples nothing is held out.
 
     Without a prior, let the model learn something before the first fit: weights from an untrained
     model can lock in.
@@ -81,6 +83,7 @@ class SoftConfidentWeighter(nn.Module):
         threshold: The score (with a prior: the prior's score) above which a sample is suspect,
             shape ().
         prior: The prior, or None.
+        hold_out: The fraction that is held out; None where nothing is, also for too few samples.
 
     Weights are in [0, 1]. With the named rules they never rise with the score, follow a permutation
     of the samples, and (except ``"ratio"``) don't depend on the scores' offset and scale. They are
@@ -134,13 +137,12 @@ class SoftConfidentWeighter(nn.Module):
         part_scores = None if part_prior is None else as_part_scores(part_prior, prior, rule)
         if hold_out is not None:
             check_hold_out(hold_out, prior, rule, contamination, part_prior)
-            precaution = precaution or 0.0
         self.num_samples = num_samples
         self.rule = rule
         self.kappa = kappa
         self.contamination: float | Literal["auto"] = contamination
         self.precaution = precaution
-        self.hold_out = hold_out
+        self.hold_out: float | None = None
         self.momentum = momentum
         self._updates = 0
         self._passed_once = num_samples is not None  # whether a whole pass told the size
@@ -158,8 +160,8 @@ class SoftConfidentWeighter(nn.Module):
         if part_scores is not None:
             self._part_weights = torch.ones(part_scores.shape)
         if prior is not None:
-            if hold_out is not None:
-                self._held_out = HeldOut(prior, hold_out)
+            if hold_out is not None and (held_out := HeldOut(prior, hold_out)).waits:
+                self._held_out, self.hold_out, self.precaution = held_out, hold_out, 0.0
             self.fit()
         if part_scores is not None:
             self._part_weights = weigh_parts(part_scores, self.weights, contamination, precaution)

@@ -194,7 +194,7 @@ def wrap(
         prior=memory_prior(data.batches(), len(data)),
         contamination=settings.contamination,
         hold_out=HOLD_OUT if judges else None,
-        precaution=None if judges else PRECAUTION,
+        precaution=PRECAUTION,
     )
     return CoMetOptimizerWrapper(optimizers, weighter=weighter, model=model, **options)
 
