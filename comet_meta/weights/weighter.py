@@ -196,7 +196,8 @@ class SoftConfidentWeighter(nn.Module):
             0.0 if self.has_parts else self.precaution,  # with parts, it is one of these
         )
         if self._held_out is not None:
-            self._held_out.judge(self.scores, self.ranking_scores(), self.kappa)
+            if self._held_out.waits:
+                self._held_out.judge(self.scores, self.ranking_scores(), self.kappa)
             weights = weights * self._held_out.weights
         # One copy each: another thread that reads during the fit gets old or new weights.
         self.threshold.copy_(threshold)

@@ -412,6 +412,13 @@ def test_comet_starts_from_the_prior_of_the_frozen_features():
     assert not told.weighter.has_parts
 
 
+def test_of_few_pictures_a_tenth_is_left_out_and_nothing_judged():
+    settings = TrainingSettings("comet", epochs=8)
+    weighter = training.wrap(build(), a_data_set(99), settings).weighter
+    assert not weighter.needs_scores
+    assert float((1 - weighter()).sum()) == pytest.approx(9.9, abs=1e-3)
+
+
 @pytest.mark.parametrize(("epochs", "judged"), [(2, 1), (8, 2), (10, 2)])
 def test_the_model_judges_what_is_held_out_after_a_quarter_of_the_training(epochs, judged):
     held = []
@@ -426,12 +433,12 @@ def test_the_model_judges_what_is_held_out_after_a_quarter_of_the_training(epoch
         weights.append(held[0]())
 
     waits, weights = [], []
-    data = a_data_set(60)
+    data = a_data_set(120)
     train(build, data, TrainingSettings("comet", epochs), wrap=wrap, on_epoch=note)
     assert waits == [epoch < judged for epoch in range(1, epochs + 1)]
     assert all(torch.equal(later, weights[judged - 1]) for later in weights[judged:])
     first = training.wrap(build(), data, TrainingSettings("comet", epochs)).weighter()
-    assert (first == 0).sum() == 12 + 16  # a fifth, and a third of the others
+    assert (first == 0).sum() == 24 + 32  # a fifth, and a third of the others
     assert weights[-1].mean() > first.mean()
     assert (weights[-1][first > 0] == 1).all()
 
@@ -448,7 +455,7 @@ def test_scores_are_fitted_at_the_end_and_for_a_judgement_alone(method, expected
 
     train(
         lambda: Fitted([6], (12, 12), hidden=16),
-        a_data_set(60),
+        a_data_set(120),
         TrainingSettings(method, epochs=8),
         on_epoch=lambda epoch, _: done.append(done.pop() + 1),
     )
@@ -457,7 +464,7 @@ def test_scores_are_fitted_at_the_end_and_for_a_judgement_alone(method, expected
 
 @pytest.mark.parametrize("stopped", [1, 2, 3])
 def test_a_training_that_was_stopped_before_or_after_the_judgement_goes_on_alike(tmp_path, stopped):
-    data, settings = a_data_set(60), TrainingSettings("comet", epochs=8)
+    data, settings = a_data_set(120), TrainingSettings("comet", epochs=8)
     whole = train(build, data, settings)
 
     def stop(epoch, _):
