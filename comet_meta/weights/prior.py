@@ -12,6 +12,7 @@ from torch import Tensor
 from comet_meta.arrays import ArrayLike, as_floats
 
 _CHUNK_VALUES = 2**25
+_LEAST_SAMPLES = 30  # in a memory: of fewer, most memories of a small set lack a rare variant
 _MAX_WHITENED_COLUMNS = 2048  # the work grows with their cube
 
 
@@ -42,7 +43,8 @@ class MemoryScorer:
         draws: Number of memories, >= 1. More memories lower the variance of the scores; the time
             grows in proportion.
         fraction: Fraction of the samples in each memory, in (0, 1). Small memories miss rare normal
-            variants, large ones hold more bad samples.
+            variants, large ones hold more bad samples. A memory holds 30 samples all the same, but
+            no more than half of them for that.
         top_patches: Number of highest patch distances that are averaged, >= 1; all of them where a
             sample has fewer.
         scale: Weight of M, the distance that is usual in the set, against the sample's own m, > 0.
@@ -150,7 +152,8 @@ class MemoryScorer:
             return zeros[:, 0], zeros
         # In an order that depends on the features alone, not on the order of the samples.
         by_content = sums[different, 0].argsort()
-        size = min(max(1, round(self.fraction * len(different))), len(different) - 1)
+        least = min(_LEAST_SAMPLES, len(different) // 2)
+        size = min(max(least, round(self.fraction * len(different))), len(different) - 1)
         # Distances of features that are far from 0 lose precision: centre them.
         centre = features.mean(dim=(0, 1), dtype=torch.float64).to(torch.float32)
         # On the CPU, so that every device makes the same choices.
