@@ -138,6 +138,40 @@ def test_a_single_patch_scores_its_distance_by_the_usual_one():
     assert MemoryScorer(fraction=0.5)(torch.tensor([[0.0], [3.0]])).tolist() == [0.5, 0.5]
 
 
+@pytest.mark.parametrize(
+    ("count", "size"), [(2, 1), (3, 1), (48, 24), (60, 30), (100, 30), (120, 30), (400, 100)]
+)
+def test_a_memory_holds_a_quarter_but_at_least_30_samples_or_half(count, size):
+    sizes = set()
+
+    class Recorder(MemoryScorer):
+        def _memory(self, features, inside, generator):
+            sizes.add(len(inside))
+            return super()._memory(features, inside, generator)
+
+    Recorder()(torch.randn(count, 2, 3, generator=torch.Generator().manual_seed(0)))
+    assert sizes == {size}
+
+
+def test_a_variant_of_a_small_set_is_less_suspect_by_larger_memories(monkeypatch):
+    def variants_among_the_first_ten():
+        found = 0
+        for seed in range(10):
+            generator = torch.Generator().manual_seed(seed)
+            features = torch.randn(48, 12, 8, generator=generator)
+            features[:6] += 2  # strange in every patch, but like each other
+            for i in range(4):  # each strange in a patch of its own
+                features[8 + i, 3 * i] += 4 * torch.randn(8, generator=generator).sign()
+            first = MemoryScorer()(features).topk(10).indices.tolist()
+            assert sorted(first[:4]) == [8, 9, 10, 11]
+            found += len({*first} & {*range(6)})
+        return found
+
+    ours = variants_among_the_first_ten()
+    monkeypatch.setattr(memory_module, "_LEAST_SAMPLES", 1)
+    assert ours < variants_among_the_first_ten()
+
+
 def test_a_memory_holds_no_more_patches_than_it_may(monkeypatch):
     sizes = []
     nearest = MemoryScorer._nearest

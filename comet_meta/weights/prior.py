@@ -43,8 +43,8 @@ class MemoryScorer:
         draws: Number of memories, >= 1. More memories lower the variance of the scores; the time
             grows in proportion.
         fraction: Fraction of the samples in each memory, in (0, 1). Small memories miss rare normal
-            variants, large ones hold more bad samples. A memory holds 30 samples all the same, but
-            no more than half of them for that.
+            variants, large ones hold more bad samples. A memory holds at least 30 samples, or half
+            of them where there are fewer than 60.
         top_patches: Number of highest patch distances that are averaged, >= 1; all of them where a
             sample has fewer.
         scale: Weight of M, the distance that is usual in the set, against the sample's own m, > 0.
