@@ -1,7 +1,6 @@
 """The method with parts switched off, and with other scores to weight by."""
 
 import itertools
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Literal, cast
@@ -14,7 +13,6 @@ from comet_examples.training import FeatureRows, TrainingSettings, wrap
 from comet_meta import (
     CoMetOptimizerWrapper,
     CovarianceMetaRegularizer,
-    MemoryScorer,
     SoftConfidentWeighter,
 )
 from comet_meta.meta.step import MetaMode
@@ -23,8 +21,6 @@ from comet_meta.vision.picture_prior import (
     PRECAUTION,
     memory_part_prior,
     memory_prior,
-    patches_on_grid,
-    standardised,
 )
 from comet_meta.weights.rules import standardize
 from grid import Trial, Variant, trained
@@ -150,14 +146,6 @@ def rejected_alone(data: FeatureRows) -> SoftConfidentWeighter:
     return RejectedAlone(prior=prior, hold_out=HOLD_OUT, precaution=PRECAUTION)
 
 
-def one_grid(data: FeatureRows) -> SoftConfidentWeighter:
-    """The default with a prior that looks on one grid, the coarser the more pictures there are."""
-    side = max(6, math.isqrt(20_000 // len(data)))
-    patches = torch.cat([patches_on_grid(levels, side) for levels in data.batches()])
-    prior = MemoryScorer(max_patches=8192)(standardised(patches))
-    return SoftConfidentWeighter(prior=prior, hold_out=HOLD_OUT, precaution=PRECAUTION)
-
-
 def scored(*, prior: bool = True, start: float = 1) -> Variant:
     """The examples' ``"comet"``, weighted by the model's own scores, or their mean with the prior.
 
@@ -229,7 +217,6 @@ FRONTIER: dict[str, Variant] = {name: frontier(name) for name in names()}
 CHOICES: dict[str, Variant] = {
     "no-exposure": chosen(exposure=0.0),
     "rejected-alone": with_weights(rejected_alone),
-    "one-grid": with_weights(one_grid),
     "contamination@true": chosen(contamination=None),
     "patches": chosen(parts=True),
     "patches@true": chosen(contamination=None, parts=True),

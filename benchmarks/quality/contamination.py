@@ -16,8 +16,7 @@ adds a meta-step and a penalty (1 % of the loss before training), with and witho
 *scores* fits the weights, in place of the prior, to the model's own scores (own; own+warmup4 waits
 for four epochs) or to their mean with the prior (both). *choices* changes single settings:
 no-exposure only leaves likely bad pictures out, rejected-alone leaves out nothing besides the
-held-out suspects that the model rejects, one-grid has a prior that looks on one grid, the coarser
-the more pictures there are, patches weights patches too, false-alarm is told that a
+held-out suspects that the model rejects, patches weights patches too, false-alarm is told that a
 fifth is bad. *frontier* leaves out other fractions, of samples, parts or both, see
 ``left_out.py``. The groups of variants: {groups}
 

@@ -3,8 +3,9 @@
 For each data set and share of bad pictures: how many draws have evidence that some are bad, the
 share that the scores prove (low), the estimate, and the share of all pictures in the region that
 holds too many (high, over the draws with evidence). Then mean weights of the good and of the bad,
-their mean P(bad), and how well the prior tells them apart (AUROC). Means over seeds (draws of the
-bad). Below: how often clean scores of several kinds seem to prove that some are bad.
+their mean P(bad), and how well the prior tells them apart (AUROC), and its fine and its coarse grid
+alone. Means over seeds (draws of the bad). Below: how often clean scores of several kinds seem to
+prove that some are bad.
 """
 
 import argparse
@@ -17,9 +18,16 @@ from torch import Tensor
 from comet_examples.datasets import bad_samples
 from comet_examples.metrics import curation_metrics
 from comet_examples.report import table
-from comet_meta import SoftConfidentWeighter
+from comet_meta import MemoryScorer, SoftConfidentWeighter
 from comet_meta.vision.backbones import DEFAULT_BACKBONE
-from comet_meta.vision.picture_prior import PRECAUTION, memory_prior
+from comet_meta.vision.picture_prior import (
+    COARSE,
+    PRECAUTION,
+    grid_side,
+    memory_prior,
+    patches_on_grid,
+    standardised,
+)
 from comet_meta.weights.rules import estimate_contamination
 from grid import Benchmark
 from runs import spread
@@ -86,7 +94,8 @@ def figures(bench: Benchmark, task: str, noise: float, seed: int) -> dict[str, f
     experiment = bench.experiment("simplenet", task)
     samples = experiment.split(noise, seed).train
     bad = torch.from_numpy(bad_samples(samples))
-    prior = memory_prior(experiment.rows(samples).batches(), len(samples))
+    levels = list(experiment.rows(samples).batches())
+    prior = memory_prior(levels, len(samples))
     weighter = SoftConfidentWeighter(prior=prior, precaution=PRECAUTION)
     found = weighter.contamination_
     result = {
@@ -102,6 +111,10 @@ def figures(bench: Benchmark, task: str, noise: float, seed: int) -> dict[str, f
             result[f"P(bad) of {kind}"] = float(weighter.p_bad[chosen].mean())
     if bad.any():
         result["AUROC"] = curation_metrics(prior.numpy(), bad.numpy())["AUROC"]
+        for name, side in (("fine grid", grid_side(len(samples))), ("coarse grid", COARSE)):
+            patches = torch.cat([patches_on_grid(batch, side) for batch in levels])
+            alone = MemoryScorer()(standardised(patches))
+            result[f"AUROC, {name}"] = curation_metrics(alone.numpy(), bad.numpy())["AUROC"]
     return result
 
 

@@ -19,14 +19,16 @@ from comet_meta.weights.prior import mean_in_medians
 PRECAUTION = 0.1
 """Fraction of pictures that is left out without proof where no model can judge them.
 
-Twice the weighter's default: on pictures a tenth gives back more than a twentieth where some are
-bad. Where all are good it costs about as much in the mean, and up to half a point more on a set.
+Twice the weighter's default: no ranking finds all bad pictures, and the evidence over sets is in
+``docs/results/frontier.md``.
 """
 
 HOLD_OUT = 0.2
 """Fraction of pictures, the most suspect, that are held out until the model can judge them."""
 
-_COARSE = 6
+COARSE = 6
+"""Patches along either side of a picture on the coarse grid."""
+
 _FINE = 20
 _PATCHES = 100_000
 
@@ -147,7 +149,7 @@ def grid_side(count: int) -> int:
         >>> grid_side(50), grid_side(1000), grid_side(50_000)
         (20, 10, 6)
     """
-    return max(_COARSE, min(_FINE, math.isqrt(_PATCHES // count)))
+    return max(COARSE, min(_FINE, math.isqrt(_PATCHES // count)))
 
 
 def patches_on_grid(levels: Sequence[Tensor], side: int) -> Tensor:
@@ -181,12 +183,12 @@ def standardised(patches: Tensor) -> Tensor:
 
 def _has_coarse_grid(patches: Tensor) -> bool:
     """Whether patches (N, C, h, w) are finer than the coarse grid."""
-    return max(patches.shape[2:]) > _COARSE
+    return max(patches.shape[2:]) > COARSE
 
 
 def _coarser(patches: Tensor) -> Tensor:
     """The coarse grid of patches (N, C, h, w)."""
-    return patches_on_grid([patches], _COARSE)
+    return patches_on_grid([patches], COARSE)
 
 
 def _streamed_scores(

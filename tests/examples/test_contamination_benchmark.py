@@ -16,16 +16,14 @@ from ablation import (
     GRID,
     SCORES,
     chosen,
-    one_grid,
     parts,
     relative_strength,
     scored,
 )
 from comet_examples.datasets import Transform
 from comet_examples.presets import preset_for
-from comet_examples.training import FeatureRows, TrainingSettings
-from comet_meta import MemoryScorer, SoftConfidentWeighter
-from comet_meta.vision.picture_prior import standardised
+from comet_examples.training import TrainingSettings
+from comet_meta import SoftConfidentWeighter
 from contamination import GROUPS, VARIANTS, common_gap, cost, expanded, row
 from contamination_page import detector_rows, set_row
 from grid import Trial, by_method, weighting_figures
@@ -163,15 +161,6 @@ def test_the_weighter_is_told_the_share(trial, monkeypatch):
         assert float(made[-1].weights.mean()) == pytest.approx(1 - told, abs=0.01)
         counting = made[-1].part_weights()[made[-1].weights > 0]
         assert float(counting.mean()) == pytest.approx(0.9, abs=1e-4)
-
-
-@pytest.mark.parametrize(("count", "side"), [(60, 18), (556, 6)])
-def test_one_grid_is_the_coarser_the_more_pictures_there_are(count, side):
-    features = torch.randn(count, 3, 18, 18, generator=torch.Generator().manual_seed(0))
-    data = FeatureRows([features], torch.arange(count))
-    patches = features.unflatten(2, (side, -1)).unflatten(4, (side, -1)).mean(dim=(3, 5))
-    expected = MemoryScorer(max_patches=8192)(standardised(patches))
-    torch.testing.assert_close(one_grid(data).prior, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", CHOICES)
