@@ -47,7 +47,8 @@ evidence. This page shows what other fractions would give and take, and what it 
 parts (patches of a picture, values of a row) in place of samples; *both* is half of each. What the
 scores prove to be bad goes besides. Of pictures, the default is *held out*: the most suspect fifth
 is held out at first, and the model, which hasn't seen them, decides who comes back. The more of
-them it rejects, the more of the ranking is left out besides; *rejected alone* is without that.
+them it rejects, the more of the ranking is left out besides. Of fewer than 100 pictures a tenth is
+left out in place of that.
 
 - *seeds*: on average over the sets. A point uses the sets and seeds that have all runs.
 - *cost*: plain - method on clean training sets, mean over sets, in points of AUROC; negative where
@@ -62,14 +63,14 @@ Runs and page come from
 python benchmarks/quality/breadth.py --folder adbench/ \\
     --methods plain oracle comet comet-samples samples-0.1 samples-0.2 parts-0.1 parts-0.2 both-0.05
 python benchmarks/quality/contamination.py --out docs/results/pictures.jsonl \\
-    --variants plain oracle comet rejected-alone patches samples-0.05 samples-0.1 samples-0.2 \\
-    --noise 0 0.1
+    --variants plain oracle comet samples-0.1 samples-0.2 --noise 0 0.1
 python benchmarks/quality/frontier.py --picture docs/images/frontier.png \\
     --page docs/results/frontier.md
 ```
 
 Of tables, `comet` and `comet-samples` leave out the twentieths; of pictures, `comet` is
-`held out, 0.2`, `rejected-alone` is `rejected alone, 0.2`, and `patches` is `parts, 0.05`."""
+`held out, 0.2`. Further variants of pictures get a row once they are run: `rejected-alone` (what is
+left out besides is not), `patches` (`parts, 0.05`), and other fractions."""
 
 
 class Result(NamedTuple):
