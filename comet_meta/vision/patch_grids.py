@@ -1,4 +1,4 @@
-"""Coarse patch features of any number of pictures, kept on disk as they come."""
+"""Patch features of any number of pictures on a grid, kept on disk as they come."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -23,7 +23,7 @@ _PICTURES = 128  # in a file
 
 
 class PatchGrids:
-    """Patch features on a coarse grid, in files of 128 pictures each.
+    """Patch features on a grid, in files of 128 pictures each.
 
     A file is written when its pictures are done, and found again by what they were computed from:
     extractor, size, grid, and each picture's path, size and time of change. A picture that couldn't

@@ -10,7 +10,7 @@ from comet_meta.weights.rules import MAX_LEFT_OUT, iqr_threshold, left_out
 
 _REFERENCE = 0.1
 _LEAST_REFERENCE = 40
-_FEWEST = 100  # a reference of fewer has quartiles that vary too much for a fence
+_FEWEST = 100  # of fewer samples, the quartiles of the reference vary too much for a fence
 
 TRAINED, REFERENCE, SUSPECT = range(3)
 """What a sample is for: to train on, held out to compare with, or held out as a suspect."""

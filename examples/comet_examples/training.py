@@ -194,7 +194,7 @@ def wrap(
         prior=memory_prior(data.batches(), len(data)),
         contamination=settings.contamination,
         hold_out=HOLD_OUT if judges else None,
-        precaution=PRECAUTION,
+        precaution=PRECAUTION,  # where nothing is held out
     )
     return CoMetOptimizerWrapper(optimizers, weighter=weighter, model=model, **options)
 
