@@ -36,8 +36,8 @@ class MemoryScorer:
     Which samples a memory holds depends on the seed and the features, not on the order in which
     the samples come.
 
-    Use the scores as the ``prior`` of a :class:`~comet_meta.SoftConfidentWeighter`. A few dozen to a
-    few hundred patches per sample are enough: average finer ones first.
+    Use the scores as the ``prior`` of a :class:`~comet_meta.SoftConfidentWeighter`. A few dozen to
+    a few hundred patches per sample are enough: average finer ones first.
 
     Args:
         draws: Number of memories, >= 1. More memories lower the variance of the scores; the time
