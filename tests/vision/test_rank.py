@@ -151,17 +151,23 @@ def test_a_known_share_is_dropped(folder):
 
 def test_pictures_of_a_12_bit_camera_rank_as_in_8_bits(folder, caplog):
     """They are scaled by the range that the folder uses, and neither ranked nor shown in black."""
-    assert run(folder) == 0
-    before = {row["path"]: float(row["score"]) for row in rows(folder)}
+
+    def mean_scores():  # features that differ a little lie in other random memories
+        found = []
+        for seed in range(4):
+            assert run(folder, "--seed", str(seed)) == 0
+            found.append({row["path"]: float(row["score"]) for row in rows(folder)})
+        return {path: np.mean([scores[path] for scores in found]) for path in found[0]}
+
+    before = mean_scores()
     for path in folder.rglob("*.png"):
         deep = np.asarray(Image.open(path)).astype(np.uint16) * 16 + 8
         Image.fromarray(deep).save(path)
     with caplog.at_level("INFO"):
-        assert run(folder) == 0
+        after = mean_scores()
     assert "30 of 30 pictures have more than 8 bits; 0 to 4095 becomes black to white" in (
         caplog.text
     )
-    after = {row["path"]: float(row["score"]) for row in rows(folder)}
     assert after == pytest.approx(before, rel=0.1)
     page = (folder.parent / "out" / "report.html").read_text(encoding="utf-8")
     data = json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1])
