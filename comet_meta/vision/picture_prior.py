@@ -171,7 +171,7 @@ def standardised(patches: Tensor) -> Tensor:
     """What a scorer takes: patches whose channels are standardised over the training set.
 
     Args:
-        patches: Of all pictures, shape (N, C, h, w).
+        patches: Patch features of all pictures, shape (N, C, h, w).
 
     Returns:
         Shape (N, h * w, C).

@@ -23,7 +23,7 @@ def choose_held_out(prior: Tensor, fraction: float) -> Tensor:
        that of the highest one below are none: equal samples share their part.
     2. The reference is every k-th of the others in the order of the prior: a tenth of them, or 40
        if that is more, but no more than a third.
-    3. Without suspects, or of fewer than 100 samples, nothing is held out.
+    3. Where there are no suspects, or fewer than 100 samples, nothing is held out.
 
     Args:
         prior: Anomaly scores from another source than the model, shape (N,).

@@ -390,7 +390,7 @@ def mean_in_medians(scores: Tensor) -> Tensor:
     """Mean of several scores of the same samples, each divided by its median.
 
     Args:
-        scores: Anomaly scores >= 0, shape (S, N). A median of 0 divides nothing.
+        scores: Anomaly scores >= 0, shape (S, N). Scores whose median is 0 aren't divided.
 
     Returns:
         Shape (N,).

@@ -34,7 +34,18 @@ def test_patches_are_as_fine_as_their_number_allows_and_coarse_besides(count, le
     assert recorder.shapes == [(count, patches, 2) for patches in grids]
 
 
-def test_a_small_defect_is_found_on_the_fine_grid():
+def test_a_small_defect_is_found_in_fine_patches_alone():
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(30, 4, 24, 24, generator=generator)
+    features[:3, :, 11, 7] += 5  # one of 576 positions
+    fine = MemoryScorer()(features.flatten(2).transpose(1, 2))
+    assert sorted(fine.topk(3).indices.tolist()) == [0, 1, 2]
+    # In patches of 4 x 4 positions it is lost.
+    coarse = memory_prior([[features]], 50_000)
+    assert sorted(coarse.topk(3).indices.tolist()) != [0, 1, 2]
+
+
+def test_a_small_defect_is_found_on_both_grids_together():
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(30, 4, 20, 20, generator=generator)
     features[:3, :, 11, 7] += 6  # one of 400 positions
