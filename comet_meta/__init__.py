@@ -10,6 +10,7 @@ from comet_meta.penalty import CovarianceMetaRegularizer
 from comet_meta.sampler import ConfidenceSampler
 from comet_meta.step_report import StepReport
 from comet_meta.weights.prior import MemoryScorer, RowScorer
+from comet_meta.weights.review import choose_for_review, share_from_review
 from comet_meta.weights.weighter import SoftConfidentWeighter
 
 if TYPE_CHECKING:
@@ -28,8 +29,10 @@ __all__ = [
     "RowScorer",
     "SoftConfidentWeighter",
     "StepReport",
+    "choose_for_review",
     "collect_scores",
     "per_sample",
+    "share_from_review",
 ]
 
 

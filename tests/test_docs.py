@@ -133,11 +133,24 @@ def check_performance(names: dict) -> None:
     assert names["model"].losses(names["train_set"]).mean().item() < names["before"]
 
 
+def looked_at() -> dict:
+    return rows() | {"is_bad": lambda i: i < 20}
+
+
+def check_method(names: dict) -> None:
+    assert len(names["look_at"]) == 60
+    assert abs(names["found"].estimate - 0.05) < 0.02
+    assert found(names["weighter"].ranking()) >= 17
+    words = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
+    assert f"print(found)  # {names['found']}\n" in words
+
+
 # Pages with snippets: what they start from, and what must hold after the last of them.
 RUN: dict[str, tuple[Callable[[], dict], Callable[[dict], None]]] = {
     "index.md": (rows, check_index),
     "adopt.md": (rows, check_adopt),
     "curation.md": (pictures, check_curation),
+    "method.md": (looked_at, check_method),
     "performance.md": (wrapped, check_performance),
     "rank.md": (ranked, check_rank),
 }

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Literal, cast
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -14,6 +16,8 @@ from comet_meta import (
     CoMetOptimizerWrapper,
     CovarianceMetaRegularizer,
     SoftConfidentWeighter,
+    choose_for_review,
+    share_from_review,
 )
 from comet_meta.meta.step import MetaMode
 from comet_meta.vision.picture_prior import (
@@ -77,25 +81,31 @@ def relative_strength(detector: Detector, data: FeatureRows) -> float:
 
 def chosen(
     *,
-    contamination: float | Literal["auto"] | None = "auto",
+    contamination: float | Literal["auto", "true", "reviewed"] = "auto",
     exposure: float = 0.5,
     parts: bool = False,
 ) -> Variant:
     """The examples' ``"comet"`` with other settings.
 
     Args:
-        contamination: What the weighter is told; None for the true share.
+        contamination: What the weighter is told: a share, ``"auto"``, the true share, or the share
+            that a look at sixty of the pictures suggests.
         exposure: What losses of likely bad pictures taken as anomalous count.
         parts: Whether patches have weights too.
     """
 
     def run(trial: Trial) -> Figures:
-        told = float(trial.bad.mean()) if contamination is None else contamination
-
         def optimizer_for(
             detector: Detector, data: FeatureRows, settings: TrainingSettings
         ) -> CoMetOptimizerWrapper:
             scores, part_scores = memory_part_prior(data.batches(), len(data))
+            told: float | Literal["auto"]
+            if contamination == "true":
+                told = float(trial.bad.mean())
+            elif contamination == "reviewed":
+                told = reviewed_share(scores, trial.bad)
+            else:
+                told = contamination
             # As the examples do where nothing is chosen.
             judges = told == "auto" and not parts and settings.judged_after(len(data)) is not None
             return CoMetOptimizerWrapper(
@@ -114,6 +124,12 @@ def chosen(
         return trained(as_comet(trial), optimizer_for)
 
     return run
+
+
+def reviewed_share(prior: Tensor, bad: npt.NDArray[np.bool_]) -> float:
+    """The share of bad samples that a look at sixty suggests, as ``contamination=`` takes it."""
+    look_at = choose_for_review(prior)
+    return min(share_from_review(prior, look_at, bad[look_at.numpy()]).estimate, 0.49)
 
 
 def with_weights(weighter_for: Callable[[FeatureRows], SoftConfidentWeighter]) -> Variant:
@@ -217,8 +233,9 @@ FRONTIER: dict[str, Variant] = {name: frontier(name) for name in names()}
 CHOICES: dict[str, Variant] = {
     "no-exposure": chosen(exposure=0.0),
     "rejected-alone": with_weights(rejected_alone),
-    "contamination@true": chosen(contamination=None),
+    "contamination@true": chosen(contamination="true"),
+    "reviewed": chosen(contamination="reviewed"),
     "patches": chosen(parts=True),
-    "patches@true": chosen(contamination=None, parts=True),
+    "patches@true": chosen(contamination="true", parts=True),
     "false-alarm": chosen(contamination=0.2),
 }

@@ -29,6 +29,7 @@ from comet_meta.vision.estimate import in_words
 from comet_meta.vision.files import replacing
 from comet_meta.vision.images import Transform, load_image
 from comet_meta.vision.samples import Sample
+from comet_meta.weights.review import ranks_to_review, strata
 
 _PARTS = Path(__file__).with_name("html_page")
 # Of the pictures and heat maps together, before base64 makes them a third larger.
@@ -76,8 +77,9 @@ def write_report(
 ) -> None:
     """Write the page.
 
-    It lists every training picture, the most suspect first. The first 5,000 are shown: the more
-    there are, the smaller the thumbnails, so that the page stays below 30 MB up to there.
+    It lists every training picture, the most suspect first. The first 5,000 are shown, and those
+    of a sample that tells how many are bad: the more there are, the smaller the thumbnails, so that
+    the page stays below 30 MB.
 
     Args:
         file: HTML file to write.
@@ -104,18 +106,20 @@ def write_report(
     in_units_of_threshold = prior_alone or weighter.prior is None
     order = weighter.ranking().tolist()
     ranked = [samples[i] for i in order]
-    shown = ranked[:_SHOWN]
+    review = ranks_to_review(len(ranked))
+    shown = sorted({*range(min(_SHOWN, len(ranked))), *chain.from_iterable(review)})
+    seen = [ranked[rank] for rank in shown]
     width, height = _load(ranked[0], transform).size
-    tried = shown[:: math.ceil(len(shown) / _TRIED)]
+    tried = seen[:: math.ceil(len(seen) / _TRIED)]
     format_ = _thumbnail_format(
         [_load(sample, transform) for sample in tried],
-        _BYTES // len(shown) - (_HEAT_BYTES if maps else 0),
+        _BYTES // len(seen) - (_HEAT_BYTES if maps else 0),
     )
-    heat_maps = _heat_maps(shown, maps) if maps else repeat(b"", len(shown))
-    images = (
-        (_encoded(_thumbnail(_load(sample, transform), *format_)), _encoded(heat))
-        for sample, heat in zip(shown, heat_maps, strict=True)
-    )
+    heat_maps = _heat_maps(seen, maps) if maps else repeat(b"", len(seen))
+    images = {
+        rank: (_encoded(_thumbnail(_load(ranked[rank], transform), *format_)), _encoded(heat))
+        for rank, heat in zip(shown, heat_maps, strict=True)
+    }
     weights = weighter.mean_weights()
     pictures = [
         {
@@ -131,9 +135,8 @@ def write_report(
             "image": image,
             "heat": heat,
         }
-        for i, sample, (image, heat) in zip(
-            order, ranked, chain(images, repeat(("", ""), len(ranked) - len(shown))), strict=True
-        )
+        for rank, (i, sample) in enumerate(zip(order, ranked, strict=True))
+        for image, heat in [images.get(rank, ("", ""))]
     ]
     paths = "\n".join(str(picture["path"]) for picture in pictures)
     content = {
@@ -149,6 +152,11 @@ def write_report(
         "threshold": _number(weighter.threshold) if in_units_of_threshold else None,
         "prior": not in_units_of_threshold,
         "aspect": width / height,
+        # Of each stratum of the ranking: its size, and the ranks that a person looks at.
+        "review": [
+            {"size": len(ranks), "ranks": chosen}
+            for ranks, chosen in zip(strata(len(ranked)), review, strict=True)
+        ],
         "pictures": pictures,
     }
     with replacing(file) as aside:

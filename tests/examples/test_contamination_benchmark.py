@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -154,13 +155,23 @@ def test_the_weighter_is_told_the_share(trial, monkeypatch):
         return made[-1]
 
     monkeypatch.setattr(ablation, "SoftConfidentWeighter", weighter)
-    for given, told in ((0.1, 0.1), (None, float(trial.bad.mean()))):
+    share = float(trial.bad.mean())
+    # A look at sixty of so few pictures is a look at all of them.
+    for given, told in ((0.1, 0.1), ("true", share), ("reviewed", share)):
         chosen(contamination=given)(trial)
         assert float(made[-1].weights.mean()) == pytest.approx(0.9 - told, abs=0.01)
         chosen(contamination=given, parts=True)(trial)
         assert float(made[-1].weights.mean()) == pytest.approx(1 - told, abs=0.01)
         counting = made[-1].part_weights()[made[-1].weights > 0]
         assert float(counting.mean()) == pytest.approx(0.9, abs=1e-4)
+
+
+def test_a_look_that_finds_none_is_plain_training(trial):
+    clean = replace(trial, split=trial.experiment.split(0.0, seed=100))
+    assert not clean.bad.any()
+    assert chosen(contamination="reviewed")(clean)["I-AUROC"] == pytest.approx(
+        by_method("plain")(clean)["I-AUROC"]
+    )
 
 
 @pytest.mark.parametrize("name", CHOICES)
@@ -275,7 +286,9 @@ def test_the_means_of_a_detector_are_over_its_sets():
     assert (row["median gap, told"], row["least gap, told"]) == ("-", "-")
     for own in (good, poor, flat):
         own[0.1, "contamination@true"] = own[0.1, "oracle"]
+        own[0.1, "reviewed"] = own[0.1, "plain"]
     (row,) = detector_rows(chosen, 0.1)
+    assert (row["median gap, reviewed"], row["least gap, reviewed"]) == ("0.00", "0.00")
     assert (row["median gap, told"], row["least gap, told"]) == ("1.00", "1.00")
     assert set_row("fastflow", "a/b", good, 0.1)["gap, told"] == "1.00"
     assert set_row("fastflow", "e/f", flat, 0.1)["gap recovered"] == "-"

@@ -18,6 +18,7 @@ from comet_meta import SoftConfidentWeighter
 from comet_meta.vision import html_report
 from comet_meta.vision.images import Transform
 from comet_meta.vision.samples import Sample
+from comet_meta.weights.review import ranks_to_review, share_of_strata, strata
 
 HOSTILE = [
     "<img src=x onerror=window.pwned=1>.png",
@@ -363,6 +364,40 @@ def test_it_filters(page, samples):
     field.send_keys(" ")
     choose(page, "show", "suspects")
     assert set(paths(page)) == {str(sample.path) for sample in samples if sample.label == 1}
+
+
+def test_a_sample_tells_how_many_are_bad(page, samples):
+    assert not page.find_element("id", "share").is_displayed()
+    choose(page, "show", "sample")
+    ranks = ranks_to_review(len(samples))
+    ranked = [str(samples[i].path) for i in fitted(samples).ranking().tolist()]
+    assert paths(page) == [ranked[rank] for some in ranks for rank in some]
+    none = "0 are ticked: about 0 % (0 to 5 %) of all 107 pictures are bad."
+    assert none in text(page, "share")
+    assert text(page, "share").endswith("say contamination=0.")
+    for card in page.find_elements("css selector", ".card .drop input")[:3]:
+        card.click()
+    counts = [
+        (len(part), len(some), 3 if k == 0 else 0)
+        for k, (part, some) in enumerate(zip(strata(len(samples)), ranks, strict=True))
+    ]
+    share, low, high = share_of_strata(counts)
+    assert (
+        f"3 are ticked: about {100 * share:.0f} % ({100 * low:.0f} to {100 * high:.0f} %)"
+        in text(page, "share")
+    )
+    assert text(page, "share").endswith(f"say contamination={share:.3f}.")
+
+
+def test_of_many_pictures_those_of_the_sample_have_thumbnails(tmp_path, monkeypatch):
+    monkeypatch.setattr(html_report, "_SHOWN", 10)
+    samples = pictures(tmp_path, [f"{i:03d}.png" for i in range(100)])
+    found = content(write(tmp_path, samples))
+    sampled = {rank for stratum in found["review"] for rank in stratum["ranks"]}
+    assert len(sampled) == 60
+    with_image = {rank for rank, picture in enumerate(found["pictures"]) if picture["image"]}
+    assert with_image == sampled | set(range(10))
+    assert {rank for rank, picture in enumerate(found["pictures"]) if picture["heat"]} == with_image
 
 
 def test_a_spared_picture_is_no_suspect(driver, tmp_path):

@@ -215,8 +215,42 @@ function summarise() {
   byId("count").textContent =
     `${shown.length.toLocaleString("en")} of ${pictures.length.toLocaleString("en")} pictures shown, ` +
     `${dropped.size.toLocaleString("en")} marked to drop`;
+  byId("share").hidden = byId("show").value !== "sample";
+  byId("share").textContent = shareInWords();
   byId("copy").disabled = dropped.size === 0;
   byId("mark").disabled = byId("unmark").disabled = shown.length === 0;
+}
+
+// --- how many are bad: as share_of_strata in comet_meta/weights/review.py has it ----------------
+
+const sample = new Set(page.review.flatMap(({ ranks }) => ranks));
+
+function estimate() {
+  let share = 0, below = 0, above = 0;
+  for (const { size, ranks } of page.review) {
+    const part = size / pictures.length;
+    const found = ranks.filter((i) => dropped.has(i)).length / ranks.length;
+    share += part * found;
+    const square = 1.959964 ** 2 / ranks.length * (size - ranks.length) / Math.max(size - 1, 1);
+    const middle = (found + square / 2) / (1 + square);
+    const half = Math.sqrt(square * (found * (1 - found) + square / 4)) / (1 + square);
+    below += (part * (found - middle + half)) ** 2;
+    above += (part * (middle + half - found)) ** 2;
+  }
+  const bad = [...sample].filter((i) => dropped.has(i)).length;
+  const low = Math.max(share - Math.sqrt(below), bad / pictures.length);
+  const high = Math.min(share + Math.sqrt(above), 1 - (sample.size - bad) / pictures.length);
+  return { bad, share, low, high };
+}
+
+function shareInWords() {
+  const { bad, share, low, high } = estimate();
+  const percent = (value) => (100 * value).toFixed(0);
+  const given = Number(Math.min(share, 0.49).toFixed(share < 0.1 ? 3 : 2));
+  return `Look at each of these ${sample.size} pictures, from the whole ranking, and tick the bad ones. ` +
+    `${bad} ${bad === 1 ? "is" : "are"} ticked: about ${percent(share)} % (${percent(low)} to ` +
+    `${percent(high)} %) of all ${pictures.length.toLocaleString("en")} pictures are bad. ` +
+    `In training, say contamination=${given}.`;
 }
 
 // --- gallery ---------------------------------------------------------------------------------
@@ -231,6 +265,7 @@ const sorts = {
 };
 const filters = {
   all: () => true,
+  sample: (i) => sample.has(i),
   suspects: (i) => isSuspect(pictures[i]),
   drop: (i) => dropped.has(i),
   keep: (i) => !dropped.has(i),

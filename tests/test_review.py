@@ -1,0 +1,170 @@
+"""How many samples are bad, from a look at a few of them."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from comet_meta import choose_for_review, share_from_review
+from comet_meta.weights.review import ranks_to_review, share_of_strata, strata
+
+counts = st.lists(
+    st.tuples(st.integers(1, 300), st.integers(1, 300), st.integers(0, 300)).map(
+        lambda some: (max(some), sorted(some)[1], min(some))
+    ),
+    min_size=1,
+    max_size=5,
+)
+
+
+@given(st.integers(1, 5000))
+def test_the_strata_hold_every_rank_once(count):
+    assert [rank for ranks in strata(count) for rank in ranks] == list(range(count))
+
+
+@given(st.integers(1, 5000), st.integers(5, 200))
+def test_as_many_are_looked_at_as_asked(count, looks):
+    parts, chosen = strata(count), ranks_to_review(count, looks)
+    together = [rank for some in chosen for rank in some]
+    assert len(together) == min(looks, count)
+    assert together == sorted(set(together))
+    assert all(set(some) <= set(ranks) for some, ranks in zip(chosen, parts, strict=True))
+    assert all(chosen)
+
+
+def test_more_looks_go_to_the_ranks_where_the_bad_are():
+    looks = [len(some) for some in ranks_to_review(444)]
+    assert looks == [7, 7, 9, 14, 23]
+    parts = [
+        len(some) / len(ranks)
+        for some, ranks in zip(ranks_to_review(444), strata(444), strict=True)
+    ]
+    assert parts[:2] == pytest.approx([0.31, 0.31], abs=0.01)
+    assert parts[1] > parts[2] > parts[3] > parts[4]
+
+
+def test_of_few_samples_all_are_looked_at_and_nothing_is_open():
+    scores = torch.arange(50.0)
+    look_at = choose_for_review(scores)
+    assert look_at.tolist() == list(range(49, -1, -1))
+    assert share_from_review(scores, look_at, look_at > 42) == pytest.approx((0.14, 0.14, 0.14))
+
+
+def test_the_interval_of_one_stratum_is_wilsons():
+    # 2 of 10, drawn from very many: (0.2 + z^2/20 +- z sqrt(.016 + z^2/400)) / (1 + z^2/10)
+    share, low, high = share_of_strata([(10**9, 10, 2)])
+    z = 1.959964
+    half = z * math.sqrt(0.2 * 0.8 / 10 + z**2 / 400)
+    assert share == 0.2
+    assert low == pytest.approx((0.2 + z**2 / 20 - half) / (1 + z**2 / 10), abs=1e-6)
+    assert high == pytest.approx((0.2 + z**2 / 20 + half) / (1 + z**2 / 10), abs=1e-6)
+
+
+def test_the_interval_of_two_strata_by_hand():
+    # Halves of very many, 2 of 10 and 0 of 10: Wilson's [0.0567, 0.5098] and [0, 0.2775].
+    share, low, high = share_of_strata([(10**9, 10, 2), (10**9, 10, 0)])
+    assert share == pytest.approx(0.1)
+    assert low == pytest.approx(0.1 - 0.5 * (0.2 - 0.0567), abs=1e-4)
+    assert high == pytest.approx(0.1 + 0.5 * math.hypot(0.5098 - 0.2, 0.2775), abs=1e-4)
+
+
+@given(counts)
+def test_the_interval_holds_the_share_and_what_was_seen(found):
+    share, low, high = share_of_strata(found)
+    total = sum(size for size, _, _ in found)
+    assert 0 <= low <= share + 1e-12
+    assert share <= high + 1e-12 <= 1 + 2e-12
+    assert low * total >= sum(bad for _, _, bad in found) - 1e-6
+    assert (1 - high) * total >= sum(looks - bad for _, looks, bad in found) - 1e-6
+
+
+@given(counts, st.data())
+def test_one_more_bad_sample_raises_share_and_interval(found, data):
+    which = data.draw(st.integers(0, len(found) - 1))
+    size, looks, bad = found[which]
+    if bad == looks:
+        return
+    more = [*found]
+    more[which] = (size, looks, bad + 1)
+    before, after = share_of_strata(found), share_of_strata(more)
+    assert after[0] > before[0]
+    assert after[1] >= before[1] - 1e-9
+    assert after[2] >= before[2] - 1e-9
+
+
+@pytest.mark.parametrize("separation", [0.0, 1.0, 2.5])
+@pytest.mark.parametrize("share", [0.05, 0.1, 0.3])
+def test_the_interval_covers_whatever_the_ranking_is_worth(share, separation):
+    draws = torch.Generator().manual_seed(0)
+    covered, errors = 0, []
+    for _ in range(200):
+        bad = torch.rand(600, generator=draws) < share
+        scores = torch.randn(600, generator=draws) + separation * bad
+        look_at = choose_for_review(scores)
+        found, truth = share_from_review(scores, look_at, bad[look_at]), float(bad.float().mean())
+        covered += found.low <= truth <= found.high
+        errors.append(found.estimate - truth)
+    assert covered >= 0.9 * 200
+    assert abs(sum(errors) / 200) < 0.01
+
+
+def test_a_good_ranking_makes_a_look_at_sixty_worth_more():
+    draws = torch.Generator().manual_seed(0)
+    spread = {}
+    for separation in (0.0, 2.5):  # AUROC 1/2 and .96
+        errors = []
+        for _ in range(200):
+            bad = torch.rand(600, generator=draws) < 0.1
+            scores = torch.randn(600, generator=draws) + separation * bad
+            look_at = choose_for_review(scores)
+            share = share_from_review(scores, look_at, bad[look_at]).estimate
+            errors.append(share - float(bad.float().mean()))
+        spread[separation] = torch.tensor(errors).std()
+    assert spread[2.5] < 0.025 < 0.6 * spread[0.0] + 0.005
+
+
+def test_the_order_of_samples_and_answers_is_no_matter():
+    scores = torch.randperm(300, generator=torch.Generator().manual_seed(1)).float()
+    look_at = choose_for_review(scores)
+    bad = scores[look_at] > 270
+    shuffled = torch.randperm(len(look_at))
+    assert share_from_review(scores, look_at[shuffled], bad[shuffled]) == pytest.approx(
+        share_from_review(scores, look_at, bad)
+    )
+    assert share_from_review(scores.tolist(), look_at.tolist(), bad.tolist()) == pytest.approx(
+        share_from_review(scores, look_at, bad)
+    )
+
+
+def test_words():
+    scores = torch.arange(300.0)
+    look_at = choose_for_review(scores)
+    none = share_from_review(scores, look_at, torch.zeros(len(look_at)))
+    assert str(none) == "no evidence of bad samples"
+    assert none.estimate == 0
+    assert 0.05 < none.high < 0.12
+
+
+@pytest.mark.parametrize(
+    ("reviewed", "bad", "error", "message"),
+    [
+        ([1, 2], [True], ValueError, r"bad has shape \(1,\); expected \(2,\)"),
+        ([1, 1], [True, True], ValueError, "twice"),
+        ([300], [True], IndexError, "300"),
+        ([299, 298], [True, False], ValueError, "ranks 15 to 29 was looked at"),
+    ],
+)
+def test_what_is_wrong_is_said(reviewed, bad, error, message):
+    with pytest.raises(error, match=message):
+        share_from_review(torch.arange(300.0), reviewed, bad)
+
+
+def test_too_few_looks_and_no_scores_are_refused():
+    with pytest.raises(ValueError, match="looks is 4; expected at least 5"):
+        choose_for_review(torch.arange(300.0), looks=4)
+    with pytest.raises(ValueError, match="no scores"):
+        choose_for_review(torch.zeros(0))
+    with pytest.raises(ValueError, match="NaN"):
+        choose_for_review(torch.tensor([1.0, torch.nan]))
