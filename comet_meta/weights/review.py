@@ -111,7 +111,9 @@ def choose_for_review(scores: ArrayLike, looks: int = 60) -> Tensor:
     return order[torch.tensor([rank for ranks in chosen for rank in ranks])]
 
 
-def share_from_review(scores: ArrayLike, reviewed: ArrayLike, bad: ArrayLike) -> Contamination:
+def share_from_review(
+    scores: ArrayLike, reviewed: Tensor | Sequence[int], bad: ArrayLike | Sequence[bool]
+) -> Contamination:
     """Estimate how many of all samples are bad from a look at some of them (steps 3 and 4).
 
     Args:
@@ -143,7 +145,7 @@ def share_from_review(scores: ArrayLike, reviewed: ArrayLike, bad: ArrayLike) ->
             f"bad has shape {tuple(found.shape)}; expected ({len(index)},), whether each of the "
             "reviewed samples is bad"
         )
-    if len(index.unique()) != len(index):
+    if len(set(index.tolist())) != len(index):
         raise ValueError("reviewed holds a sample twice; expected each once")
     order = rank_samples(scores)
     rank = torch.empty_like(order)
