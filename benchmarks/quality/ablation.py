@@ -5,8 +5,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Literal, cast
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -16,8 +14,6 @@ from comet_meta import (
     CoMetOptimizerWrapper,
     CovarianceMetaRegularizer,
     SoftConfidentWeighter,
-    choose_for_review,
-    share_from_review,
 )
 from comet_meta.meta.step import MetaMode
 from comet_meta.vision.picture_prior import (
@@ -29,6 +25,7 @@ from comet_meta.vision.picture_prior import (
 from comet_meta.weights.rules import standardize
 from grid import Trial, Variant, trained
 from left_out import LeftOut, RejectedAlone, names
+from reviewed import reviewed_share
 from runs import Figures
 from timed import TimedWeighter
 
@@ -124,12 +121,6 @@ def chosen(
         return trained(as_comet(trial), optimizer_for)
 
     return run
-
-
-def reviewed_share(prior: Tensor, bad: npt.NDArray[np.bool_]) -> float:
-    """The share of bad samples that a look at sixty suggests, as ``contamination=`` takes it."""
-    look_at = choose_for_review(prior)
-    return min(share_from_review(prior, look_at, bad[look_at.numpy()]).estimate, 0.49)
 
 
 def with_weights(weighter_for: Callable[[FeatureRows], SoftConfidentWeighter]) -> Variant:

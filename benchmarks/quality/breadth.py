@@ -12,14 +12,15 @@ part holds:
 The detectors (an autoencoder, Deep SVDD, a variational autoencoder) train in a plain loop of 600
 steps. ``comet`` is the library's default with the prior of ``RowScorer``, and with weights of
 values where the loss is a mean over the values of a row (autoencoder); ``comet-samples`` has
-weights of whole rows alone; ``comet@rate`` is ``comet`` told the share of anomalies; ``comet-own``
-has no prior and refits on the model's own scores; ``samples-0.1`` and the like are points of the
-frontier (``left_out.py``). Rivals: ``trim-prior@rate`` and ``trim-own@rate`` leave out the highest
-scores of the prior or the model at the true rate, ``trim-own@0.1`` at a guessed one,
-``forest@rate`` those of an isolation forest, ``folding@rate`` those of detectors trained on fifths
-of the data and applied to the rest (after McIntosh and Albu, 2026), ``learning-bias@rate`` those of
-the same detectors applied to all of it (after Zhang et al., 2025), ``retrain`` those above the
-fence of a box plot of the scores of a first training.
+weights of whole rows alone; ``comet@rate`` is ``comet`` told the share of anomalies,
+``comet@reviewed`` told what a look at sixty rows suggests; ``comet-own`` has no prior and refits on
+the model's own scores; ``samples-0.1`` and the like are points of the frontier (``left_out.py``).
+Rivals: ``trim-prior@rate`` and ``trim-own@rate`` leave out the highest scores of the prior or the
+model at the true rate, ``trim-own@0.1`` at a guessed one, ``forest@rate`` those of an isolation
+forest, ``folding@rate`` those of detectors trained on fifths of the data and applied to the rest
+(after McIntosh and Albu, 2026), ``learning-bias@rate`` those of the same detectors applied to all
+of it (after Zhang et al., 2025), ``retrain`` those above the fence of a box plot of the scores of a
+first training.
 
 Every run becomes a line of ``--out``; the same command goes on where it stopped, and several
 processes may share the work (``--shard 1/4``). Then it prints a table for each condition, with
@@ -45,6 +46,7 @@ from breadth_page import draw, summaries, write_page
 from comet_examples.report import table
 from comet_meta import CoMetOptimizerWrapper, RowScorer, SoftConfidentWeighter
 from left_out import LeftOut, names
+from reviewed import reviewed_share
 from runs import Figures, Runs
 from table_detectors import DETECTORS, AutoEncoder, Model, is_by_value
 
@@ -222,6 +224,13 @@ def _comet_rate(task: Task, detector: str) -> tuple[Any, SoftConfidentWeighter]:
     return trained(task, detector, weighter), weighter
 
 
+def _comet_reviewed(task: Task, detector: str) -> tuple[Any, SoftConfidentWeighter]:
+    scores, value_scores = priors(task, by_value=is_by_value(detector))
+    share = reviewed_share(scores, task.bad)
+    weighter = SoftConfidentWeighter(prior=scores, part_prior=value_scores, contamination=share)
+    return trained(task, detector, weighter), weighter
+
+
 def _comet_samples(task: Task, detector: str) -> tuple[Any, SoftConfidentWeighter]:
     weighter = with_prior(task, by_value=False)
     return trained(task, detector, weighter), weighter
@@ -259,6 +268,7 @@ USUAL: dict[str, Method] = {
     ),
     "comet": _comet,
     "comet@rate": _comet_rate,
+    "comet@reviewed": _comet_reviewed,
     "comet-samples": _comet_samples,
     "comet-own": _comet_own,
     "trim-prior@rate": lambda task, detector: (

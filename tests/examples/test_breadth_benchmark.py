@@ -9,6 +9,8 @@ import torch
 import breadth
 import breadth_page
 import table_detectors
+from comet_meta import choose_for_review
+from reviewed import reviewed_share
 from runs import Runs
 
 
@@ -65,8 +67,21 @@ def test_finished_runs_are_kept_and_the_tables_printed(folder, monkeypatch, caps
     assert f"| far  | {plain['figures']['AUROC']:.3f} |" in text
     assert (folder / "dots.png").stat().st_size > 1000
     for run in runs:
-        if run["key"]["method"] == "comet@rate" and run["key"]["condition"] == "clean":
+        told = run["key"]["method"] in ("comet@rate", "comet@reviewed")
+        if told and run["key"]["condition"] == "clean":
             assert run["figures"]["mean weight"] == 1
+
+
+def test_a_look_at_sixty_tells_about_the_rate(folder):
+    # Far anomalies come first in the ranking, so their part of it is looked at most closely.
+    task = breadth.Task(folder / "far.npz", "as-is", 0)
+    prior = breadth.RowScorer(seed=0)(task.train)
+    assert reviewed_share(prior, task.bad) == pytest.approx(task.rate, abs=0.03)
+    assert reviewed_share(prior, ~task.bad) == 0.49
+    # Who looks at sixty doesn't see the others.
+    unseen = torch.ones(len(prior), dtype=torch.bool)
+    unseen[choose_for_review(prior)] = False
+    assert reviewed_share(prior, unseen.numpy()) == 0
 
 
 def test_the_bound_of_the_variational_autoencoder_by_hand():
