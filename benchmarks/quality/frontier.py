@@ -63,7 +63,7 @@ Runs and page come from
 python benchmarks/quality/breadth.py --folder adbench/ \\
     --methods plain oracle comet comet-samples samples-0.1 samples-0.2 parts-0.1 parts-0.2 both-0.05
 python benchmarks/quality/contamination.py --out docs/results/pictures.jsonl \\
-    --variants plain oracle comet samples-0.1 samples-0.2 --noise 0 0.1
+    --variants plain oracle comet samples-0.1 samples-0.2 --noise 0 0.1 0.2
 python benchmarks/quality/frontier.py --picture docs/images/frontier.png \\
     --page docs/results/frontier.md
 ```
@@ -113,10 +113,10 @@ def of_tables(runs: Runs) -> list[Result]:
 
 
 def of_pictures(runs: Runs, noise: float) -> list[Result]:
-    """Those of ``contamination.py``."""
+    """Those of ``contamination.py`` on clean sets and with a share of bad pictures."""
     return [
         Result(
-            f"pictures, {key['detector']}",
+            f"pictures with {100 * noise:g} % bad, {key['detector']}",
             key["task"],
             key["noise"] > 0,
             _SAME_FOR_PICTURES.get(key["method"], key["method"]),
@@ -163,7 +163,7 @@ def point(results: Iterable[Result], method: str) -> Point | None:
 def default_of(panel: str) -> str | None:
     """The point of a panel that is the default; None for a detector that isn't known."""
     data, detector = panel.split(", ")
-    if data == "pictures":
+    if data.startswith("pictures"):
         return _SAME_FOR_PICTURES["comet"]
     return _SAME_FOR_TABLES.get((detector, "comet"))
 
@@ -186,10 +186,23 @@ def frontiers(results: Iterable[Result]) -> dict[str, dict[str, Point]]:
 
 
 def draw(found: dict[str, dict[str, Point]], file: Path) -> None:
-    """Gain against cost, a panel for each detector, a line for each kind."""
-    figure = Figure(figsize=(3.6 * len(found), 3.4), layout="constrained")
-    panels = figure.subplots(1, len(found), squeeze=False, sharex=True, sharey=True)[0]
-    for axes, (panel, points) in zip(panels, found.items(), strict=True):
+    """Gain against cost, a row for each kind of data, a line for each kind of what is left out."""
+    data: dict[str, list[str]] = {}
+    for panel in found:
+        data.setdefault(panel.split(", ")[0], []).append(panel)
+    columns = max(map(len, data.values()))
+    figure = Figure(figsize=(3.6 * columns, 3.2 * len(data)), layout="constrained")
+    grid = figure.subplots(len(data), columns, squeeze=False, sharex=True, sharey=True)
+    for line_of_axes, panels in zip(grid, data.values(), strict=True):
+        for axes in line_of_axes[len(panels) :]:
+            axes.set_axis_off()
+    places = [
+        (axes, panel)
+        for line_of_axes, panels in zip(grid, data.values(), strict=True)
+        for axes, panel in zip(line_of_axes, panels, strict=False)
+    ]
+    for axes, panel in places:
+        points = found[panel]
         for kind in KINDS:
             line = [
                 (points[name].cost, points[name].gap, name.partition("-")[2])
@@ -214,7 +227,7 @@ def draw(found: dict[str, dict[str, Point]], file: Path) -> None:
         axes.set_title(panel, fontsize=9)
         axes.set(xlabel="cost on clean sets, points", ylabel="gap recovered")
         axes.spines[["top", "right"]].set_visible(False)
-    panels[0].legend(frameon=False, fontsize=8)
+    grid[0][0].legend(frameon=False, fontsize=8)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=110)
 
@@ -247,12 +260,18 @@ def main() -> None:
     )
     parser.add_argument("--tables", type=Path, default=Path("docs/results/breadth.jsonl"))
     parser.add_argument("--pictures", type=Path, default=Path("docs/results/pictures.jsonl"))
-    parser.add_argument("--noise", type=float, default=0.1, help="share of bad pictures")
-    parser.add_argument("--picture", type=Path, help="PNG, a panel for each detector")
+    parser.add_argument(
+        "--noise", type=float, nargs="+", default=[0.1, 0.2], help="shares of bad pictures"
+    )
+    parser.add_argument("--picture", type=Path, help="PNG, a panel for each detector and share")
     parser.add_argument("--page", type=Path, help="Markdown page with picture and tables")
     options = parser.parse_args()
+    pictures = Runs(options.pictures)
     found = frontiers(
-        [*of_tables(Runs(options.tables)), *of_pictures(Runs(options.pictures), options.noise)]
+        [
+            *of_tables(Runs(options.tables)),
+            *(result for noise in options.noise for result in of_pictures(pictures, noise)),
+        ]
     )
     if not found:
         parser.error("no point of the frontier has all its runs: see --help for the commands")

@@ -84,7 +84,7 @@ def test_the_default_of_every_detector_is_a_point_of_the_frontier():
     for detector in breadth.DETECTORS:
         assert frontier.default_of(f"tables, {detector}") in names()
     assert frontier.default_of("tables, another") is None
-    assert frontier.default_of("pictures, any") == f"held out-{HOLD_OUT}"
+    assert frontier.default_of("pictures with 10 % bad, any") == f"held out-{HOLD_OUT}"
 
 
 def test_page_and_picture_from_finished_runs(tmp_path, monkeypatch, capsys):
@@ -98,13 +98,18 @@ def test_page_and_picture_from_finished_runs(tmp_path, monkeypatch, capsys):
         common = {"detector": "fastflow", "task": "b", "seed": 0, "method": method}
         pictures.add(common | {"noise": 0.0}, {"I-AUROC": clean})
         pictures.add(common | {"noise": 0.1}, {"I-AUROC": bad})
+        pictures.add(common | {"noise": 0.2}, {"I-AUROC": bad - 0.1})
         pictures.add(common | {"noise": 0.4}, {"I-AUROC": 0.0})
     page, picture = tmp_path / "pages" / "frontier.md", tmp_path / "frontier.png"
     command = ["frontier", "--tables", str(tables.file), "--pictures", str(pictures.file)]
     monkeypatch.setattr(sys, "argv", [*command, "--page", str(page), "--picture", str(picture)])
     frontier.main()
     printed = capsys.readouterr().out
-    for panel in ("tables, svdd", "pictures, fastflow"):
+    for panel in (
+        "tables, svdd",
+        "pictures with 10 % bad, fastflow",
+        "pictures with 20 % bad, fastflow",
+    ):
         assert f"## {panel}" in printed
     lines = [line.split("|") for line in printed.splitlines() if "+2.0" in line]
     found = {tuple(cell.strip() for cell in line[1:7]) for line in lines}
