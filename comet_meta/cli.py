@@ -206,6 +206,8 @@ def _rank(options: argparse.Namespace) -> int:
     print(f"{len(ranking.paths):,} pictures. {in_words(ranking.weighter)}")
     print(f"Look through them:  {report}")
     print(f"What to keep:       {keep_list}")
+    if options.contamination == "auto":
+        print("How many are bad:   tick the bad pictures of the report's sample")
     if not ranking.unreadable:
         return _DONE
     print(f"{len(ranking.unreadable):,} pictures can't be read and were left out:", file=sys.stderr)

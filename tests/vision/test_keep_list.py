@@ -191,14 +191,15 @@ def test_beyond_the_first_pictures_the_page_lists_without_showing(tmp_path, monk
     from comet_meta.vision import html_report
 
     monkeypatch.setattr(html_report, "_SHOWN", 4)
-    paths = [tmp_path / f"{i}.png" for i in range(9)]
+    paths = [tmp_path / f"{i}.png" for i in range(300)]
     for path in paths:
         Image.new("L", (20, 20), 99).save(path)
-    weighter = SoftConfidentWeighter(9)
-    weighter.fit(torch.arange(9.0))
+    weighter = SoftConfidentWeighter(300)
+    weighter.fit(torch.arange(300.0))
     page = report.write(weighter, paths, tmp_path / "report.html").read_text(encoding="utf-8")
-    assert page.count('"image":""') == 5
-    assert page.index('"image":""') > page.index("5.png")
+    # The first four are shown, and the 60 of the sample, two of which are among them.
+    assert page.count('"image":""') == 300 - 4 - 58
+    assert page.index('"image":""') > page.index("296.png")
     assert all(path.name in page for path in paths)
 
 
