@@ -25,7 +25,7 @@ from comet_meta.vision.picture_prior import (
 from comet_meta.weights.rules import standardize
 from grid import Trial, Variant, trained
 from left_out import LeftOut, RejectedAlone, names
-from reviewed import reviewed_share
+from reviewed import review_of
 from runs import Figures
 from timed import TimedWeighter
 
@@ -85,8 +85,8 @@ def chosen(
     """The examples' ``"comet"`` with other settings.
 
     Args:
-        contamination: What the weighter is told: a share, ``"auto"``, the true share, or the share
-            that a look at sixty of the pictures suggests.
+        contamination: What the weighter is told: a share, ``"auto"``, the true share, or what a
+            look at sixty of the pictures shows.
         exposure: What losses of likely bad pictures taken as anomalous count.
         parts: Whether patches have weights too.
     """
@@ -97,20 +97,21 @@ def chosen(
         ) -> CoMetOptimizerWrapper:
             scores, part_scores = memory_part_prior(data.batches(), len(data))
             told: float | Literal["auto"]
-            if contamination == "true":
-                told = float(trial.bad.mean())
-            elif contamination == "reviewed":
-                told = reviewed_share(scores, trial.bad)
+            if contamination == "reviewed":
+                told, review = "auto", review_of(scores, trial.bad)
             else:
-                told = contamination
+                told = float(trial.bad.mean()) if contamination == "true" else contamination
+                review = None
             # As the examples do where nothing is chosen.
-            judges = told == "auto" and not parts and settings.judged_after(len(data)) is not None
+            judges = told == "auto" and review is None and not parts
+            judges = judges and settings.judged_after(len(data)) is not None
             return CoMetOptimizerWrapper(
                 detector.optimizers(),
                 weighter=SoftConfidentWeighter(
                     prior=scores,
                     part_prior=part_scores if parts else None,
                     contamination=told,
+                    review=review,
                     hold_out=HOLD_OUT if judges else None,
                     precaution=None if parts else PRECAUTION,
                 ),

@@ -13,7 +13,7 @@ The detectors (an autoencoder, Deep SVDD, a variational autoencoder) train in a 
 steps. ``comet`` is the library's default with the prior of ``RowScorer``, and with weights of
 values where the loss is a mean over the values of a row (autoencoder); ``comet-samples`` has
 weights of whole rows alone; ``comet@rate`` is ``comet`` told the share of anomalies,
-``comet@reviewed`` told what a look at sixty rows suggests; ``comet-own`` has no prior and refits on
+``comet@reviewed`` told what a look at sixty rows shows; ``comet-own`` has no prior and refits on
 the model's own scores; ``samples-0.1`` and the like are points of the frontier (``left_out.py``).
 Rivals: ``trim-prior@rate`` and ``trim-own@rate`` leave out the highest scores of the prior or the
 model at the true rate, ``trim-own@0.1`` at a guessed one, ``forest@rate`` those of an isolation
@@ -46,7 +46,7 @@ from breadth_page import draw, summaries, write_page
 from comet_examples.report import table
 from comet_meta import CoMetOptimizerWrapper, RowScorer, SoftConfidentWeighter
 from left_out import LeftOut, names
-from reviewed import reviewed_share
+from reviewed import review_of
 from runs import Figures, Runs
 from table_detectors import DETECTORS, AutoEncoder, Model, is_by_value
 
@@ -226,8 +226,8 @@ def _comet_rate(task: Task, detector: str) -> tuple[Any, SoftConfidentWeighter]:
 
 def _comet_reviewed(task: Task, detector: str) -> tuple[Any, SoftConfidentWeighter]:
     scores, value_scores = priors(task, by_value=is_by_value(detector))
-    share = reviewed_share(scores, task.bad)
-    weighter = SoftConfidentWeighter(prior=scores, part_prior=value_scores, contamination=share)
+    review = review_of(scores, task.bad)
+    weighter = SoftConfidentWeighter(prior=scores, part_prior=value_scores, review=review)
     return trained(task, detector, weighter), weighter
 
 

@@ -27,8 +27,8 @@ _INTRO = """\
 Every training set holds the share of bad pictures that the headings say, drawn by the seed; noise 0
 is the set as it is on disk. I-AUROC on the test set after the last epoch, mean and standard
 deviation over seeds. *plain* is training without the library, *oracle* without the bad pictures,
-*comet* the library's default, *reviewed* the same told the share that a look at sixty of the
-training pictures suggests, *told* the same told the true share. `--help` describes the other
+*comet* the library's default, *reviewed* the same told by a person which of sixty training
+pictures are bad, *told* the same told the true share. `--help` describes the other
 variants. Differences are paired by seed, with p of a paired t-test. *Gap recovered* is
 (comet - plain) / (oracle - plain) on means; *gap, told* is that of told. There is none where the
 bad pictures cost less than one point."""

@@ -2,22 +2,21 @@
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
-from comet_meta import choose_for_review, share_from_review
-
-_LARGEST = 0.49  # what contamination= takes
+from comet_meta import choose_for_review
 
 
-def reviewed_share(prior: Tensor, bad: npt.NDArray[np.bool_]) -> float:
-    """The share of bad samples that a look at sixty suggests.
+def review_of(prior: Tensor, bad: npt.NDArray[np.bool_]) -> tuple[Tensor, Tensor]:
+    """What a person says who looks at sixty samples, as ``review=`` takes it.
 
     Args:
         prior: What ranks the samples, shape (N,).
         bad: Which of them are bad, shape (N,). Only those of the sixty are read.
 
     Returns:
-        The estimate, in [0, 0.49].
+        Indices of the sixty (all, if there are fewer), and whether each is bad.
     """
     look_at = choose_for_review(prior)
-    return min(share_from_review(prior, look_at, bad[look_at.numpy()]).estimate, _LARGEST)
+    return look_at, torch.from_numpy(bad)[look_at]

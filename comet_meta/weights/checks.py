@@ -90,6 +90,32 @@ def check_hold_out(
         raise ValueError("hold_out is for whole samples; leave out either hold_out or part_prior")
 
 
+def check_review(review: object, prior: Tensor | None, hold_out: float | None) -> None:
+    """Check that a review goes with a weighter's other arguments.
+
+    Args:
+        review: Expected a pair: indices of samples, and whether each is bad; or None.
+        prior: Expected scores where there is a review.
+        hold_out: Expected None where there is one.
+
+    Raises:
+        ValueError: If it doesn't.
+    """
+    if review is None:
+        return
+    if not (isinstance(review, tuple | list) and len(review) == 2):
+        raise ValueError(
+            f"review is a {type(review).__name__}; expected a pair: indices of the samples, and "
+            "whether each of them is bad"
+        )
+    if prior is None:
+        raise ValueError("review needs the prior= that the samples were chosen by; give both")
+    if hold_out is not None:
+        raise ValueError(
+            "hold_out lets the model say what is bad, and review has said it; leave one of them out"
+        )
+
+
 def as_scores(scores: ArrayLike, name: str = "scores") -> Tensor:
     """Check scores and return them as a tensor.
 

@@ -19,15 +19,22 @@ Statistics in Medicine 27, 2008 (step 4).
 
 import math
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from comet_meta.arrays import ArrayLike
 from comet_meta.data import as_index
 from comet_meta.weights.checks import as_scores
 from comet_meta.weights.contamination import Contamination
 from comet_meta.weights.ranking import rank_samples
+
+Review: TypeAlias = tuple[Tensor | Sequence[int], ArrayLike | Sequence[bool]]
+"""What a person saw: indices of samples, shape (K,), and whether each of them is bad, (K,)."""
+
+UNSEEN, GOOD, BAD = range(3)
+"""What is known of a sample."""
 
 _ENDS = (0.05, 0.1, 0.2, 0.4, 1.0)
 _Z = 1.959964  # of 95 %
@@ -138,8 +145,28 @@ def share_from_review(
         0.0
     """
     scores = _checked(scores)
-    index = as_index(reviewed, len(scores))
-    found = torch.as_tensor(bad).bool()
+    return _share(scores, known_labels((reviewed, bad), len(scores)))
+
+
+def known_labels(review: Review, count: int) -> Tensor:
+    """What is known of each sample after a look at some.
+
+    Args:
+        review: Indices and answers.
+        count: Number N of samples.
+
+    Returns:
+        ``UNSEEN``, ``GOOD`` or ``BAD`` for each sample, int8 (N,).
+
+    Raises:
+        ValueError: If there isn't one answer for each index, or one comes twice.
+        IndexError: If an index lies outside the training set.
+
+    Example:
+        >>> known_labels(([3, 1], [True, False]), 4)
+        tensor([0, 1, 0, 2], dtype=torch.int8)
+    """
+    index, found = as_index(review[0], count), torch.as_tensor(review[1]).bool()
     if index.shape != found.shape:
         raise ValueError(
             f"bad has shape {tuple(found.shape)}; expected ({len(index)},), whether each of the "
@@ -147,18 +174,96 @@ def share_from_review(
         )
     if len(set(index.tolist())) != len(index):
         raise ValueError("reviewed holds a sample twice; expected each once")
-    order = rank_samples(scores)
-    rank = torch.empty_like(order)
-    rank[order] = torch.arange(len(order))
+    labels = torch.full((count,), UNSEEN, dtype=torch.int8)
+    labels[index] = torch.where(found, BAD, GOOD).to(labels)
+    return labels
+
+
+class Reviewed(nn.Module):
+    """What a weighter knows of its samples from a person who looked at some.
+
+    Args:
+        prior: Anomaly scores that the samples were chosen by, shape (N,).
+        review: Indices of the samples, and whether each is bad.
+        estimates: Whether to estimate the share of bad samples from it.
+
+    Attributes:
+        labels: ``UNSEEN``, ``GOOD`` or ``BAD`` for each sample, int8 (N,).
+        share: The share of bad samples with its interval; None where it isn't estimated.
+
+    Example:
+        >>> reviewed = Reviewed(torch.arange(10.0), ([8, 9], [False, True]), estimates=False)
+        >>> weights, p_bad = reviewed.settle(torch.full((10,), 0.5), torch.full((10,), 0.5))
+        >>> weights[7:], p_bad[7:]
+        (tensor([0.5000, 1.0000, 0.0000]), tensor([0.5000, 0.0000, 1.0000]))
+    """
+
+    labels: Tensor
+
+    def __init__(self, prior: Tensor, review: Review, *, estimates: bool) -> None:
+        super().__init__()
+        self.register_buffer("labels", known_labels(review, len(prior)))
+        self.share = _share(prior, self.labels) if estimates else None
+
+    @property
+    def looks(self) -> int:
+        """How many samples were looked at."""
+        return int((self.labels != UNSEEN).sum())
+
+    @property
+    def bad(self) -> int:
+        """How many of them are bad."""
+        return int((self.labels == BAD).sum())
+
+    def settle(self, weights: Tensor, p_bad: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights and P(bad) with those of the samples that were looked at: 1 and 0, or 0 and 1.
+
+        Args:
+            weights: Shape (N,).
+            p_bad: Shape (N,).
+
+        Returns:
+            Both, changed where something is known.
+        """
+        good, bad = self.labels == GOOD, self.labels == BAD
+        return (
+            weights.masked_fill(good, 1).masked_fill(bad, 0),
+            p_bad.masked_fill(good, 0).masked_fill(bad, 1),
+        )
+
+
+def check_saved_review(saved: Tensor | None, current: Tensor | None) -> None:
+    """Check that a saved state is of the same review.
+
+    Args:
+        saved: Labels of the saved state, shape (N,); None without a review.
+        current: Those of the weighter that is to load them.
+
+    Raises:
+        ValueError: If they differ.
+    """
+    if saved is None and current is None:
+        return
+    if saved is None or current is None or not torch.equal(saved.to(current), current):
+        raise ValueError(
+            "the saved weighter was told another review, or none; give it the review= that the "
+            "saved one had"
+        )
+
+
+def _share(scores: Tensor, labels: Tensor) -> Contamination:
+    """Steps 3 and 4, for scores and labels (N,)."""
+    ordered = labels[rank_samples(scores)]
     counts = []
     for ranks in strata(len(scores)):
-        here = (rank[index] >= ranks.start) & (rank[index] < ranks.stop)
-        if not here.any():
+        here = ordered[ranks.start : ranks.stop]
+        looks, bad = int((here != UNSEEN).sum()), int((here == BAD).sum())
+        if looks == 0:
             raise ValueError(
                 f"no sample of the ranks {ranks.start} to {ranks.stop - 1} was looked at; take "
-                "those that choose_for_review names"
+                "those that choose_for_review names, or give contamination="
             )
-        counts.append((len(ranks), int(here.sum()), int(found[here].sum())))
+        counts.append((len(ranks), looks, bad))
     return share_of_strata(counts)
 
 

@@ -13,6 +13,7 @@ from comet_meta.data import as_index
 from comet_meta.weights.checks import (
     as_scores,
     check_hold_out,
+    check_review,
     check_settings,
     too_few_or_equal,
 )
@@ -21,7 +22,8 @@ from comet_meta.weights.held_out import HeldOut, check_saved_held_out
 from comet_meta.weights.own_samples import OwnSamples
 from comet_meta.weights.parts import as_part_scores, check_saved_parts, weigh_parts
 from comet_meta.weights.ranking import join_scores, rank_samples
-from comet_meta.weights.rules import Rule, RuleName, estimate_contamination
+from comet_meta.weights.review import GOOD, Review, Reviewed, check_saved_review
+from comet_meta.weights.rules import MAX_LEFT_OUT, Rule, RuleName, estimate_contamination
 from comet_meta.weights.weigh import weigh
 
 _LOGGER = logging.getLogger(__name__)
@@ -71,6 +73,11 @@ class SoftConfidentWeighter(nn.Module):
             (:func:`~comet_meta.weights.held_out.leave_out_more`). Call it after about a quarter of
             the training. In place of the precaution, for ``"trimmed"`` with ``"auto"``. Of fewer
             than 100 samples nothing is held out.
+        review: What a person saw who looked at some of the samples
+            (:func:`~comet_meta.choose_for_review`): their indices, shape (K,), and whether each is
+            bad, shape (K,). Those that are good have weight 1 and those that are bad weight 0. With
+            ``contamination="auto"`` they tell the share of bad samples too
+            (:func:`~comet_meta.share_from_review`). Needs a prior.
 
     Without a prior, let the model learn something before the first fit: weights from an untrained
     model can lock in.
@@ -85,10 +92,10 @@ class SoftConfidentWeighter(nn.Module):
         prior: The prior, or None.
         hold_out: The fraction that is held out; None where nothing is, also for too few samples.
 
-    Weights are in [0, 1]. With the named rules they never rise with the score, follow a permutation
-    of the samples, and (except ``"ratio"``) don't depend on the scores' offset and scale. They are
-    all 1 if all scores are equal or fewer than 8 samples have a score. A sample without a score has
-    weight 1.
+    Weights are in [0, 1]. With the named rules and without a review they never rise with the score,
+    follow a permutation of the samples, and (except ``"ratio"``) don't depend on the scores' offset
+    and scale. They are all 1 if all scores are equal or fewer than 8 samples have a score. A sample
+    without a score has weight 1.
 
     Raises:
         TypeError: If the prior isn't a floating-point tensor.
@@ -113,6 +120,7 @@ class SoftConfidentWeighter(nn.Module):
     prior: Tensor | None
     _part_weights: Tensor | None
     _held_out: HeldOut | None
+    _reviewed: Reviewed | None
 
     def __init__(
         self,
@@ -126,6 +134,7 @@ class SoftConfidentWeighter(nn.Module):
         prior: ArrayLike | None = None,
         part_prior: ArrayLike | None = None,
         hold_out: float | None = None,
+        review: Review | None = None,
     ) -> None:
         super().__init__()
         if prior is not None:
@@ -137,6 +146,7 @@ class SoftConfidentWeighter(nn.Module):
         part_scores = None if part_prior is None else as_part_scores(part_prior, prior, rule)
         if hold_out is not None:
             check_hold_out(hold_out, prior, rule, contamination, part_prior)
+        check_review(review, prior, hold_out)
         self.num_samples = num_samples
         self.rule = rule
         self.kappa = kappa
@@ -156,15 +166,19 @@ class SoftConfidentWeighter(nn.Module):
         self.register_buffer("threshold", torch.tensor(torch.inf))
         self.register_buffer("prior", None if prior is None else prior.detach().cpu())
         self.register_buffer("_part_weights", None)
-        self._held_out = None
+        self._held_out, self._reviewed = None, None
         if part_scores is not None:
             self._part_weights = torch.ones(part_scores.shape)
         if prior is not None:
+            if review is not None:
+                self._reviewed = Reviewed(prior, review, estimates=contamination == "auto")
             if hold_out is not None and (held_out := HeldOut(prior, hold_out)).waits:
                 self._held_out, self.hold_out, self.precaution = held_out, hold_out, 0.0
             self.fit()
         if part_scores is not None:
-            self._part_weights = weigh_parts(part_scores, self.weights, contamination, precaution)
+            self._part_weights = weigh_parts(part_scores, self.weights, self._told(), precaution)
+            if self._reviewed is not None:
+                self._part_weights[self._reviewed.labels == GOOD] = 1
 
     @torch.no_grad()
     def fit(self, scores: ArrayLike | None = None) -> None:
@@ -192,13 +206,15 @@ class SoftConfidentWeighter(nn.Module):
             self._weighted_scores(),
             self.rule,
             self.kappa,
-            self.contamination,
+            self._told(),
             0.0 if self.has_parts else self.precaution,  # with parts, it is one of these
         )
         if self._held_out is not None:
             if self._held_out.waits:
                 self._held_out.judge(self.scores, self.ranking_scores(), self.kappa)
             weights = weights * self._held_out.weights
+        if self._reviewed is not None:
+            weights, p_bad = self._reviewed.settle(weights, p_bad)
         # One copy each: another thread that reads during the fit gets old or new weights.
         self.threshold.copy_(threshold)
         self.weights.copy_(weights)
@@ -347,14 +363,18 @@ class SoftConfidentWeighter(nn.Module):
         self._samples.check_saved(state_dict, self.num_samples, self.prior)
         check_saved_parts(state_dict.get("_part_weights"), self._part_weights)
         check_saved_held_out(state_dict, self._held_out)
+        labels = None if self._reviewed is None else self._reviewed.labels
+        check_saved_review(state_dict.get("_reviewed.labels"), labels)
 
     @property
     def contamination_(self) -> Contamination:
-        """The share of bad samples that the scores prove, with an interval.
+        """The share of bad samples that the review tells or the scores prove, with an interval.
 
-        It comes from the scores that the weights follow (the prior, where there is one), whatever
-        rule and contamination are set. ``str()`` of it is a sentence.
+        Without a review, it comes from the scores that the weights follow (the prior, where there
+        is one), whatever rule and contamination are set. ``str()`` of it is a sentence.
         """
+        if self._reviewed is not None and self._reviewed.share is not None:
+            return self._reviewed.share
         basis = self._weighted_scores()
         known = basis[~basis.isnan()]
         return NO_EVIDENCE if too_few_or_equal(known) else estimate_contamination(known)
@@ -392,6 +412,11 @@ class SoftConfidentWeighter(nn.Module):
     def rejected(self) -> int:
         """How many held-out suspects the model has rejected: those that got a weight below 1/2."""
         return 0 if self._held_out is None else int(self._held_out.rejected)
+
+    @property
+    def reviewed(self) -> tuple[int, int]:
+        """How many samples a person has looked at, and how many of them are bad."""
+        return (0, 0) if self._reviewed is None else (self._reviewed.looks, self._reviewed.bad)
 
     @property
     def has_parts(self) -> bool:
@@ -461,6 +486,12 @@ class SoftConfidentWeighter(nn.Module):
         """The settings, for ``repr``."""
         rule = self.rule if isinstance(self.rule, str) else getattr(self.rule, "__name__", "custom")
         return f"num_samples={self.num_samples}, rule={rule!r}, momentum={self.momentum}"
+
+    def _told(self) -> float | Literal["auto"]:
+        """The share of bad samples as it is given, or as the review tells it."""
+        if self._reviewed is None or self._reviewed.share is None:
+            return self.contamination
+        return min(self._reviewed.share.estimate, MAX_LEFT_OUT)
 
     def _weighted_scores(self) -> Tensor:
         """The scores (N,) that the weights follow: the prior's, or else the model's."""

@@ -9,8 +9,7 @@ import torch
 import breadth
 import breadth_page
 import table_detectors
-from comet_meta import choose_for_review
-from reviewed import reviewed_share
+from reviewed import review_of
 from runs import Runs
 
 
@@ -72,16 +71,15 @@ def test_finished_runs_are_kept_and_the_tables_printed(folder, monkeypatch, caps
             assert run["figures"]["mean weight"] == 1
 
 
-def test_a_look_at_sixty_tells_about_the_rate(folder):
-    # Far anomalies come first in the ranking, so their part of it is looked at most closely.
+def test_who_looks_at_sixty_sees_no_other(folder):
     task = breadth.Task(folder / "far.npz", "as-is", 0)
     prior = breadth.RowScorer(seed=0)(task.train)
-    assert reviewed_share(prior, task.bad) == pytest.approx(task.rate, abs=0.03)
-    assert reviewed_share(prior, ~task.bad) == 0.49
-    # Who looks at sixty doesn't see the others.
+    look_at, bad = review_of(prior, task.bad)
+    assert len(look_at) == 60
+    assert bad.tolist() == task.bad[look_at].tolist()
     unseen = torch.ones(len(prior), dtype=torch.bool)
-    unseen[choose_for_review(prior)] = False
-    assert reviewed_share(prior, unseen.numpy()) == 0
+    unseen[look_at] = False
+    assert not review_of(prior, unseen.numpy())[1].any()
 
 
 def test_the_bound_of_the_variational_autoencoder_by_hand():

@@ -156,14 +156,26 @@ def test_the_weighter_is_told_the_share(trial, monkeypatch):
 
     monkeypatch.setattr(ablation, "SoftConfidentWeighter", weighter)
     share = float(trial.bad.mean())
-    # A look at sixty of so few pictures is a look at all of them.
-    for given, told in ((0.1, 0.1), ("true", share), ("reviewed", share)):
+    for given, told in ((0.1, 0.1), ("true", share)):
         chosen(contamination=given)(trial)
         assert float(made[-1].weights.mean()) == pytest.approx(0.9 - told, abs=0.01)
         chosen(contamination=given, parts=True)(trial)
         assert float(made[-1].weights.mean()) == pytest.approx(1 - told, abs=0.01)
         counting = made[-1].part_weights()[made[-1].weights > 0]
         assert float(counting.mean()) == pytest.approx(0.9, abs=1e-4)
+
+
+def test_a_look_at_all_of_few_pictures_leaves_out_the_bad_ones_alone(trial, monkeypatch):
+    made = []
+
+    def weighter(**options):
+        made.append(SoftConfidentWeighter(**options))
+        return made[-1]
+
+    monkeypatch.setattr(ablation, "SoftConfidentWeighter", weighter)
+    assert len(trial.bad) < 60
+    chosen(contamination="reviewed")(trial)
+    assert made[-1].weights.tolist() == (1.0 - trial.bad).tolist()
 
 
 def test_a_look_that_finds_none_is_plain_training(trial):
