@@ -51,10 +51,7 @@ def write(
         from comet_meta.vision.samples import Sample, Split
         from comet_meta.vision.survey import survey_depth
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f'the report needs the package {error.name}: pip install "comet-meta[vision]"',
-            name=error.name,
-        ) from error
+        raise _without_extra(error) from error
 
     samples = [Sample(Path(path), None) for path in paths]
     known = survey_depth(Split(title, tuple(samples), (), has_masks=False))
@@ -67,3 +64,51 @@ def write(
         None if maps is None else lambda samples: maps([sample.path for sample in samples]),
     )
     return Path(file)
+
+
+def read_review(
+    file: str | PathLike[str], paths: Sequence[str | PathLike[str]]
+) -> tuple[list[int], list[bool]]:
+    """Read what a person has found in the report's sample, for the weighter's ``review=``.
+
+    Args:
+        file: The list that the report has exported after its sample was shown and its bad pictures
+            were ticked. Pictures that were ticked elsewhere don't count: they would make the share
+            of bad ones too large.
+        paths: The pictures' files: sample i is ``paths[i]``.
+
+    Returns:
+        Indices of the pictures that were looked at, and whether each is bad.
+
+    Raises:
+        ModuleNotFoundError: If the extra ``comet-meta[vision]`` isn't installed.
+        ValueError: If the file is no such list, or has a picture that ``paths`` lacks.
+
+    Example:
+        >>> from comet_meta import SoftConfidentWeighter, report
+        >>> review = report.read_review("line_3_keep_drop.csv", paths)  # doctest: +SKIP
+        >>> weighter = SoftConfidentWeighter(prior=prior, review=review)  # doctest: +SKIP
+    """
+    try:
+        from comet_meta.vision.keep_list import KeepListError, read_reviewed
+    except ModuleNotFoundError as error:
+        raise _without_extra(error) from error
+
+    index = {str(Path(path).absolute()): i for i, path in enumerate(paths)}
+    found = read_reviewed(Path(file))
+    if lacking := [path for path, _ in found if str(Path(path).absolute()) not in index]:
+        raise KeepListError(
+            f"{lacking[0]} in {file} is none of the {len(paths)} pictures; give the paths that the "
+            "report was written with"
+        )
+    return (
+        [index[str(Path(path).absolute())] for path, _ in found],
+        [not keep for _, keep in found],
+    )
+
+
+def _without_extra(error: ModuleNotFoundError) -> ModuleNotFoundError:
+    return ModuleNotFoundError(
+        f'the report needs the package {error.name}: pip install "comet-meta[vision]"',
+        name=error.name,
+    )

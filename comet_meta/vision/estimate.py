@@ -32,6 +32,8 @@ def in_words(weighter: SoftConfidentWeighter) -> str:
         )
     suspects = int((weighter.p_bad > 0.5).sum())
     left_out = int((weighter.weights < 0.5).sum())
+    if weighter.contamination == "auto" and weighter.reviewed != (0, 0):
+        return _of_review(weighter)
     if weighter.contamination != "auto":
         precaution = (
             f" As a precaution, training leaves out {left_out - suspects:,} more."
@@ -69,6 +71,18 @@ def in_words(weighter: SoftConfidentWeighter) -> str:
         else "none is more likely bad than good by itself"
     )
     return f"{amount}{interval} of the pictures look bad; {named}."
+
+
+def _of_review(weighter: SoftConfidentWeighter) -> str:
+    """What a person found who looked at some."""
+    (looks, bad), (share, low, high) = weighter.reviewed, weighter.contamination_
+    left_out = int((weighter.weights < 0.5).sum())
+    found = {0: "none is", 1: "one is"}.get(bad, f"{bad:,} are")
+    out = f"{left_out:,} of {len(weighter.weights):,}" if left_out else "none"
+    return (
+        f"Of {looks:,} pictures that were looked at, {found} bad: about {100 * share:.0f} % "
+        f"({100 * low:.0f} to {100 * high:.0f} %) of all. Training leaves out {out}."
+    )
 
 
 def _of_held_out(weighter: SoftConfidentWeighter) -> str:

@@ -84,14 +84,43 @@ def read(file: Path) -> list[tuple[str, bool]]:
     Raises:
         KeepListError: If the file is missing or is no such list.
     """
+    return [(path, keep) for path, keep, _ in _read(file, {"path", "keep"})]
+
+
+def read_reviewed(file: Path) -> list[tuple[str, bool]]:
+    """Read what a person has looked at in the report's sample.
+
+    Args:
+        file: A list that the report has exported, with the columns ``path``, ``keep`` and
+            ``reviewed`` (yes or no).
+
+    Returns:
+        Path as it is written and whether it stays, for each picture of the sample.
+
+    Raises:
+        KeepListError: If the file is missing or is no such list, or nothing was looked at.
+    """
+    found = _read(file, {"path", "keep", "reviewed"})
+    reviewed = [(path, keep) for path, keep, seen in found if seen]
+    if not reviewed:
+        raise KeepListError(
+            f"{file} has no picture that was looked at: show the report's sample, tick its bad "
+            "pictures and export the list again"
+        )
+    return reviewed
+
+
+def _read(file: Path, needed: set[str]) -> list[tuple[str, bool, bool]]:
+    """Path, whether it stays and whether it was looked at, of each line."""
     try:
         with file.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as stream:
             lines = csv.DictReader(stream)
-            missing = {"path", "keep"} - set(lines.fieldnames or ())
+            missing = needed - set(lines.fieldnames or ())
             if missing:
+                expected = [*COLUMNS, *(["reviewed"] if "reviewed" in needed else [])]
                 raise KeepListError(
                     f"{file} has no column {' nor '.join(sorted(missing))}; expected the header "
-                    f"{','.join(COLUMNS)}"
+                    f"{','.join(expected)}"
                 )
             return [_decision(file, lines.line_num, line) for line in lines]
     except FileNotFoundError:
@@ -156,14 +185,14 @@ def apply(
     return Applied(len(kept) - len(taken), len(taken), len(dropped))
 
 
-def _decision(file: Path, line: int, row: dict[str, str | None]) -> tuple[str, bool]:
+def _decision(file: Path, line: int, row: dict[str, str | None]) -> tuple[str, bool, bool]:
     path, keep = row["path"], (row["keep"] or "").strip().lower()
     if not path or keep not in _KEEP:
         raise KeepListError(
             f"line {line} of {file} has path {path!r} and keep {row['keep']!r}; expected a path, "
             "and yes or no"
         )
-    return path, _KEEP[keep]
+    return path, _KEEP[keep], (row.get("reviewed") or "").strip().lower() == "yes"
 
 
 def _path_below(source: Path, path: str, list_file: Path) -> Path:

@@ -14,7 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-from comet_meta import SoftConfidentWeighter
+from comet_meta import SoftConfidentWeighter, choose_for_review, share_from_review
+from comet_meta import report as report_of
 from comet_meta.vision import html_report
 from comet_meta.vision.images import Transform
 from comet_meta.vision.samples import Sample
@@ -366,7 +367,7 @@ def test_it_filters(page, samples):
     assert set(paths(page)) == {str(sample.path) for sample in samples if sample.label == 1}
 
 
-def test_a_sample_tells_how_many_are_bad(page, samples):
+def test_a_sample_tells_how_many_are_bad(page, samples, folder):
     assert not page.find_element("id", "share").is_displayed()
     choose(page, "show", "sample")
     ranks = ranks_to_review(len(samples))
@@ -387,6 +388,24 @@ def test_a_sample_tells_how_many_are_bad(page, samples):
         in text(page, "share")
     )
     assert text(page, "share").endswith(f"say contamination={share:.3f}.")
+    # Ticked elsewhere: no part of the estimate, in the page and in the list.
+    choose(page, "show", "all")
+    outside = next(
+        card
+        for card in page.find_elements("css selector", ".card")
+        if int(card.get_attribute("data-i")) not in {rank for some in ranks for rank in some}
+    )
+    outside.find_element("css selector", ".drop input").click()
+    page.refresh()  # the browser remembers that the sample was shown
+    click(page, "export")
+    file = wait_for(lambda: next((folder / "downloads").glob("part_1__keep_drop.csv"), None))
+    index, bad = report_of.read_review(file, [sample.path for sample in samples])
+    file.unlink()
+    assert sorted(index) == sorted(choose_for_review(fitted(samples).scores).tolist())
+    assert sum(bad) == 3
+    assert share_from_review(fitted(samples).scores, index, bad) == pytest.approx(
+        (share, low, high)
+    )
 
 
 def test_of_many_pictures_those_of_the_sample_have_thumbnails(tmp_path, monkeypatch):
@@ -434,6 +453,7 @@ def test_it_exports_what_was_decided(page, samples, folder):
     assert [int(row["rank"]) for row in rows] == list(range(1, 108))
     assert {row["path"] for row in rows} == {str(sample.path) for sample in samples}
     bad = {str(sample.path) for sample in samples if sample.label == 1}
+    assert {row["reviewed"] for row in rows} == {"no"}  # the sample was never shown
     dropped = {row["path"] for row in rows if row["keep"] == "no"}
     assert dropped == bad - {rows[0]["path"]}
     assert {row["keep"] for row in rows} == {"yes", "no"}

@@ -203,6 +203,38 @@ def test_beyond_the_first_pictures_the_page_lists_without_showing(tmp_path, monk
     assert all(path.name in page for path in paths)
 
 
+def test_a_review_is_read_by_path(tmp_path):
+    from comet_meta import report
+
+    paths = [tmp_path / f"{i}.png" for i in range(4)]
+    lines = [
+        "path,keep,reviewed",
+        f"{paths[2]},no,yes",
+        f"{paths[0]},yes,yes",
+        f"{paths[1]},no,no",
+        f"{paths[3]},yes,",
+    ]
+    (tmp_path / "list.csv").write_text("\n".join(lines))
+    assert report.read_review(tmp_path / "list.csv", paths) == ([2, 0], [True, False])
+    with pytest.raises(ValueError, match=r"2\.png in .*list\.csv is none of the 2 pictures"):
+        report.read_review(tmp_path / "list.csv", paths[:2])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("path,keep\na.png,yes\n", "has no column reviewed; expected the header"),
+        ("path,keep,reviewed\na.png,yes,no\n", "no picture that was looked at: show the report's"),
+    ],
+)
+def test_a_list_without_a_review_says_how_to_make_one(tmp_path, text, message):
+    from comet_meta import report
+
+    (tmp_path / "list.csv").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        report.read_review(tmp_path / "list.csv", [tmp_path / "a.png"])
+
+
 def test_the_core_imports_no_pictures():
     import subprocess
     import sys

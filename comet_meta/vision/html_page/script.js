@@ -197,15 +197,21 @@ byId("settings").append(make("table", {}, make("tbody", {}, ...settings)));
 
 const storage = `comet-meta curation ${page.id}`;
 const dropped = new Set();
+let sampled = false; // whether the sample was ever shown
 try {
   JSON.parse(localStorage.getItem(storage) ?? "[]").forEach((i) => i in pictures && dropped.add(i));
+  sampled = localStorage.getItem(`${storage} sampled`) === "yes";
 } catch { /* private mode, or storage switched off: decisions last as long as the page */ }
+
+function store(name, value) {
+  try {
+    localStorage.setItem(name, value);
+  } catch { /* see above */ }
+}
 
 function decide(indices, drop) {
   for (const i of indices) drop ? dropped.add(i) : dropped.delete(i);
-  try {
-    localStorage.setItem(storage, JSON.stringify([...dropped]));
-  } catch { /* see above */ }
+  store(storage, JSON.stringify([...dropped]));
   for (const card of gallery.children) paint(card);
   summarise();
 }
@@ -320,6 +326,10 @@ function more() {
 }
 
 function refresh() {
+  if (byId("show").value === "sample" && !sampled) {
+    sampled = true;
+    store(`${storage} sampled`, "yes");
+  }
   const words = byId("filter").value.toLowerCase().split(/\s+/).filter(Boolean);
   const wanted = filters[byId("show").value];
   shown = [...pictures.keys()]
@@ -418,9 +428,9 @@ const quoted = (text) => (/[",\r\n]/.test(text) ? `"${text.replaceAll('"', '""')
 byId("export").addEventListener("click", () => {
   const lines = pictures.map((picture, i) => [
     quoted(picture.path), picture.score ?? "", picture.weight, picture.anomalous, i + 1,
-    dropped.has(i) ? "no" : "yes",
+    dropped.has(i) ? "no" : "yes", sampled && sample.has(i) ? "yes" : "no",
   ].join(","));
-  const csv = ["path,score,weight,p_bad,rank,keep", ...lines, ""].join("\r\n");
+  const csv = ["path,score,weight,p_bad,rank,keep,reviewed", ...lines, ""].join("\r\n");
   const url = URL.createObjectURL(new Blob([csv], { type: "text/csv" }));
   const name = `${page.heading.replace(/[^\w.-]+/g, "_")}_keep_drop.csv`;
   make("a", { href: url, download: name }).click();
