@@ -6,6 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from comet_meta.weights.review import Review
 from comet_meta.weights.weighter import SoftConfidentWeighter
 
 
@@ -66,9 +67,7 @@ def write(
     return Path(file)
 
 
-def read_review(
-    file: str | PathLike[str], paths: Sequence[str | PathLike[str]]
-) -> tuple[list[int], list[bool]]:
+def read_review(file: str | PathLike[str], paths: Sequence[str | PathLike[str]]) -> Review:
     """Read what a person has found in the report's sample, for the weighter's ``review=``.
 
     Args:
@@ -78,7 +77,8 @@ def read_review(
         paths: The pictures' files: sample i is ``paths[i]``.
 
     Returns:
-        Indices of the pictures that were looked at, and whether each is bad.
+        Indices of the pictures that were looked at, whether each is bad, and the share of bad
+        pictures that this tells, by the ranking of the report.
 
     Raises:
         ModuleNotFoundError: If the extra ``comet-meta[vision]`` isn't installed.
@@ -95,15 +95,16 @@ def read_review(
         raise _without_extra(error) from error
 
     index = {str(Path(path).absolute()): i for i, path in enumerate(paths)}
-    found = read_reviewed(Path(file))
+    found, share = read_reviewed(Path(file))
     if lacking := [path for path, _ in found if str(Path(path).absolute()) not in index]:
         raise KeepListError(
             f"{lacking[0]} in {file} is none of the {len(paths)} pictures; give the paths that the "
             "report was written with"
         )
-    return (
+    return Review(
         [index[str(Path(path).absolute())] for path, _ in found],
         [not keep for _, keep in found],
+        share,
     )
 
 

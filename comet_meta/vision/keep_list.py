@@ -2,13 +2,18 @@
 
 import csv
 import filecmp
+import math
 import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import Literal, NamedTuple
 
+import torch
+
 from comet_meta.vision.files import replacing
+from comet_meta.weights.contamination import Contamination
+from comet_meta.weights.review import share_from_review
 
 COLUMNS = ("path", "score", "weight", "p_bad", "rank", "keep")
 _KEEP = {"yes": True, "no": False}
@@ -87,31 +92,39 @@ def read(file: Path) -> list[tuple[str, bool]]:
     return [(path, keep) for path, keep, _ in _read(file, {"path", "keep"})]
 
 
-def read_reviewed(file: Path) -> list[tuple[str, bool]]:
+def read_reviewed(file: Path) -> tuple[list[tuple[str, bool]], Contamination]:
     """Read what a person has looked at in the report's sample.
 
     Args:
-        file: A list that the report has exported, with the columns ``path``, ``keep`` and
-            ``reviewed`` (yes or no).
+        file: A list that the report has exported, with the columns ``path``, ``rank``, ``keep``
+            and ``reviewed`` (yes or no).
 
     Returns:
-        Path as it is written and whether it stays, for each picture of the sample.
+        Path as it is written and whether it stays, for each picture of the sample; and the share of
+        all pictures that doesn't stay, as far as the sample tells.
 
     Raises:
         KeepListError: If the file is missing or is no such list, or nothing was looked at.
     """
-    found = _read(file, {"path", "keep", "reviewed"})
-    reviewed = [(path, keep) for path, keep, seen in found if seen]
+    found = _read(file, {"path", "rank", "keep", "reviewed"})
+    places = [place for place, (_, _, seen) in enumerate(found) if seen]
+    reviewed = [found[place][:2] for place in places]
     if not reviewed:
         raise KeepListError(
             f"{file} has no picture that was looked at: show the report's sample, tick its bad "
             "pictures and export the list again"
         )
-    return reviewed
+    try:
+        share = share_from_review(
+            -torch.arange(len(found)).float(), places, [not keep for _, keep in reviewed]
+        )
+    except ValueError as error:
+        raise KeepListError(f"{file}: {error}") from error
+    return reviewed, share
 
 
 def _read(file: Path, needed: set[str]) -> list[tuple[str, bool, bool]]:
-    """Path, whether it stays and whether it was looked at, of each line."""
+    """Path, whether it stays and whether it was looked at, of each line, by rank if need be."""
     try:
         with file.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as stream:
             lines = csv.DictReader(stream)
@@ -122,7 +135,10 @@ def _read(file: Path, needed: set[str]) -> list[tuple[str, bool, bool]]:
                     f"{file} has no column {' nor '.join(sorted(missing))}; expected the header "
                     f"{','.join(expected)}"
                 )
-            return [_decision(file, lines.line_num, line) for line in lines]
+            rows = [(_rank(line), _decision(file, lines.line_num, line)) for line in lines]
+            if "rank" in needed:
+                rows.sort(key=lambda row: row[0])
+            return [decision for _, decision in rows]
     except FileNotFoundError:
         raise KeepListError(f"there's no list {file}") from None
     except csv.Error as error:
@@ -183,6 +199,12 @@ def apply(
             with replacing(target) as aside:
                 shutil.copy2(source / path, aside)
     return Applied(len(kept) - len(taken), len(taken), len(dropped))
+
+
+def _rank(row: dict[str, str | None]) -> float:
+    """A picture that has none, as it can't be read, comes last."""
+    text = (row.get("rank") or "").strip()
+    return float(text) if text.isdigit() else math.inf
 
 
 def _decision(file: Path, line: int, row: dict[str, str | None]) -> tuple[str, bool, bool]:

@@ -103,13 +103,13 @@ def check_review(review: object, prior: Tensor | None, hold_out: float | None) -
     """
     if review is None:
         return
-    if not (isinstance(review, tuple | list) and len(review) == 2):
+    if not (isinstance(review, tuple | list) and len(review) in (2, 3)):
         raise ValueError(
             f"review is a {type(review).__name__}; expected a pair: indices of the samples, and "
             "whether each of them is bad"
         )
     if prior is None:
-        raise ValueError("review needs the prior= that the samples were chosen by; give both")
+        raise ValueError("review needs a prior= that ranks the other samples; give both")
     if hold_out is not None:
         raise ValueError(
             "hold_out lets the model say what is bad, and review has said it; leave one of them out"

@@ -19,7 +19,7 @@ Statistics in Medicine 27, 2008 (step 4).
 
 import math
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,14 +30,26 @@ from comet_meta.weights.checks import as_scores
 from comet_meta.weights.contamination import Contamination
 from comet_meta.weights.ranking import rank_samples
 
-Review: TypeAlias = tuple[Tensor | Sequence[int], ArrayLike | Sequence[bool]]
-"""What a person saw: indices of samples, shape (K,), and whether each of them is bad, (K,)."""
-
 UNSEEN, GOOD, BAD = range(3)
 """What is known of a sample."""
 
 _ENDS = (0.05, 0.1, 0.2, 0.4, 1.0)
 _Z = 1.959964  # of 95 %
+
+
+class Review(NamedTuple):
+    """What a person saw who looked at some samples.
+
+    Attributes:
+        looked_at: Their indices, shape (K,).
+        bad: Whether each of them is bad, shape (K,).
+        share: The share of bad samples that was estimated from it; None: it is estimated with the
+            scores of those who use the review, by which the samples must have been chosen then.
+    """
+
+    looked_at: Tensor | Sequence[int]
+    bad: ArrayLike | Sequence[bool]
+    share: Contamination | None = None
 
 
 def strata(count: int) -> list[range]:
@@ -145,14 +157,14 @@ def share_from_review(
         0.0
     """
     scores = _checked(scores)
-    return _share(scores, known_labels((reviewed, bad), len(scores)))
+    return _share(scores, known_labels(Review(reviewed, bad), len(scores)))
 
 
 def known_labels(review: Review, count: int) -> Tensor:
     """What is known of each sample after a look at some.
 
     Args:
-        review: Indices and answers.
+        review: What the person saw.
         count: Number N of samples.
 
     Returns:
@@ -163,10 +175,10 @@ def known_labels(review: Review, count: int) -> Tensor:
         IndexError: If an index lies outside the training set.
 
     Example:
-        >>> known_labels(([3, 1], [True, False]), 4)
+        >>> known_labels(Review([3, 1], [True, False]), 4)
         tensor([0, 1, 0, 2], dtype=torch.int8)
     """
-    index, found = as_index(review[0], count), torch.as_tensor(review[1]).bool()
+    index, found = as_index(review.looked_at, count), torch.as_tensor(review.bad).bool()
     if index.shape != found.shape:
         raise ValueError(
             f"bad has shape {tuple(found.shape)}; expected ({len(index)},), whether each of the "
@@ -184,7 +196,7 @@ class Reviewed(nn.Module):
 
     Args:
         prior: Anomaly scores that the samples were chosen by, shape (N,).
-        review: Indices of the samples, and whether each is bad.
+        review: What the person saw.
         estimates: Whether to estimate the share of bad samples from it.
 
     Attributes:
@@ -192,7 +204,8 @@ class Reviewed(nn.Module):
         share: The share of bad samples with its interval; None where it isn't estimated.
 
     Example:
-        >>> reviewed = Reviewed(torch.arange(10.0), ([8, 9], [False, True]), estimates=False)
+        >>> review = Review([8, 9], [False, True])
+        >>> reviewed = Reviewed(torch.arange(10.0), review, estimates=False)
         >>> weights, p_bad = reviewed.settle(torch.full((10,), 0.5), torch.full((10,), 0.5))
         >>> weights[7:], p_bad[7:]
         (tensor([0.5000, 1.0000, 0.0000]), tensor([0.5000, 0.0000, 1.0000]))
@@ -203,7 +216,9 @@ class Reviewed(nn.Module):
     def __init__(self, prior: Tensor, review: Review, *, estimates: bool) -> None:
         super().__init__()
         self.register_buffer("labels", known_labels(review, len(prior)))
-        self.share = _share(prior, self.labels) if estimates else None
+        self.share: Contamination | None = None
+        if estimates:
+            self.share = review.share or _share(prior, self.labels)
 
     @property
     def looks(self) -> int:

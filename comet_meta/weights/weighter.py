@@ -77,7 +77,8 @@ class SoftConfidentWeighter(nn.Module):
             (:func:`~comet_meta.choose_for_review`): their indices, shape (K,), and whether each is
             bad, shape (K,). Those that are good have weight 1 and those that are bad weight 0. With
             ``contamination="auto"`` they tell the share of bad samples too
-            (:func:`~comet_meta.share_from_review`). Needs a prior.
+            (:func:`~comet_meta.share_from_review`). Needs the prior that they were chosen by, or
+            comes from :func:`comet_meta.report.read_review`.
 
     Without a prior, let the model learn something before the first fit: weights from an untrained
     model can lock in.
@@ -134,7 +135,7 @@ class SoftConfidentWeighter(nn.Module):
         prior: ArrayLike | None = None,
         part_prior: ArrayLike | None = None,
         hold_out: float | None = None,
-        review: Review | None = None,
+        review: Review | tuple[Tensor | Sequence[int], ArrayLike | Sequence[bool]] | None = None,
     ) -> None:
         super().__init__()
         if prior is not None:
@@ -171,7 +172,8 @@ class SoftConfidentWeighter(nn.Module):
             self._part_weights = torch.ones(part_scores.shape)
         if prior is not None:
             if review is not None:
-                self._reviewed = Reviewed(prior, review, estimates=contamination == "auto")
+                estimates = contamination == "auto"
+                self._reviewed = Reviewed(prior, Review(*review), estimates=estimates)
             if hold_out is not None and (held_out := HeldOut(prior, hold_out)).waits:
                 self._held_out, self.hold_out, self.precaution = held_out, hold_out, 0.0
             self.fit()

@@ -399,13 +399,12 @@ def test_a_sample_tells_how_many_are_bad(page, samples, folder):
     page.refresh()  # the browser remembers that the sample was shown
     click(page, "export")
     file = wait_for(lambda: next((folder / "downloads").glob("part_1__keep_drop.csv"), None))
-    index, bad = report_of.read_review(file, [sample.path for sample in samples])
+    index, bad, found = report_of.read_review(file, [sample.path for sample in samples])
     file.unlink()
     assert sorted(index) == sorted(choose_for_review(fitted(samples).scores).tolist())
     assert sum(bad) == 3
-    assert share_from_review(fitted(samples).scores, index, bad) == pytest.approx(
-        (share, low, high)
-    )
+    assert found == pytest.approx((share, low, high))
+    assert share_from_review(fitted(samples).scores, index, bad) == pytest.approx(found)
 
 
 def test_of_many_pictures_those_of_the_sample_have_thumbnails(tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ import torch
 
 from comet_meta import SoftConfidentWeighter, cli
 from comet_meta.vision.keep_list import KeepListError, Row, apply, read, write
+from comet_meta.weights.review import share_of_strata
 
 NAMES = ["a/1.png", "a/2.png", "b/c/1.png", '=1,"x"\n.png', "grün.png"]
 
@@ -203,19 +204,22 @@ def test_beyond_the_first_pictures_the_page_lists_without_showing(tmp_path, monk
     assert all(path.name in page for path in paths)
 
 
-def test_a_review_is_read_by_path(tmp_path):
+def test_a_review_is_read_by_path_and_its_share_by_rank(tmp_path):
     from comet_meta import report
 
-    paths = [tmp_path / f"{i}.png" for i in range(4)]
+    paths = [tmp_path / f"{i}.png" for i in range(5)]
+    # Every stratum of five is one picture but the last, of which one of three was looked at.
     lines = [
-        "path,keep,reviewed",
-        f"{paths[2]},no,yes",
-        f"{paths[0]},yes,yes",
-        f"{paths[1]},no,no",
-        f"{paths[3]},yes,",
+        "path,rank,keep,reviewed",
+        *(f"{paths[2]},1,no,yes", f"{paths[4]},2,yes,yes"),
+        *(f"{paths[1]},5,no,no", f"{paths[0]},4,yes,yes", f"{paths[3]},3,yes,"),
     ]
     (tmp_path / "list.csv").write_text("\n".join(lines))
-    assert report.read_review(tmp_path / "list.csv", paths) == ([2, 0], [True, False])
+    index, bad, share = report.read_review(tmp_path / "list.csv", paths)
+    assert (index, bad) == ([2, 4, 0], [True, False, False])
+    assert share == share_of_strata([(1, 1, 1), (1, 1, 0), (3, 1, 0)])
+    weighter = SoftConfidentWeighter(prior=torch.rand(5), review=(index, bad, share))
+    assert weighter.contamination_ == share
     with pytest.raises(ValueError, match=r"2\.png in .*list\.csv is none of the 2 pictures"):
         report.read_review(tmp_path / "list.csv", paths[:2])
 
@@ -223,11 +227,15 @@ def test_a_review_is_read_by_path(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("path,keep\na.png,yes\n", "has no column reviewed; expected the header"),
-        ("path,keep,reviewed\na.png,yes,no\n", "no picture that was looked at: show the report's"),
+        ("path,keep\na.png,yes\n", "has no column rank nor reviewed; expected the header"),
+        ("path,rank,keep,reviewed\na.png,1,yes,no\n", "no picture that was looked at: show the"),
+        (
+            "path,rank,keep,reviewed\na.png,1,yes,yes\nb.png,2,yes,no\nc.png,3,no,no\n",
+            "list.csv: no sample of the ranks 1 to 1 was looked at",
+        ),
     ],
 )
-def test_a_list_without_a_review_says_how_to_make_one(tmp_path, text, message):
+def test_a_list_without_a_whole_review_says_so(tmp_path, text, message):
     from comet_meta import report
 
     (tmp_path / "list.csv").write_text(text)
