@@ -91,7 +91,7 @@ def test_another_review_is_refused(other):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_samples": 500, "review": REVIEW}, "review needs the prior"),
+        ({"num_samples": 500, "review": REVIEW}, "review needs a prior="),
         ({"prior": PRIOR, "review": REVIEW, "hold_out": 0.2}, "leave one of them out"),
         ({"prior": PRIOR, "review": LOOK_AT}, "expected a pair"),
         ({"prior": PRIOR, "review": (LOOK_AT, [True])}, r"bad has shape \(1,\); expected \(60,\)"),
