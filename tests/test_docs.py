@@ -85,12 +85,18 @@ def ranked() -> dict:
     names = pictures()
     rows = [Row(Path(f"{i}.png"), 2.0 - i / 8, 0.5, 0.9 - i / 10, i + 1, i > 3) for i in range(8)]
     write(Path("pictures_ranked/keep.csv"), [*rows, Row(Path("8.png"), *[None] * 4, False)])
-    return names
+    paths = [Path(f"pictures/{i}.png").absolute() for i in range(9)]
+    lines = [
+        f"{path},{rank},{'no' if rank < 3 else 'yes'},yes" for rank, path in enumerate(paths, 1)
+    ]
+    Path("list.csv").write_text("\n".join(["path,rank,keep,reviewed", *lines]))
+    return names | {"paths": paths, "prior": torch.arange(9.0).flip(0)}
 
 
 def check_rank(names: dict) -> None:
     import json
 
+    assert names["review"].bad == [True, True] + 7 * [False]
     assert Path("report.html").read_text(encoding="utf-8").count('"heat":') == 9
     content = json.loads(Path("labels.json").read_text())
     assert set(content) == {"classes", "labels"}
@@ -139,10 +145,11 @@ def looked_at() -> dict:
 
 def check_method(names: dict) -> None:
     assert len(names["look_at"]) == 60
-    assert abs(names["found"].estimate - 0.05) < 0.02
+    assert names["weighter"].reviewed[0] == 60
+    assert abs(names["weighter"].contamination_.estimate - 0.05) < 0.02
     assert found(names["weighter"].ranking()) >= 17
     words = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
-    assert f"print(found)  # {names['found']}\n" in words
+    assert f"  # {names['weighter'].contamination_}\n" in words
 
 
 # Pages with snippets: what they start from, and what must hold after the last of them.

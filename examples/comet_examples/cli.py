@@ -221,6 +221,14 @@ def _parser(detector: str, dataset: str) -> argparse.ArgumentParser:
         help="share of bad training pictures, in [0, 0.5), where it is known (default: "
         "%(default)s: as many as the scores prove)",
     )
+    training.add_argument(
+        "--review",
+        type=Path,
+        metavar="CSV",
+        help="list from the report of comet-meta rank, or of an earlier training of the same "
+        "pictures, in which you have ticked the bad pictures of the sample: it tells the share of "
+        "bad pictures, and the looked-at ones are trained on or left out as you say",
+    )
     training.add_argument("--meta", choices=get_args(MetaMode), help="meta-step of CoMet")
     training.add_argument(
         "--strength",
@@ -280,6 +288,7 @@ def _run(options: argparse.Namespace) -> int:
         store=FeatureStore(half=options.half_features),
         tensorboard=options.tensorboard,
         keep_going=options.keep_going,
+        review=options.review,
     )
     rows, failed = session.run([oracle(s) for s in splits] if options.curated else splits)
     if rows:

@@ -1,5 +1,6 @@
 """Methods trained and judged on categories, with results, pictures and checkpoints on disk."""
 
+import hashlib
 import platform
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,10 +21,12 @@ from comet_examples.presets import Preset
 from comet_examples.results import Results, fingerprint
 from comet_examples.training import ResumeError, TrainingSettings
 from comet_meta import SoftConfidentWeighter
+from comet_meta.report import read_review
 from comet_meta.vision import html_report
 from comet_meta.vision.backbones import Backbone
 from comet_meta.vision.features import FeatureStore
 from comet_meta.vision.files import sole_writer, unforeseen
+from comet_meta.weights.review import Review
 
 if TYPE_CHECKING:
     from comet_examples.tensorboard import TensorBoardLog
@@ -50,6 +53,7 @@ class Session:
         resume: Continue a method that was stopped from its last epoch.
         store: Keeps the features.
         keep_going: Whether to train without the pictures that can't be used.
+        review: List of a report in whose sample the bad pictures were ticked.
         tensorboard: Whether to write logs for TensorBoard; takes the package ``tensorboard``.
     """
 
@@ -67,6 +71,7 @@ class Session:
     store: FeatureStore = field(default_factory=FeatureStore)
     tensorboard: bool = False
     keep_going: bool = False
+    review: Path | None = None
 
     def run(self, categories: Sequence[Split]) -> tuple[list[dict[str, str | float]], list[str]]:
         """Train and judge what isn't finished yet.
@@ -108,6 +113,10 @@ class Session:
         split = contaminate(clean, self.noise, seed=self.training.seed, overlap=self.overlap)
         training = asdict(self.training)
         del training["method"]
+        if self.review is not None:
+            self._review(split)  # a list that doesn't fit is refused before the first training
+            digest = hashlib.sha256(self.review.read_bytes()).hexdigest()
+            training["review"] = f"{self.review.name}, sha256 {digest[:12]}"
         settings = {
             "category": clean.category,
             "dataset": self.dataset,
@@ -121,6 +130,11 @@ class Session:
             **training,
         }
         return split, Results(self.out / clean.category / "results.json", settings)
+
+    def _review(self, split: Split) -> Review | None:
+        if self.review is None:
+            return None
+        return read_review(self.review, [sample.path for sample in split.train])
 
     def _finish(self, clean: Split, split: Split, results: Results) -> None:
         """Train and judge the methods that aren't finished yet."""
@@ -151,9 +165,12 @@ class Session:
                 results.add(method, entry)
                 continue
             log = _log(folder / "tensorboard" / method) if self.tensorboard else None
+            settings = replace(self.training, method=cast("Method", method))
+            if method == "comet":
+                settings = replace(settings, review=self._review(split))
             outcome = experiment.run(
                 split,
-                replace(self.training, method=cast("Method", method)),
+                settings,
                 checkpoint=results.file.with_name(f"{method}.pt"),
                 resume=self.resume,
                 on_epoch=None if log is None else log.epoch,

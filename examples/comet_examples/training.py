@@ -27,6 +27,7 @@ from comet_meta import (
 from comet_meta.meta.step import MetaMode
 from comet_meta.vision.files import replacing
 from comet_meta.vision.picture_prior import HOLD_OUT, PRECAUTION, memory_prior
+from comet_meta.weights.review import Review
 
 Method = Literal["plain", "oracle", "paper", "comet"]
 Schedule = Literal["constant", "cosine"]
@@ -83,6 +84,7 @@ class TrainingSettings:
             ``"constant"`` leaves them as the detector has them.
         contamination: Share of bad training pictures that ``"comet"`` is told, in [0, 0.5);
             ``"auto"``: it finds out.
+        review: What a person saw who looked at some of the training pictures, for ``"comet"``.
 
     Raises:
         ValueError: If not exactly one of ``epochs`` and ``steps`` is given.
@@ -97,6 +99,7 @@ class TrainingSettings:
     steps: int | None = None
     schedule: Schedule = "constant"
     contamination: float | Literal["auto"] = "auto"
+    review: Review | None = None
 
     def __post_init__(self) -> None:
         """Exactly one length."""
@@ -189,10 +192,12 @@ def wrap(
     options: dict[str, Any] = {} if settings.meta is None else {"meta": settings.meta}
     if settings.strength > 0:
         options["regularizer"] = CovarianceMetaRegularizer(settings.strength)
-    judges = settings.contamination == "auto" and settings.judged_after(len(data)) is not None
+    judges = settings.contamination == "auto" and settings.review is None
+    judges = judges and settings.judged_after(len(data)) is not None
     weighter = SoftConfidentWeighter(
         prior=memory_prior(data.batches(), len(data)),
         contamination=settings.contamination,
+        review=settings.review,
         hold_out=HOLD_OUT if judges else None,
         precaution=PRECAUTION,  # where nothing is held out
     )

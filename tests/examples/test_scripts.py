@@ -89,6 +89,51 @@ def results(out: Path) -> dict:
     return json.loads(file.read_text())
 
 
+def reviewed_list(file: Path, pictures: list[Path], bad: set[str]) -> Path:
+    """A list as the report exports it: all pictures were looked at."""
+    rows = [
+        f"{path.absolute()},{rank},{'no' if path.name in bad else 'yes'},yes"
+        for rank, path in enumerate(pictures, 1)
+    ]
+    file.write_text("\n".join(["path,rank,keep,reviewed", *rows, ""]))
+    return file
+
+
+def test_a_review_says_which_pictures_are_trained_on(tmp_path, capsys):
+    tree(tmp_path / "data", "mvtec")
+    pictures = sorted((tmp_path / "data" / "part" / "train" / "good").iterdir())
+    bad = {pictures[2].name, pictures[7].name}
+    file = reviewed_list(tmp_path / "list.csv", pictures, bad)
+    out = tmp_path / "out"
+    assert run("simplenet_mvtec", tmp_path / "data", out, "--review", str(file)) == 0
+    found = results(out)
+    weights = {
+        Path(row["path"]).name: row["weight"] for row in found["methods"]["comet"]["suspects"]
+    }
+    assert {name for name, weight in weights.items() if weight == 0} == bad
+    assert {weight for name, weight in weights.items() if name not in bad} == {1}
+    assert found["settings"]["review"].startswith("list.csv, sha256 ")
+    report = (out / "part" / "comet_report.html").read_text(encoding="utf-8")
+    assert "Of 12 pictures that were looked at, 2 are bad: about 17 % (17 to 17 %) of all" in report
+    # Another review is another training.
+    reviewed_list(file, pictures, set())
+    capsys.readouterr()
+    assert run("simplenet_mvtec", tmp_path / "data", out, "--review", str(file)) == 2
+    assert "review" in capsys.readouterr().err
+
+
+def test_a_review_of_other_pictures_is_refused_before_any_training(tmp_path, capsys, trained):
+    tree(tmp_path / "data", "mvtec")
+    file = reviewed_list(tmp_path / "list.csv", [tmp_path / "elsewhere.png"], set())
+    out = tmp_path / "out"
+    assert run("simplenet_mvtec", tmp_path / "data", out, "--review", str(file)) == 1
+    assert "elsewhere.png in" in capsys.readouterr().err
+    file.unlink()
+    assert run("simplenet_mvtec", tmp_path / "data", out, "--review", str(file)) == 1
+    assert "there's no list" in capsys.readouterr().err
+    assert trained == []
+
+
 @pytest.fixture
 def trained(monkeypatch) -> list[str]:
     """The methods that are trained in the course of a test."""
