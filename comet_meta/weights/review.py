@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from comet_meta.arrays import ArrayLike
 from comet_meta.data import as_index
@@ -111,8 +111,7 @@ def choose_for_review(scores: ArrayLike, looks: int = 60) -> Tensor:
         scores: What ranks the samples, higher = more suspect: a prior, or
             :meth:`SoftConfidentWeighter.ranking_scores
             <comet_meta.SoftConfidentWeighter.ranking_scores>`, finite, shape (N,).
-        looks: About how many samples to look at, >= 5. With 60 and a good ranking the share is
-            within some 5 points in 19 of 20 cases.
+        looks: About how many samples to look at, >= 5.
 
     Returns:
         Indices of the samples, int64, at most ``looks`` of them, the most suspect first.
@@ -131,13 +130,13 @@ def choose_for_review(scores: ArrayLike, looks: int = 60) -> Tensor:
 
 
 def share_from_review(
-    scores: ArrayLike, reviewed: Tensor | Sequence[int], bad: ArrayLike | Sequence[bool]
+    scores: ArrayLike, looked_at: Tensor | Sequence[int], bad: ArrayLike | Sequence[bool]
 ) -> Contamination:
     """Estimate how many of all samples are bad from a look at some of them (steps 3 and 4).
 
     Args:
         scores: The scores that the samples were chosen by, shape (N,).
-        reviewed: Indices of the samples that were looked at, shape (K,): those of
+        looked_at: Indices of the samples that were looked at, shape (K,): those of
             :func:`choose_for_review`.
         bad: Whether each of them is bad, shape (K,).
 
@@ -157,7 +156,7 @@ def share_from_review(
         0.0
     """
     scores = _checked(scores)
-    return _share(scores, known_labels(Review(reviewed, bad), len(scores)))
+    return share_of_labels(scores, known_labels(Review(looked_at, bad), len(scores)))
 
 
 def known_labels(review: Review, count: int) -> Tensor:
@@ -182,92 +181,28 @@ def known_labels(review: Review, count: int) -> Tensor:
     if index.shape != found.shape:
         raise ValueError(
             f"bad has shape {tuple(found.shape)}; expected ({len(index)},), whether each of the "
-            "reviewed samples is bad"
+            "samples that were looked at is bad"
         )
     if len(set(index.tolist())) != len(index):
-        raise ValueError("reviewed holds a sample twice; expected each once")
+        raise ValueError("the review has a sample twice; expected each once")
     labels = torch.full((count,), UNSEEN, dtype=torch.int8)
     labels[index] = torch.where(found, BAD, GOOD).to(labels)
     return labels
 
 
-class Reviewed(nn.Module):
-    """What a weighter knows of its samples from a person who looked at some.
+def share_of_labels(scores: Tensor, labels: Tensor) -> Contamination:
+    """Estimate the share from what is known of each sample (steps 3 and 4).
 
     Args:
-        prior: Anomaly scores that the samples were chosen by, shape (N,).
-        review: What the person saw.
-        estimates: Whether to estimate the share of bad samples from it.
+        scores: The scores that the samples were chosen by, shape (N,).
+        labels: From :func:`known_labels`, shape (N,).
 
-    Attributes:
-        labels: ``UNSEEN``, ``GOOD`` or ``BAD`` for each sample, int8 (N,).
-        share: The share of bad samples with its interval; None where it isn't estimated.
-
-    Example:
-        >>> review = Review([8, 9], [False, True])
-        >>> reviewed = Reviewed(torch.arange(10.0), review, estimates=False)
-        >>> weights, p_bad = reviewed.settle(torch.full((10,), 0.5), torch.full((10,), 0.5))
-        >>> weights[7:], p_bad[7:]
-        (tensor([0.5000, 1.0000, 0.0000]), tensor([0.5000, 0.0000, 1.0000]))
-    """
-
-    labels: Tensor
-
-    def __init__(self, prior: Tensor, review: Review, *, estimates: bool) -> None:
-        super().__init__()
-        self.register_buffer("labels", known_labels(review, len(prior)))
-        self.share: Contamination | None = None
-        if estimates:
-            self.share = review.share or _share(prior, self.labels)
-
-    @property
-    def looks(self) -> int:
-        """How many samples were looked at."""
-        return int((self.labels != UNSEEN).sum())
-
-    @property
-    def bad(self) -> int:
-        """How many of them are bad."""
-        return int((self.labels == BAD).sum())
-
-    def settle(self, weights: Tensor, p_bad: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights and P(bad) with those of the samples that were looked at: 1 and 0, or 0 and 1.
-
-        Args:
-            weights: Shape (N,).
-            p_bad: Shape (N,).
-
-        Returns:
-            Both, changed where something is known.
-        """
-        good, bad = self.labels == GOOD, self.labels == BAD
-        return (
-            weights.masked_fill(good, 1).masked_fill(bad, 0),
-            p_bad.masked_fill(good, 0).masked_fill(bad, 1),
-        )
-
-
-def check_saved_review(saved: Tensor | None, current: Tensor | None) -> None:
-    """Check that a saved state is of the same review.
-
-    Args:
-        saved: Labels of the saved state, shape (N,); None without a review.
-        current: Those of the weighter that is to load them.
+    Returns:
+        The share with its interval.
 
     Raises:
-        ValueError: If they differ.
+        ValueError: If a part of the ranking was not looked at.
     """
-    if saved is None and current is None:
-        return
-    if saved is None or current is None or not torch.equal(saved.to(current), current):
-        raise ValueError(
-            "the saved weighter was told another review, or none; give it the review= that the "
-            "saved one had"
-        )
-
-
-def _share(scores: Tensor, labels: Tensor) -> Contamination:
-    """Steps 3 and 4, for scores and labels (N,)."""
     ordered = labels[rank_samples(scores)]
     counts = []
     for ranks in strata(len(scores)):

@@ -22,7 +22,8 @@ from comet_meta.weights.held_out import HeldOut, check_saved_held_out
 from comet_meta.weights.own_samples import OwnSamples
 from comet_meta.weights.parts import as_part_scores, check_saved_parts, weigh_parts
 from comet_meta.weights.ranking import join_scores, rank_samples
-from comet_meta.weights.review import GOOD, Review, Reviewed, check_saved_review
+from comet_meta.weights.review import GOOD, Review
+from comet_meta.weights.reviewed import Reviewed, check_saved_review
 from comet_meta.weights.rules import MAX_LEFT_OUT, Rule, RuleName, estimate_contamination
 from comet_meta.weights.weigh import weigh
 
