@@ -204,9 +204,13 @@ def priors(task: Task, *, by_value: bool) -> tuple[Tensor, Tensor | None]:
     return scores, value_scores if by_value else None
 
 
-def with_prior(task: Task, *, by_value: bool, **options: Any) -> SoftConfidentWeighter:
-    """A weighter with these priors."""
+def with_prior(
+    task: Task, *, by_value: bool, reviewed: bool = False, **options: Any
+) -> SoftConfidentWeighter:
+    """A weighter with these priors, and told what a look at sixty rows shows if it is reviewed."""
     scores, value_scores = priors(task, by_value=by_value)
+    if reviewed:
+        options["review"] = review_of(scores, task.bad)
     return SoftConfidentWeighter(prior=scores, part_prior=value_scores, **options)
 
 
@@ -225,9 +229,7 @@ def _comet_rate(task: Task, detector: str) -> tuple[Any, SoftConfidentWeighter]:
 
 
 def _comet_reviewed(task: Task, detector: str) -> tuple[Any, SoftConfidentWeighter]:
-    scores, value_scores = priors(task, by_value=is_by_value(detector))
-    review = review_of(scores, task.bad)
-    weighter = SoftConfidentWeighter(prior=scores, part_prior=value_scores, review=review)
+    weighter = with_prior(task, by_value=is_by_value(detector), reviewed=True)
     return trained(task, detector, weighter), weighter
 
 
