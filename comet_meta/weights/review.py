@@ -3,9 +3,9 @@
 Scores alone seldom prove how many samples are bad, but a look at some sixty of them tells. Drawn
 from all samples alike, few of the sixty would be bad. The ranking makes the look worth more:
 
-1. Split the samples by their rank into strata: the first twentieth, the second one, the next
-   tenth, the next fifth and the rest. Most of the bad samples are in the first strata, which are
-   small.
+1. Split the samples by their rank into strata that end at 1/500, 1/100, 1/20, 1/10, 1/5, 2/5 and
+   all of them. Most of the bad samples are in the first strata, which are small; the very first
+   ones are for sets of which less than one in a hundred is bad.
 2. Look at some samples of each, in proportion to the root of its size, spread evenly over its
    ranks. So a larger part of the first strata is looked at than of the last.
 3. The share is the mean of the strata's shares, weighted by their sizes. It doesn't depend on how
@@ -33,7 +33,7 @@ from comet_meta.weights.ranking import rank_samples
 UNSEEN, GOOD, BAD = range(3)
 """What is known of a sample."""
 
-_ENDS = (0.05, 0.1, 0.2, 0.4, 1.0)
+_ENDS = (0.002, 0.01, 0.05, 0.1, 0.2, 0.4, 1.0)
 _Z = 1.959964  # of 95 %
 
 
@@ -64,7 +64,7 @@ def strata(count: int) -> list[range]:
 
     Example:
         >>> strata(100)
-        [range(0, 5), range(5, 10), range(10, 20), range(20, 40), range(40, 100)]
+        [range(0, 1), range(1, 5), range(5, 10), range(10, 20), range(20, 40), range(40, 100)]
     """
     ends = [math.ceil(end * count) for end in _ENDS]
     found = [range(start, end) for start, end in zip([0, *ends], ends, strict=False)]
@@ -86,7 +86,7 @@ def ranks_to_review(count: int, looks: int = 60) -> list[list[int]]:
 
     Example:
         >>> ranks_to_review(100, looks=10)
-        [[2], [7], [12, 17], [25, 35], [47, 62, 77, 92]]
+        [[0], [3], [7], [15], [25, 35], [47, 62, 77, 92]]
     """
     parts = strata(count)
     if looks < len(parts):
@@ -111,7 +111,7 @@ def choose_for_review(scores: ArrayLike, looks: int = 60) -> Tensor:
         scores: What ranks the samples, higher = more suspect: a prior, or
             :meth:`SoftConfidentWeighter.ranking_scores
             <comet_meta.SoftConfidentWeighter.ranking_scores>`, finite, shape (N,).
-        looks: About how many samples to look at, >= 5.
+        looks: About how many samples to look at, >= 7.
 
     Returns:
         Indices of the samples, int64, at most ``looks`` of them, the most suspect first.
@@ -122,7 +122,7 @@ def choose_for_review(scores: ArrayLike, looks: int = 60) -> Tensor:
 
     Example:
         >>> choose_for_review(torch.arange(100.0), looks=10)
-        tensor([97, 92, 87, 82, 74, 64, 52, 37, 22,  7])
+        tensor([99, 96, 92, 84, 74, 64, 52, 37, 22,  7])
     """
     order = rank_samples(_checked(scores))
     chosen = ranks_to_review(len(order), looks)
@@ -151,7 +151,7 @@ def share_from_review(
         >>> scores = torch.arange(100.0)
         >>> look_at = choose_for_review(scores, looks=30)
         >>> str(share_from_review(scores, look_at, look_at >= 92))
-        'about 8 % (6 to 22 %) of the samples look bad'
+        'about 8 % (6 to 23 %) of the samples look bad'
         >>> share_from_review(scores, look_at, torch.zeros(len(look_at))).estimate
         0.0
     """
