@@ -10,11 +10,12 @@ from all samples alike, few of the sixty would be bad. The ranking makes the loo
    ranks. So a larger part of the first strata is looked at than of the last.
 3. The share is the mean of the strata's shares, weighted by their sizes. It doesn't depend on how
    good the ranking is; its precision does.
-4. The interval joins Wilson's intervals of the strata (method of variance estimates recovery), each
-   narrower the larger the part of its stratum that was looked at.
+4. The estimate varies as one from n looks at random would; n is the effective number of looks. The
+   interval of 95 % is Wilson's for so many.
 
-Source: Zou, Donner: Construction of confidence limits about effect measures: a general approach,
-Statistics in Medicine 27, 2008 (step 4).
+Source of step 4: Korn, Graubard: Confidence intervals for proportions with small expected number of
+positive counts estimated from survey data, Survey Methodology 24, 1998; with Wilson's interval in
+place of Clopper and Pearson's.
 """
 
 import math
@@ -151,7 +152,7 @@ def share_from_review(
         >>> scores = torch.arange(100.0)
         >>> look_at = choose_for_review(scores, looks=30)
         >>> str(share_from_review(scores, look_at, look_at >= 92))
-        'about 8 % (6 to 23 %) of the samples look bad'
+        'about 8 % (6 to 17 %) of the samples look bad'
         >>> share_from_review(scores, look_at, torch.zeros(len(look_at))).estimate
         0.0
     """
@@ -230,24 +231,27 @@ def share_of_strata(counts: Sequence[tuple[int, int, int]]) -> Contamination:
     Example:
         >>> found = share_of_strata([(10, 10, 9), (90, 30, 1)])
         >>> [round(value, 3) for value in found]
-        [0.12, 0.1, 0.21]
+        [0.12, 0.1, 0.186]
     """
     total = sum(size for size, _, _ in counts)
-    share = below = above = 0.0
+    # 3)
+    share = sum(size / total * bad / looks for size, looks, bad in counts)
+    # 4) Half a bad and half a good look more in each stratum, so that its share is never 0 or 1.
+    #    Where all of a stratum was looked at, nothing is open.
+    centre = variance = 0.0
     for size, looks, bad in counts:
-        # 3)
-        part, found = size / total, bad / looks
-        share += part * found
-        # 4) Wilson's interval; all of a stratum leave nothing open.
-        square = _Z**2 / looks * (size - looks) / max(size - 1, 1)
-        middle = (found + square / 2) / (1 + square)
-        half = math.sqrt(square * (found * (1 - found) + square / 4)) / (1 + square)
-        below += (part * (found - middle + half)) ** 2
-        above += (part * (middle + half - found)) ** 2
+        part, found = size / total, (bad + 0.5) / (looks + 1)
+        centre += part * found
+        unseen = (size - looks) / max(size - 1, 1)
+        variance += part**2 * found * (1 - found) / looks * unseen
+    looks_at_random = centre * (1 - centre) / variance if variance > 0 else math.inf
+    square = _Z**2 / looks_at_random
+    middle = (share + square / 2) / (1 + square)
+    half = math.sqrt(square * (share * (1 - share) + square / 4)) / (1 + square)
+    # What was seen is certain.
     seen_bad = sum(bad for _, _, bad in counts) / total
     seen_good = sum(looks - bad for _, looks, bad in counts) / total
-    low = max(share - math.sqrt(below), seen_bad)
-    return Contamination(share, low, min(share + math.sqrt(above), 1 - seen_good))
+    return Contamination(share, max(middle - half, seen_bad), min(middle + half, 1 - seen_good))
 
 
 def _checked(scores: ArrayLike) -> Tensor:

@@ -373,7 +373,7 @@ def test_a_sample_tells_how_many_are_bad(page, samples, folder):
     ranks = ranks_to_review(len(samples))
     ranked = [str(samples[i].path) for i in fitted(samples).ranking().tolist()]
     assert paths(page) == [ranked[rank] for some in ranks for rank in some]
-    none = "0 are ticked: about 0 % (0 to 5 %) of all 107 pictures are bad."
+    none = "0 are ticked: about 0 % (0 to 2 %) of all 107 pictures are bad."
     assert none in text(page, "share")
     assert text(page, "share").endswith("say contamination=0.")
     for card in page.find_elements("css selector", ".card .drop input")[:3]:

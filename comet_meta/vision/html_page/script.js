@@ -232,20 +232,20 @@ function summarise() {
 const sample = new Set(page.review.flatMap(({ ranks }) => ranks));
 
 function estimate() {
-  let share = 0, below = 0, above = 0;
+  let share = 0, centre = 0, variance = 0;
   for (const { size, ranks } of page.review) {
-    const part = size / pictures.length;
-    const found = ranks.filter((i) => dropped.has(i)).length / ranks.length;
-    share += part * found;
-    const square = 1.959964 ** 2 / ranks.length * (size - ranks.length) / Math.max(size - 1, 1);
-    const middle = (found + square / 2) / (1 + square);
-    const half = Math.sqrt(square * (found * (1 - found) + square / 4)) / (1 + square);
-    below += (part * (found - middle + half)) ** 2;
-    above += (part * (middle + half - found)) ** 2;
+    const part = size / pictures.length, looks = ranks.length;
+    const marked = ranks.filter((i) => dropped.has(i)).length, found = (marked + 0.5) / (looks + 1);
+    share += part * marked / looks;
+    centre += part * found;
+    variance += part ** 2 * found * (1 - found) / looks * (size - looks) / Math.max(size - 1, 1);
   }
+  const square = 1.959964 ** 2 * variance / (centre * (1 - centre));
+  const middle = (share + square / 2) / (1 + square);
+  const half = Math.sqrt(square * (share * (1 - share) + square / 4)) / (1 + square);
   const bad = [...sample].filter((i) => dropped.has(i)).length;
-  const low = Math.max(share - Math.sqrt(below), bad / pictures.length);
-  const high = Math.min(share + Math.sqrt(above), 1 - (sample.size - bad) / pictures.length);
+  const low = Math.max(middle - half, bad / pictures.length);
+  const high = Math.min(middle + half, 1 - (sample.size - bad) / pictures.length);
   return { bad, share, low, high };
 }
 
