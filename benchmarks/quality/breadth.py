@@ -13,7 +13,7 @@ The detectors (an autoencoder, Deep SVDD, a variational autoencoder) train in a 
 steps. ``comet`` is the library's default with the prior of ``RowScorer``, and with weights of
 values where the loss is a mean over the values of a row (autoencoder); ``comet-samples`` has
 weights of whole rows alone; ``comet@rate`` is ``comet`` told the share of anomalies,
-``comet@reviewed`` told what a look at sixty rows shows; ``comet-own`` has no prior and refits on
+``comet@reviewed`` which of sixty rows are bad; ``comet-own`` has no prior and refits on
 the model's own scores; ``samples-0.1`` and the like are points of the frontier (``left_out.py``).
 Rivals: ``trim-prior@rate`` and ``trim-own@rate`` leave out the highest scores of the prior or the
 model at the true rate, ``trim-own@0.1`` at a guessed one, ``forest@rate`` those of an isolation

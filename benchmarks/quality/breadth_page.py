@@ -26,8 +26,8 @@ Every table is split 70/30 by label; a detector trains on the 70 % without label
 number: that share of it is bad. *plain* is training without the library, *oracle* training without
 the bad rows, *comet* the library's default with the prior of `RowScorer`, for the autoencoder with
 weights of values too; *comet-samples* has weights of whole rows alone, `@rate` is told the true
-share of bad rows, `@reviewed` what a look at sixty training rows shows. `--help` describes the
-other methods. Some of them have fewer seeds: *gain* and
+share of bad rows, `@reviewed` which of sixty training rows are bad. `--help` describes the other
+methods. Some of them have fewer seeds: *gain* and
 *gap* compare each with plain and oracle on the seeds that it has; its *AUROC* is of these alone.
 
 - *gain over plain*: mean over the sets, with its 95 % bootstrap interval over sets.

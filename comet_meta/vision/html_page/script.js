@@ -256,7 +256,7 @@ function shareInWords() {
   return `Look at each of these ${sample.size} pictures, from the whole ranking, and tick the bad ones. ` +
     `${bad} ${bad === 1 ? "is" : "are"} ticked: about ${percent(share)} % (${percent(low)} to ` +
     `${percent(high)} %) of all ${pictures.length.toLocaleString("en")} pictures are bad. ` +
-    `In training, say contamination=${given}.`;
+    `Then export the list and train with --review, or say contamination=${given}.`;
 }
 
 // --- gallery ---------------------------------------------------------------------------------
