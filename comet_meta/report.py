@@ -1,4 +1,4 @@
-"""Write the curation report from your own training loop."""
+"""Write the curation report from your own training loop, and read what a person has found in it."""
 
 from collections.abc import Callable, Sequence
 from os import PathLike
