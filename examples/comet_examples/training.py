@@ -286,6 +286,8 @@ def train(
     run = {"identity": identity, **asdict(settings)}
     # Of a training at constant rates, every length is the beginning of any longer one.
     run |= {"epochs": 0 if settings.schedule == "constant" else length, "steps": None}
+    # As text: a checkpoint is read without any class of ours.
+    run["review"] = None if settings.review is None else str(settings.review)
     if resume and checkpoint is not None and checkpoint.exists():
         state = _read(checkpoint, run)
         module.load_state_dict(state["detector"])

@@ -16,6 +16,8 @@ from comet_examples.training import FeatureRows, ResumeError, TrainingSettings, 
 from comet_meta import CoMetOptimizerWrapper, SoftConfidentWeighter
 from comet_meta.vision.features import PatchFeatures
 from comet_meta.vision.picture_prior import memory_prior
+from comet_meta.weights.contamination import Contamination
+from comet_meta.weights.review import Review
 
 METHODS = ("plain", "oracle", "paper", "comet")
 
@@ -477,6 +479,27 @@ def test_a_training_that_was_stopped_before_or_after_the_judgement_goes_on_alike
     again = train(build, data, settings, checkpoint=file, resume=True)
     assert same(whole.detector, again.detector)
     assert torch.equal(whole.optimizer.weighter(), again.optimizer.weighter())
+
+
+def test_a_training_with_a_review_goes_on_alike_and_not_with_another(tmp_path):
+    review = Review([3, 1, 2], [True, False, False], Contamination(0.1, 0.05, 0.2))
+    data, settings = a_data_set(120), TrainingSettings("comet", epochs=4, review=review)
+    whole = train(build, data, settings)
+
+    def stop(epoch, _):
+        if epoch == 2:
+            raise KeyboardInterrupt
+
+    file = tmp_path / "x.pt"
+    with pytest.raises(KeyboardInterrupt):
+        train(build, data, settings, checkpoint=file, on_epoch=stop)
+    other = replace(settings, review=review._replace(bad=[False, True, False]))
+    with pytest.raises(ResumeError, match="review was"):
+        train(build, data, other, checkpoint=file, resume=True)
+    again = train(build, data, settings, checkpoint=file, resume=True)
+    assert same(whole.detector, again.detector)
+    assert torch.equal(whole.optimizer.weighter(), again.optimizer.weighter())
+    assert again.optimizer.weighter.reviewed == (3, 1)
 
 
 def test_comet_can_be_told_how_many_are_bad(monkeypatch):
