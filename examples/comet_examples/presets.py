@@ -92,6 +92,7 @@ _PAPER_DETECTORS: dict[str, dict[str, Any]] = {
         "learning_rate": 2e-4,
         "standardize": False,
         "noise_std": 0.015,
+        "own_noise": 0.0,
         "hidden": 1024,
         "patches": None,
         "top": 1,

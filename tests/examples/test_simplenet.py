@@ -14,7 +14,7 @@ from comet_meta.vision.backbones import PAPER_BACKBONE
 
 def by_hand() -> SimpleNet:
     """No adaptor, D(x) = x_0, no noise to speak of."""
-    net = SimpleNet([2], (4, 4), hidden=1, noise_std=1e-12, margin=0.5, top=1)
+    net = SimpleNet([2], (4, 4), hidden=1, noise_std=1e-12, own_noise=0, margin=0.5, top=1)
     linear, _, _, last = net.discriminator
     with torch.no_grad():
         linear.weight.copy_(torch.tensor([[1.0, 0.0]]))
@@ -115,12 +115,14 @@ def test_a_loss_looks_at_patches_drawn_anew():
 
 def test_losses_are_per_sample():
     torch.manual_seed(0)
-    net, features = SimpleNet([6], (8, 8), noise_std=1e-9).eval(), torch.randn(4, 6, 3, 3)
+    net = SimpleNet([6], (8, 8), noise_std=1e-9, own_noise=0).eval()
+    features = torch.randn(4, 6, 3, 3)
     together = net.losses([features])
     assert together.shape == (4,)
     alone = torch.cat([net.losses([features[i : i + 1]]) for i in range(4)])
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
-    net.noise_std = 0.5  # without noise the two halves of the loss have opposite gradients
+    # Without noise the two halves of the loss have opposite gradients.
+    net.noise_std, net.own_noise = 0.3, 0.7
     gradient = torch.autograd.grad(net.losses([features.requires_grad_()])[2], features)[0]
     assert gradient[2].abs().sum() > 0
     assert gradient[[0, 1, 3]].abs().sum() == 0
@@ -144,7 +146,7 @@ def test_the_parts_have_the_papers_settings():
     linear, norm, activation, last = net.discriminator
     assert (linear.out_features, norm.num_features, activation.negative_slope) == (1024, 1024, 0.2)
     assert last.bias is None
-    assert (net.noise_std, net.standardize) == (0.015, False)
+    assert (net.noise_std, net.own_noise, net.standardize) == (0.015, 0, False)
     assert (net.margin, net.blur_sigma) == (0.5, 4.0)
     adaptor, discriminator = net.optimizers()
     assert type(adaptor).__name__ == "AdamW"
@@ -170,7 +172,6 @@ def test_there_is_no_adaptor_unless_one_is_asked_for():
 def test_standardisation_makes_the_scale_of_the_features_irrelevant():
     features = 3 + 0.01 * torch.randn(100, 6, 3, 3, generator=torch.Generator().manual_seed(0))
     net = SimpleNet([6], (8, 8))
-    assert net.noise_std == 1.0  # a standard deviation
     net.fit_statistics([x] for x in features.split(7))
     deviation, mean = torch.std_mean(features, dim=(0, 2, 3), correction=0)
     torch.testing.assert_close(net.scaler.mean, mean)
@@ -178,6 +179,19 @@ def test_standardisation_makes_the_scale_of_the_features_irrelevant():
     raw = SimpleNet([6], (8, 8), standardize=False)
     raw.fit_statistics([x] for x in features.split(7))
     assert raw.scaler.mean.abs().sum() == 0
+
+
+def test_most_of_the_noise_varies_as_the_features_do():
+    torch.manual_seed(0)
+    mixing = torch.tensor([[1.0, 0.9, 0.0], [0.0, 0.5, 0.0], [0.0, 0.0, 1.0]])
+    features = torch.randn(50_000, 3) @ mixing
+    covariance = features.T.cov()
+    net = SimpleNet([3], (4, 4), noise_std=0.3, own_noise=0.7)
+    expected = 0.49 * covariance + 0.09 * torch.eye(3)
+    torch.testing.assert_close(net._noise(features).T.cov(), expected, rtol=0.05, atol=0.02)
+    independent = SimpleNet([3], (4, 4), noise_std=0.3, own_noise=0)._noise(features)
+    torch.testing.assert_close(independent.T.cov(), 0.09 * torch.eye(3), rtol=0.05, atol=0.01)
+    assert net._noise(features[:1]).abs().max() < 2  # a single patch has nothing to differ from
 
 
 def test_features_of_another_backbone_are_refused():

@@ -4,6 +4,7 @@ Liu, Zhou, Xu, Wang: SimpleNet, a simple network for image anomaly detection and
 CVPR 2023.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -26,17 +27,26 @@ class SimpleNet(nn.Module):
 
     The noise must fit the scale of the features. By default every channel is brought to mean 0 and
     standard deviation 1 over the training set (:meth:`fit_statistics`), so that a noise of 1 is a
-    standard deviation whatever the backbone. In the paper a linear adaptor maps the features first.
-    It is trained with the discriminator and can scale the features up against the noise; scores on
-    a texture were worse with it, so there is none by default. The defaults suit small backbones and
-    CPUs; the paper, with raw WRN50 features, has ``adaptor=True, learning_rate=2e-4,
-    standardize=False, noise_std=0.015, hidden=1024, patches=None, top=1``.
+    standard deviation whatever the backbone. It must fit their directions too: channels go
+    together, and noise that is independent in each of them leaves the features' own directions,
+    where it is easily told and says little of anomalies. So by default most of the noise is a
+    difference of two other patches, which varies as the features do, and a little of it is
+    independent. In the paper all of it is.
+
+    In the paper a linear adaptor maps the features first. It is trained with the discriminator and
+    can scale the features up against the noise; scores on a texture were worse with it, so there is
+    none by default. The defaults suit small backbones and CPUs; the paper, with raw WRN50 features,
+    has ``adaptor=True, learning_rate=2e-4, standardize=False, noise_std=0.015, own_noise=0.0,
+    hidden=1024, patches=None, top=1``.
 
     Args:
         channels: Width of the features, a single level: ``[dim]``.
         map_size: Height and width of the anomaly maps, in pixels of the pictures.
         hidden: Width of the discriminator.
-        noise_std: Standard deviation of the noise on the (adapted) features, > 0.
+        noise_std: Standard deviation of the independent noise on the (adapted) features, > 0.
+        own_noise: How large the noise is that varies as the features do, in their own standard
+            deviations, >= 0: the difference of two patches of the batch, drawn at random, times
+            this and divided by the root of 2.
         adaptor: Whether a trained linear map comes first.
         learning_rate: The discriminator's; the adaptor has half of it, as in the paper.
         margin: The hinge loss's, > 0.
@@ -58,7 +68,8 @@ class SimpleNet(nn.Module):
         map_size: tuple[int, int],
         *,
         hidden: int = 256,
-        noise_std: float = 1.0,
+        noise_std: float = 0.3,
+        own_noise: float = 0.7,
         adaptor: bool = False,
         learning_rate: float = 1e-3,
         margin: float = 0.5,
@@ -73,6 +84,7 @@ class SimpleNet(nn.Module):
         (dim,) = channels
         self.map_size = map_size
         self.noise_std = noise_std
+        self.own_noise = own_noise
         self.margin = margin
         self.standardize = standardize
         self.pool = pool
@@ -184,7 +196,7 @@ class SimpleNet(nn.Module):
         grid = [side // self.pool for side in level.shape[-2:]]
         drawn = self._drawn(grid[0] * grid[1], level.device)
         adapted = self._adapted(features, drawn)
-        noisy = adapted + self.noise_std * torch.randn_like(adapted)
+        noisy = adapted + self._noise(adapted)
         # Both halves in one batch, so that batch norm can't tell them apart by their statistics.
         confidence: Tensor = self.discriminator(torch.cat([adapted, noisy]))
         real, fake = confidence.reshape(2, len(level), -1)
@@ -192,6 +204,16 @@ class SimpleNet(nn.Module):
             return real, fake, None
         weights = at_grid(part_weights, grid).flatten(1).to(real)
         return real, fake, weights if drawn is None else weights[:, drawn]
+
+    def _noise(self, adapted: Tensor) -> Tensor:
+        """Noise for adapted features (M, dim): independent, and as the features vary."""
+        noise = self.noise_std * torch.randn_like(adapted)
+        if self.own_noise == 0:
+            return noise
+        one, other = (torch.randperm(len(adapted), device=adapted.device) for _ in range(2))
+        varied = adapted.detach()
+        # The difference of two has twice the variance of one.
+        return noise + self.own_noise / math.sqrt(2) * (varied[one] - varied[other])
 
     def _drawn(self, count: int, device: torch.device) -> Tensor | None:
         """The positions that a loss looks at; None for all of ``count``."""
