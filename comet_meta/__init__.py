@@ -9,6 +9,7 @@ from comet_meta.optimizer import CoMetOptimizerWrapper
 from comet_meta.penalty import CovarianceMetaRegularizer
 from comet_meta.sampler import ConfidenceSampler
 from comet_meta.step_report import StepReport
+from comet_meta.weights.learned import learn_from_review
 from comet_meta.weights.prior import MemoryScorer, RowScorer
 from comet_meta.weights.review import choose_for_review, share_from_review
 from comet_meta.weights.weighter import SoftConfidentWeighter
@@ -31,6 +32,7 @@ __all__ = [
     "StepReport",
     "choose_for_review",
     "collect_scores",
+    "learn_from_review",
     "per_sample",
     "share_from_review",
 ]

@@ -13,8 +13,10 @@ The detectors (an autoencoder, Deep SVDD, a variational autoencoder) train in a 
 steps. ``comet`` is the library's default with the prior of ``RowScorer``, and with weights of
 values where the loss is a mean over the values of a row (autoencoder); ``comet-samples`` has
 weights of whole rows alone; ``comet@rate`` is ``comet`` told the share of anomalies,
-``comet@reviewed`` which of sixty rows are bad; ``comet-own`` has no prior and refits on
-the model's own scores; ``samples-0.1`` and the like are points of the frontier (``left_out.py``).
+``comet@reviewed`` which of sixty rows are bad; with ``comet@learned`` the prior learns from the
+sixty too, and with ``comet@mistaken`` it does so from answers of which a twentieth is wrong;
+``comet-own`` has no prior and refits on the model's own scores; ``samples-0.1`` and the like are
+points of the frontier (``left_out.py``).
 Rivals: ``trim-prior@rate`` and ``trim-own@rate`` leave out the highest scores of the prior or the
 model at the true rate, ``trim-own@0.1`` at a guessed one, ``forest@rate`` those of an isolation
 forest, ``folding@rate`` those of detectors trained on fifths of the data and applied to the rest
@@ -33,7 +35,7 @@ import itertools
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -44,7 +46,12 @@ from torch import Tensor
 
 from breadth_page import draw, summaries, write_page
 from comet_examples.report import table
-from comet_meta import CoMetOptimizerWrapper, RowScorer, SoftConfidentWeighter
+from comet_meta import (
+    CoMetOptimizerWrapper,
+    RowScorer,
+    SoftConfidentWeighter,
+    learn_from_review,
+)
 from left_out import LeftOut, names
 from reviewed import review_of
 from runs import Figures, Runs
@@ -204,13 +211,21 @@ def priors(task: Task, *, by_value: bool) -> tuple[Tensor, Tensor | None]:
     return scores, value_scores if by_value else None
 
 
+Look = Literal["told", "learned", "mistaken"]
+"""What becomes of a look at sixty rows: the weighter is told of it, the prior learns from it too,
+or it does from a person who is wrong about a twentieth of the rows."""
+
+
 def with_prior(
-    task: Task, *, by_value: bool, reviewed: bool = False, **options: Any
+    task: Task, *, by_value: bool, look: Look | None = None, **options: Any
 ) -> SoftConfidentWeighter:
-    """A weighter with these priors, and told what a look at sixty rows shows if it is reviewed."""
+    """A weighter with these priors, and with what a look at sixty rows shows, if there is one."""
     scores, value_scores = priors(task, by_value=by_value)
-    if reviewed:
-        options["review"] = review_of(scores, task.bad)
+    if look is not None:
+        mistakes = 0.05 if look == "mistaken" else 0.0
+        options["review"] = review_of(scores, task.bad, mistakes, task.seed)
+    if look in ("learned", "mistaken"):
+        scores, options["review"] = learn_from_review(scores, task.train, options["review"])
     return SoftConfidentWeighter(prior=scores, part_prior=value_scores, **options)
 
 
@@ -228,9 +243,12 @@ def _comet_rate(task: Task, detector: str) -> tuple[Any, SoftConfidentWeighter]:
     return trained(task, detector, weighter), weighter
 
 
-def _comet_reviewed(task: Task, detector: str) -> tuple[Any, SoftConfidentWeighter]:
-    weighter = with_prior(task, by_value=is_by_value(detector), reviewed=True)
-    return trained(task, detector, weighter), weighter
+def _looked(look: Look) -> Method:
+    def method(task: Task, detector: str) -> tuple[Any, SoftConfidentWeighter]:
+        weighter = with_prior(task, by_value=is_by_value(detector), look=look)
+        return trained(task, detector, weighter), weighter
+
+    return method
 
 
 def _comet_samples(task: Task, detector: str) -> tuple[Any, SoftConfidentWeighter]:
@@ -270,7 +288,9 @@ USUAL: dict[str, Method] = {
     ),
     "comet": _comet,
     "comet@rate": _comet_rate,
-    "comet@reviewed": _comet_reviewed,
+    "comet@reviewed": _looked("told"),
+    "comet@learned": _looked("learned"),
+    "comet@mistaken": _looked("mistaken"),
     "comet-samples": _comet_samples,
     "comet-own": _comet_own,
     "trim-prior@rate": lambda task, detector: (

@@ -15,7 +15,7 @@ Array = NDArray[Any]
 Run = Mapping[str, Any]
 Row = dict[str, str | float]
 
-_MAIN = ("plain", "comet", "comet@reviewed", "comet@rate", "oracle")
+_MAIN = ("plain", "comet", "comet@learned", "comet@rate", "oracle")
 _LOSS = 0.005
 _DRAWS = 2000
 _INTRO = """\
@@ -26,9 +26,10 @@ Every table is split 70/30 by label; a detector trains on the 70 % without label
 number: that share of it is bad. *plain* is training without the library, *oracle* training without
 the bad rows, *comet* the library's default with the prior of `RowScorer`, for the autoencoder with
 weights of values too; *comet-samples* has weights of whole rows alone, `@rate` is told the true
-share of bad rows, `@reviewed` which of sixty training rows are bad. `--help` describes the other
-methods. Some of them have fewer seeds: *gain* and
-*gap* compare each with plain and oracle on the seeds that it has; its *AUROC* is of these alone.
+share of bad rows, `@reviewed` which of sixty training rows are bad. With `@learned` the prior has
+learned from the sixty too, and with `@mistaken` it did so from answers of which a twentieth is
+wrong. `--help` describes the other methods. Some of them have fewer seeds: *gain* and *gap* compare
+each with plain and oracle on the seeds that it has; its *AUROC* is of these alone.
 
 - *gain over plain*: mean over the sets, with its 95 % bootstrap interval over sets.
 - *losses*: sets on which the method is more than .005 behind plain; *beyond noise*: of these, those

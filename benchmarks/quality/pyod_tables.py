@@ -3,9 +3,9 @@
 Tables, split, conditions and figures are those of ``breadth.py``. The detectors have PyOD's default
 settings, and the seed. ``plain`` is PyOD alone, ``oracle`` PyOD without the bad rows; ``comet`` is
 ``CoMetDetector`` with the prior of ``RowScorer``, of values too for the autoencoder; ``comet@rate``
-is told the true share of bad rows, ``comet@reviewed`` which of sixty rows are bad;
-``comet-samples`` has the prior of the rows alone, ``comet-own`` the detector's own scores (the
-adapter's default).
+is told the true share of bad rows, ``comet@reviewed`` which of sixty rows are bad, and with
+``comet@learned`` the prior learns from the sixty too; ``comet-samples`` has the prior of the rows
+alone, ``comet-own`` the detector's own scores (the adapter's default).
 
 Every run becomes a line of ``--out``; the same command goes on where it stopped. Then it prints a
 table for each condition; without ``--folder`` nothing is run.
@@ -46,7 +46,8 @@ WEIGHTERS: dict[str, Callable[[Task, str], SoftConfidentWeighter]] = {
     "comet@rate": lambda task, detector: _with_prior(
         task, detector, contamination=min(task.rate, 0.49)
     ),
-    "comet@reviewed": lambda task, detector: _with_prior(task, detector, reviewed=True),
+    "comet@reviewed": lambda task, detector: _with_prior(task, detector, look="told"),
+    "comet@learned": lambda task, detector: _with_prior(task, detector, look="learned"),
     "comet-samples": lambda task, _: with_prior(task, by_value=False),
     "comet-own": lambda task, _: SoftConfidentWeighter(len(task.train)),
 }
@@ -71,7 +72,9 @@ def judged(task: Task, detector: str, method: str) -> Figures:
 
 def is_needed(condition: str, detector: str, method: str) -> bool:  # noqa: ARG001
     """Whether a run says something that no other does: on clean sets some are plain training."""
-    return condition != "clean" or method not in ("oracle", "comet@rate", "comet@reviewed")
+    if condition != "clean":
+        return True
+    return method not in ("oracle", "comet@rate", "comet@reviewed", "comet@learned")
 
 
 def main() -> None:

@@ -8,15 +8,23 @@ from torch import Tensor
 from comet_meta import choose_for_review
 
 
-def review_of(prior: Tensor, bad: npt.NDArray[np.bool_]) -> tuple[Tensor, Tensor]:
+def review_of(
+    prior: Tensor, bad: npt.NDArray[np.bool_], mistakes: float = 0.0, seed: int = 0
+) -> tuple[Tensor, Tensor]:
     """What a person says who looks at sixty samples, as ``review=`` takes it.
 
     Args:
         prior: What ranks the samples, shape (N,).
         bad: Which of them are bad, shape (N,). Only those of the sixty are read.
+        mistakes: Share of wrong answers, in [0, 1].
+        seed: Decides which answers are wrong.
 
     Returns:
-        Indices of the sixty (all, if there are fewer), and whether each is bad.
+        Indices of the sixty (all, if there are fewer), and whether each is said to be bad.
     """
     look_at = choose_for_review(prior)
-    return look_at, torch.from_numpy(bad)[look_at]
+    said = torch.from_numpy(bad)[look_at]
+    generator = torch.Generator().manual_seed(seed)
+    wrong = torch.randperm(len(look_at), generator=generator)[: round(mistakes * len(look_at))]
+    said[wrong] = ~said[wrong]
+    return look_at, said

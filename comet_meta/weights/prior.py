@@ -13,7 +13,8 @@ from comet_meta.arrays import ArrayLike, as_floats
 
 _CHUNK_VALUES = 2**25
 _LEAST_SAMPLES = 30  # in a memory: of fewer, most memories of a small set lack a rare variant
-_MAX_WHITENED_COLUMNS = 2048  # the work grows with their cube
+MAX_WHITENED_COLUMNS = 2048
+"""Rows of more columns aren't whitened: the work grows with the cube of their number."""
 
 
 class MemoryScorer:
@@ -336,11 +337,9 @@ class RowScorer:
         group, different = group_equal_rows(rows)
         value_scores = torch.zeros(rows.shape, device=rows.device)
         # 1)
-        deviation, mean = torch.std_mean(rows.double(), dim=0, correction=0)
-        varying = deviation > 1e-9 * mean.abs()
+        scaled, varying = standardise_columns(rows)
         if len(different) == 1 or not bool(varying.any()):
             return torch.zeros(len(rows), device=rows.device), value_scores
-        scaled = ((rows.double() - mean) / deviation)[:, varying].clamp(-20, 20)
         # 2)
         view = scaled.float()
         distances, differences = self._compare(view, group, different, parts=parts)
@@ -348,8 +347,8 @@ class RowScorer:
         if parts:
             value_scores[:, varying] = differences
         # 3)
-        if scaled.shape[1] <= _MAX_WHITENED_COLUMNS:
-            view = _whitened(scaled).float()
+        if scaled.shape[1] <= MAX_WHITENED_COLUMNS:
+            view = whiten(scaled).float()
             scores.append(self._compare(view, group, different, parts=False)[0])
         # 4)
         return mean_in_medians(torch.stack(scores)), value_scores
@@ -451,8 +450,29 @@ def _group_by(sums: Tensor) -> tuple[Tensor, Tensor]:
     return groups, first[order]
 
 
-def _whitened(rows: Tensor) -> Tensor:
-    """Whiten centred rows (N, C): each direction is divided by sqrt(variance + mean variance)."""
+def standardise_columns(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Bring columns to mean 0 and standard deviation 1, and cut them at 20 of these.
+
+    Args:
+        rows: Shape (N, C).
+
+    Returns:
+        The columns that vary, in double precision, shape (N, V), and which these are, shape (C,).
+    """
+    deviation, mean = torch.std_mean(rows.double(), dim=0, correction=0)
+    varying = deviation > 1e-9 * mean.abs()
+    return ((rows.double() - mean) / deviation)[:, varying].clamp(-20, 20), varying
+
+
+def whiten(rows: Tensor) -> Tensor:
+    """Whiten centred rows: each direction is divided by sqrt(variance + mean variance).
+
+    Args:
+        rows: Shape (N, C).
+
+    Returns:
+        Shape (N, C).
+    """
     variances, directions = torch.linalg.eigh(rows.T @ rows / len(rows))
     variances = variances.clamp_min(0)
     projected: Tensor = rows @ directions

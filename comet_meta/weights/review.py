@@ -204,18 +204,30 @@ def share_of_labels(scores: Tensor, labels: Tensor) -> Contamination:
     Raises:
         ValueError: If a part of the ranking was not looked at.
     """
-    ordered = labels[rank_samples(scores)]
-    counts = []
-    for ranks in strata(len(scores)):
-        here = ordered[ranks.start : ranks.stop]
-        looks, bad = int((here != UNSEEN).sum()), int((here == BAD).sum())
+    counts = count_by_stratum(scores, labels)
+    for ranks, (_, looks, _) in zip(strata(len(scores)), counts, strict=True):
         if looks == 0:
             raise ValueError(
                 f"no sample of the ranks {ranks.start} to {ranks.stop - 1} was looked at; take "
                 "those that choose_for_review names, or give contamination="
             )
-        counts.append((len(ranks), looks, bad))
     return share_of_strata(counts)
+
+
+def count_by_stratum(scores: Tensor, labels: Tensor) -> list[tuple[int, int, int]]:
+    """Count what is known of the samples of each stratum.
+
+    Args:
+        scores: What ranks the samples, shape (N,).
+        labels: From :func:`known_labels`, shape (N,).
+
+    Returns:
+        Size, number of samples looked at and number of bad ones among these, for each stratum of
+        :func:`strata`.
+    """
+    ordered = labels[rank_samples(scores)]
+    parts = [ordered[ranks.start : ranks.stop] for ranks in strata(len(scores))]
+    return [(len(part), int((part != UNSEEN).sum()), int((part == BAD).sum())) for part in parts]
 
 
 def share_of_strata(counts: Sequence[tuple[int, int, int]]) -> Contamination:

@@ -66,9 +66,18 @@ def test_finished_runs_are_kept_and_the_tables_printed(folder, monkeypatch, caps
     assert f"| far  | {plain['figures']['AUROC']:.3f} |" in text
     assert (folder / "dots.png").stat().st_size > 1000
     for run in runs:
-        told = run["key"]["method"] in ("comet@rate", "comet@reviewed")
+        told = run["key"]["method"] in ("comet@rate", "comet@reviewed", "comet@learned")
         if told and run["key"]["condition"] == "clean":
             assert run["figures"]["mean weight"] == 1
+
+
+def test_a_person_errs_as_often_as_asked(folder):
+    task = breadth.Task(folder / "far.npz", "as-is", 0)
+    prior = breadth.RowScorer(seed=0)(task.train)
+    look_at, said = review_of(prior, task.bad, mistakes=0.05, seed=3)
+    assert int((said.numpy() != task.bad[look_at]).sum()) == 3
+    again = review_of(prior, task.bad, mistakes=0.05, seed=3)[1]
+    assert torch.equal(said, again)
 
 
 def test_who_looks_at_sixty_sees_no_other(folder):

@@ -33,11 +33,12 @@ def test_finished_runs_are_kept_and_the_tables_printed(tmp_path, monkeypatch, ca
     monkeypatch.setattr(sys, "argv", [*command, "--detectors", "autoencoder"])
     pyod_tables.main()
     runs = list(Runs(out))
-    assert len(runs) == 8 + 5
+    assert len(runs) == 9 + 5
     printed = capsys.readouterr().out
     assert "Training sets as-is" in printed
     assert "| comet@rate " in printed
     assert "| comet@reviewed " in printed
+    assert "| comet@learned " in printed
     pyod_tables.main()
     assert list(Runs(out)) == runs
     found = {(r["key"]["condition"], r["key"]["method"]): r["figures"] for r in runs}
