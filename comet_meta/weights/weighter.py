@@ -79,7 +79,8 @@ class SoftConfidentWeighter(nn.Module):
             bad, shape (K,). Those that are good have weight 1 and those that are bad weight 0. With
             ``contamination="auto"`` they tell the share of bad samples too
             (:func:`~comet_meta.share_from_review`). Needs the prior that they were chosen by, or
-            comes from :func:`comet_meta.report.read_review`.
+            comes from :func:`comet_meta.report.read_review`, or with a prior that has learned from
+            it from :func:`~comet_meta.learn_from_review`.
 
     Without a prior, let the model learn something before the first fit: weights from an untrained
     model can lock in.
