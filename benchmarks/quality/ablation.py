@@ -14,6 +14,7 @@ from comet_meta import (
     CoMetOptimizerWrapper,
     CovarianceMetaRegularizer,
     SoftConfidentWeighter,
+    learn_from_review,
 )
 from comet_meta.meta.step import MetaMode
 from comet_meta.vision.picture_prior import (
@@ -21,7 +22,9 @@ from comet_meta.vision.picture_prior import (
     PRECAUTION,
     memory_part_prior,
     memory_prior,
+    strangest_features,
 )
+from comet_meta.weights.review import Review
 from comet_meta.weights.rules import standardize
 from grid import Trial, Variant, trained
 from left_out import LeftOut, RejectedAlone, names
@@ -78,7 +81,7 @@ def relative_strength(detector: Detector, data: FeatureRows) -> float:
 
 def chosen(
     *,
-    contamination: float | Literal["auto", "true", "reviewed"] = "auto",
+    contamination: float | Literal["auto", "true", "reviewed", "learned"] = "auto",
     exposure: float = 0.5,
     parts: bool = False,
 ) -> Variant:
@@ -86,7 +89,7 @@ def chosen(
 
     Args:
         contamination: What the weighter is told: a share, ``"auto"``, the true share, or what a
-            look at sixty of the pictures shows.
+            look at sixty of the pictures shows, from which the prior may have learned too.
         exposure: What losses of likely bad pictures taken as anomalous count.
         parts: Whether patches have weights too.
     """
@@ -97,8 +100,13 @@ def chosen(
         ) -> CoMetOptimizerWrapper:
             scores, part_scores = memory_part_prior(data.batches(), len(data))
             told: float | Literal["auto"]
+            review: Review | tuple[Tensor, Tensor] | None
             if contamination == "reviewed":
                 told, review = "auto", review_of(scores, trial.bad)
+            elif contamination == "learned":
+                strange = strangest_features(data.batches(), part_scores)
+                seen = review_of(scores, trial.bad)
+                told, (scores, review) = "auto", learn_from_review(scores, strange, seen)
             else:
                 told = float(trial.bad.mean()) if contamination == "true" else contamination
                 review = None
@@ -227,6 +235,7 @@ CHOICES: dict[str, Variant] = {
     "rejected-alone": with_weights(rejected_alone),
     "contamination@true": chosen(contamination="true"),
     "reviewed": chosen(contamination="reviewed"),
+    "learned": chosen(contamination="learned"),
     "patches": chosen(parts=True),
     "patches@true": chosen(contamination="true", parts=True),
     "false-alarm": chosen(contamination=0.2),

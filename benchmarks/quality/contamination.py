@@ -17,8 +17,9 @@ adds a meta-step and a penalty (1 % of the loss before training), with and witho
 for four epochs) or to their mean with the prior (both). *choices* changes single settings:
 no-exposure only leaves likely bad pictures out, rejected-alone leaves out nothing besides the
 held-out suspects that the model rejects, reviewed is told by a person which of sixty pictures are
-bad, patches weights patches too, false-alarm is told that a fifth is bad. *frontier* leaves out
-other fractions, of samples, parts or both, see ``left_out.py``. The groups of variants: {groups}
+bad, learned has a prior that learned from them too, patches weights patches too, false-alarm is
+told that a fifth is bad. *frontier* leaves out other fractions, of samples, parts or both, see
+``left_out.py``. The groups of variants: {groups}
 
 ``--page`` runs nothing: it writes a page from all finished runs of ``--out`` that have today's
 settings.

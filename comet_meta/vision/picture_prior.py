@@ -31,6 +31,7 @@ COARSE = 6
 
 _FINE = 20
 _PATCHES = 100_000
+_STRANGEST = 5  # patches, as many as MemoryScorer averages
 
 
 def memory_prior(
@@ -91,6 +92,39 @@ def memory_part_prior(
     scores[finite] = found
     patch_scores[finite] = patch_found.unflatten(1, patches.shape[2:])
     return scores, patch_scores
+
+
+def strangest_features(batches: Iterable[Sequence[Tensor]], patch_scores: Tensor) -> Tensor:
+    """What is strange about each picture, for :func:`~comet_meta.learn_from_review`.
+
+    Pictures resemble each other in most of their patches, whether they have a defect or not. So it
+    is the five patches with the highest scores that say of which kind a picture is.
+
+    Args:
+        batches: The training set's features in order, as for :func:`memory_prior`.
+        patch_scores: Of :func:`memory_part_prior`, shape (N, rows, columns).
+
+    Returns:
+        The mean of the standardised features of these patches, shape (N, C); 0 for a picture whose
+        features are not all finite.
+
+    Example:
+        >>> features = torch.randn(40, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+        >>> features[7, :, 2, 2] += 9  # one strange patch
+        >>> _, patch_scores = memory_part_prior([[features]], 40)
+        >>> strange = strangest_features([[features]], patch_scores)
+        >>> strange.shape, int(strange.norm(dim=1).argmax())
+        (torch.Size([40, 3]), 7)
+    """
+    side = grid_side(len(patch_scores))
+    patches = torch.cat([patches_on_grid(levels, side) for levels in batches])
+    finite = _is_finite(patches)
+    found = torch.zeros(len(patches), patches.shape[1])
+    of_patches = standardised(patches[finite])
+    scores = patch_scores[finite].flatten(1)
+    highest = scores.topk(min(_STRANGEST, scores.shape[1]), dim=1).indices.unsqueeze(2)
+    found[finite] = of_patches.gather(1, highest.expand(-1, -1, of_patches.shape[2])).mean(dim=1)
+    return found
 
 
 def streamed_prior(

@@ -209,7 +209,8 @@ def share_of_labels(scores: Tensor, labels: Tensor) -> Contamination:
         if looks == 0:
             raise ValueError(
                 f"no sample of the ranks {ranks.start} to {ranks.stop - 1} was looked at; take "
-                "those that choose_for_review names, or give contamination="
+                "those that choose_for_review names, or give the share: contamination=, or the "
+                "review's own"
             )
     return share_of_strata(counts)
 

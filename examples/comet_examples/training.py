@@ -23,10 +23,16 @@ from comet_meta import (
     SoftConfidentWeighter,
     StepReport,
     collect_scores,
+    learn_from_review,
 )
 from comet_meta.meta.step import MetaMode
 from comet_meta.vision.files import replacing
-from comet_meta.vision.picture_prior import HOLD_OUT, PRECAUTION, memory_prior
+from comet_meta.vision.picture_prior import (
+    HOLD_OUT,
+    PRECAUTION,
+    memory_part_prior,
+    strangest_features,
+)
 from comet_meta.weights.review import Review
 
 Method = Literal["plain", "oracle", "paper", "comet"]
@@ -194,10 +200,15 @@ def wrap(
         options["regularizer"] = CovarianceMetaRegularizer(settings.strength)
     judges = settings.contamination == "auto" and settings.review is None
     judges = judges and settings.judged_after(len(data)) is not None
+    prior, patch_scores = memory_part_prior(data.batches(), len(data))
+    review = settings.review
+    if review is not None:
+        strange = strangest_features(data.batches(), patch_scores)
+        prior, review = learn_from_review(prior, strange, review)
     weighter = SoftConfidentWeighter(
-        prior=memory_prior(data.batches(), len(data)),
+        prior=prior,
         contamination=settings.contamination,
-        review=settings.review,
+        review=review,
         hold_out=HOLD_OUT if judges else None,
         precaution=PRECAUTION,  # where nothing is held out
     )

@@ -6,7 +6,11 @@ import torch
 from comet_meta import MemoryScorer
 from comet_meta.vision.backbones import load_backbone
 from comet_meta.vision.features import PatchFeatures, PyramidFeatures
-from comet_meta.vision.picture_prior import memory_part_prior, memory_prior
+from comet_meta.vision.picture_prior import (
+    memory_part_prior,
+    memory_prior,
+    strangest_features,
+)
 
 
 class Recorder(MemoryScorer):
@@ -92,3 +96,21 @@ def test_the_prior_does_not_depend_on_the_detector():
         for extractor in (PatchFeatures, PyramidFeatures)
     ]
     torch.testing.assert_close(*priors)
+
+
+def test_what_is_strange_about_a_picture_is_the_mean_of_its_five_strangest_patches():
+    features = torch.randn(30, 4, 3, 5, generator=torch.Generator().manual_seed(0))
+    features[3, 0, 0, 0] = torch.nan
+    features[7, :, 1, :] += torch.tensor([8.0, 0, 0, 0])[:, None]
+    batches = [[features[:20]], [features[20:]]]
+    _, patch_scores = memory_part_prior(batches, 30)
+    strange = strangest_features(batches, patch_scores)
+    known = torch.arange(30) != 3
+    patches = features[known].flatten(2).transpose(1, 2)  # (29, 15, 4)
+    deviation, mean = torch.std_mean(patches.flatten(0, 1), dim=0, correction=0)
+    # The five patches of the middle row.
+    torch.testing.assert_close(
+        strange[7], ((patches[6, 5:10] - mean) / deviation).mean(dim=0), rtol=1e-3, atol=1e-3
+    )
+    assert strange[3].tolist() == [0, 0, 0, 0]
+    assert int(strange[:, 0].argmax()) == 7
