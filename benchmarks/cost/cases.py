@@ -68,7 +68,7 @@ class ResNetAutoencoder(nn.Module):
 
 def simplenet(device: torch.device) -> Case:
     """SimpleNet's head at the paper's sizes, on 100 cached patch features a picture."""
-    head = SimpleNet([1536], (288, 288), hidden=1024, patches=None, noise_std=0.5)
+    head = SimpleNet([1536], (288, 288), hidden=1024, patches=None, noise_std=0.5, own_noise=0.0)
     return _detector(head, [torch.randn(BATCH, 1536, 10, 10)], device)
 
 

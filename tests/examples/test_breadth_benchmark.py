@@ -8,6 +8,7 @@ import torch
 
 import breadth
 import breadth_page
+import looks
 import table_detectors
 from reviewed import review_of
 from runs import Runs
@@ -78,6 +79,21 @@ def test_a_person_errs_as_often_as_asked(folder):
     assert int((said.numpy() != task.bad[look_at]).sum()) == 3
     again = review_of(prior, task.bad, mistakes=0.05, seed=3)[1]
     assert torch.equal(said, again)
+
+
+def test_what_a_number_of_looks_is_worth(folder, monkeypatch, capsys):
+    command = ["looks", "--folder", str(folder), "--looks", "15", "60", "--seeds", "0"]
+    monkeypatch.setattr(sys, "argv", command)
+    looks.main()
+    header, _, *lines = (
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in capsys.readouterr().out.strip().splitlines()
+    )
+    few, many = (dict(zip(header, line, strict=True)) for line in lines)
+    assert (few["looks"], many["looks"], few["tables"], few["number"]) == ("15", "60", "all", "2")
+    # Rows of both tables are far from each other where they are bad.
+    assert float(many["AUROC, learned"]) > 0.95
+    assert float(many["share off by"]) < float(few["share off by"]) + 0.05
 
 
 def test_who_looks_at_sixty_sees_no_other(folder):
