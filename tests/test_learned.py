@@ -16,6 +16,7 @@ from comet_meta import (
     learn_from_review,
     share_from_review,
 )
+from comet_meta.weights import learned as learned_module
 from comet_meta.weights.learned import carry_over, falling, probability_by_rank
 from comet_meta.weights.review import Review, known_labels
 
@@ -137,3 +138,18 @@ def test_what_is_wrong_is_said(features, error, message):
     _, prior, bad, _, look_at = two_kinds()
     with pytest.raises(error, match=message):
         learn_from_review(prior, features, (look_at, bad[look_at]))
+
+
+def test_a_review_of_nothing_teaches_nothing():
+    rows, prior, bad, _, look_at = two_kinds()
+    share = share_from_review(prior, look_at, bad[look_at])
+    with pytest.raises(ValueError, match="the review has no sample"):
+        learn_from_review(prior, rows, Review([], [], share))
+
+
+def test_many_rows_are_taken_in_parts(monkeypatch):
+    rows, prior, bad, _, look_at = two_kinds()
+    whole = learn_from_review(prior, rows, (look_at, bad[look_at])).prior
+    monkeypatch.setattr(learned_module, "_CHUNK_ROWS", 7)
+    parts = learn_from_review(prior, rows, (look_at, bad[look_at])).prior
+    torch.testing.assert_close(parts, whole)

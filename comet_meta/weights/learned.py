@@ -46,6 +46,7 @@ Array = npt.NDArray[np.float64]
 
 _NOISE = 0.1
 _TIE_BREAK = 1e-3
+_CHUNK_ROWS = 65_536
 
 
 class Learned(NamedTuple):
@@ -79,8 +80,8 @@ def learn_from_review(
 
     Raises:
         TypeError: If prior or features aren't floating-point.
-        ValueError: If the arguments don't fit together or aren't finite, or a part of the ranking
-            was not looked at and the review brings no share.
+        ValueError: If the arguments don't fit together or aren't finite, or no sample was looked
+            at, or none of a part of the ranking and the review brings no share.
         IndexError: If an index of the review lies outside the training set.
 
     Example:
@@ -98,11 +99,11 @@ def learn_from_review(
     features = _checked(features, len(prior))
     review = Review(*review)
     labels = known_labels(review, len(prior))
+    seen = (labels != UNSEEN).nonzero().flatten()
     share = review.share or share_of_labels(prior, labels)
     # 1)
     by_rank = probability_by_rank(prior, labels)
     # 2)
-    seen = (labels != UNSEEN).nonzero().flatten()
     residuals = (labels[seen] == BAD).double() - by_rank[seen]
     # 3)
     views = _views(features)
@@ -188,14 +189,15 @@ def carry_over(view: Tensor, seen: Tensor, residuals: Tensor) -> Tensor:
         >>> carried.round(decimals=2).tolist()
         [0.86, 0.83, -0.86, -0.85]
     """
-    distances = torch.cdist(view, view[seen])
-    between = distances[seen]
+    known = view[seen]
+    between = torch.cdist(known, known)
     apart = between[between > 0]
-    h = apart.median() if len(apart) else torch.ones_like(between[0, 0])
-    kernel = (-distances / h).exp()
-    noise = _NOISE * torch.eye(len(seen), dtype=kernel.dtype)
-    carried: Tensor = kernel @ torch.linalg.solve(kernel[seen] + noise, residuals)
-    return carried
+    h = apart.median() if len(apart) else torch.ones_like(residuals[0])
+    noise = _NOISE * torch.eye(len(seen), dtype=view.dtype)
+    parts = torch.linalg.solve((-between / h).exp() + noise, residuals)
+    return torch.cat(
+        [(-torch.cdist(some, known) / h).exp() @ parts for some in torch.split(view, _CHUNK_ROWS)]
+    )
 
 
 def _views(features: Tensor) -> list[Tensor]:

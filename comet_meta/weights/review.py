@@ -171,13 +171,15 @@ def known_labels(review: Review, count: int) -> Tensor:
         ``UNSEEN``, ``GOOD`` or ``BAD`` for each sample, int8 (N,).
 
     Raises:
-        ValueError: If there isn't one answer for each index, or one comes twice.
+        ValueError: If there is no index, or not one answer for each, or one comes twice.
         IndexError: If an index lies outside the training set.
 
     Example:
         >>> known_labels(Review([3, 1], [True, False]), 4)
         tensor([0, 1, 0, 2], dtype=torch.int8)
     """
+    if len(review.looked_at) == 0:
+        raise ValueError("the review has no sample; look at those that choose_for_review names")
     index, found = as_index(review.looked_at, count), torch.as_tensor(review.bad).bool()
     if index.shape != found.shape:
         raise ValueError(
