@@ -194,6 +194,14 @@ def test_most_of_the_noise_varies_as_the_features_do():
     assert net._noise(features[:1]).abs().max() < 2  # a single patch has nothing to differ from
 
 
+def test_a_picture_that_is_not_finite_makes_no_other_so():
+    torch.manual_seed(0)
+    net, features = SimpleNet([6], (8, 8)).eval(), torch.randn(4, 6, 3, 3)
+    features[1, 2] = torch.nan
+    features[3, 0] = torch.inf
+    assert net.losses([features]).isfinite().tolist() == [True, False, True, False]
+
+
 def test_features_of_another_backbone_are_refused():
     with pytest.raises(ValueError, match=r"expected \(B, C, h, w\) with C = \[6\]"):
         SimpleNet([6], (8, 8)).losses([torch.randn(2, 5, 3, 3)])

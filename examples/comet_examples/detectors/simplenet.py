@@ -211,7 +211,8 @@ class SimpleNet(nn.Module):
         if self.own_noise == 0:
             return noise
         one, other = (torch.randperm(len(adapted), device=adapted.device) for _ in range(2))
-        varied = adapted.detach()
+        # A patch that isn't finite makes no other patch so.
+        varied = adapted.detach().nan_to_num(0, 0, 0)
         # The difference of two has twice the variance of one.
         return noise + self.own_noise / math.sqrt(2) * (varied[one] - varied[other])
 
