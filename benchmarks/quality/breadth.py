@@ -14,7 +14,7 @@ steps. ``comet`` is the library's default with the prior of ``RowScorer``, and w
 values where the loss is a mean over the values of a row (autoencoder); ``comet-samples`` has
 weights of whole rows alone; ``comet@rate`` is ``comet`` told the share of anomalies,
 ``comet@reviewed`` which of sixty rows are bad; with ``comet@learned`` the prior learns from the
-sixty too, and with ``comet@mistaken`` it does so from answers of which a twentieth is wrong;
+sixty too, and rows alone have weights; with ``comet@mistaken`` a twentieth of the answers is wrong;
 ``comet-own`` has no prior and refits on the model's own scores; ``samples-0.1`` and the like are
 points of the frontier (``left_out.py``).
 Rivals: ``trim-prior@rate`` and ``trim-own@rate`` leave out the highest scores of the prior or the
@@ -226,6 +226,7 @@ def with_prior(
         options["review"] = review_of(scores, task.bad, mistakes, task.seed)
     if look in ("learned", "mistaken"):
         scores, options["review"] = learn_from_review(scores, task.train, options["review"])
+        value_scores = None  # a learned ranking of the rows is worth more
     return SoftConfidentWeighter(prior=scores, part_prior=value_scores, **options)
 
 

@@ -16,6 +16,7 @@ Run = Mapping[str, Any]
 Row = dict[str, str | float]
 
 _MAIN = ("plain", "comet", "comet@learned", "comet@rate", "oracle")
+_DRAWN = {"comet": "tab:blue", "comet@rate": "tab:orange", "comet@learned": "tab:green"}
 _LOSS = 0.005
 _DRAWS = 2000
 _INTRO = """\
@@ -195,14 +196,17 @@ def every_set(runs: Sequence[Run], detector: str, condition: str) -> list[Row]:
 def draw(
     runs: Sequence[Run], detectors: Sequence[str], conditions: Sequence[str], file: Path
 ) -> None:
-    """One dot a set: plain against CoMet."""
+    """One dot a set and method: plain against CoMet; no panel where there are no runs."""
     size = (3.4 * len(conditions), 3.4 * len(detectors))
     figure = Figure(figsize=size)
     axes = figure.subplots(len(detectors), len(conditions), squeeze=False)
     for detector, line in zip(detectors, axes, strict=True):
         for condition, axis in zip(conditions, line, strict=True):
             plain = by_set(runs, detector, condition, "plain", "AUROC")
-            for method, colour in (("comet", "tab:blue"), ("comet@rate", "tab:orange")):
+            if not plain:
+                axis.set_axis_off()
+                continue
+            for method, colour in _DRAWN.items():
                 ours = by_set(runs, detector, condition, method, "AUROC")
                 sets = sorted(plain.keys() & ours.keys())
                 x, y = [plain[name] for name in sets], [ours[name] for name in sets]
@@ -210,7 +214,9 @@ def draw(
             axis.plot([0, 1], [0, 1], color="grey", linewidth=0.8)
             axis.set(xlim=(0.2, 1.02), ylim=(0.2, 1.02), title=f"{detector}, {condition}")
             axis.set(xlabel="AUROC, plain", ylabel="AUROC, CoMet")
-    axes[0][0].legend(loc="lower right", fontsize=8)
+    drawn = [axis for line in axes for axis in line if axis.get_legend_handles_labels()[0]]
+    if drawn:
+        drawn[0].legend(loc="lower right", fontsize=8)
     figure.tight_layout()
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=110)
