@@ -28,9 +28,9 @@ number: that share of it is bad. *plain* is training without the library, *oracl
 the bad rows, *comet* the library's default with the prior of `RowScorer`, for the autoencoder with
 weights of values too; *comet-samples* has weights of whole rows alone, `@rate` is told the true
 share of bad rows, `@reviewed` which of sixty training rows are bad. With `@learned` the prior has
-learned from the sixty too, and with `@mistaken` it did so from answers of which a twentieth is
-wrong. `--help` describes the other methods. Some of them have fewer seeds: *gain* and *gap* compare
-each with plain and oracle on the seeds that it has; its *AUROC* is of these alone.
+learned from the sixty too and rows alone have weights, and with `@mistaken` a twentieth of the
+answers is wrong. `--help` describes the other methods. Some of them have fewer seeds: *gain* and
+*gap* compare each with plain and oracle on the seeds that it has; its *AUROC* is of these alone.
 
 - *gain over plain*: mean over the sets, with its 95 % bootstrap interval over sets.
 - *losses*: sets on which the method is more than .005 behind plain; *beyond noise*: of these, those
