@@ -509,6 +509,7 @@ PAPER_NOISE = {
     "learning_rate": 2e-4,
     "standardize": False,
     "noise_std": 0.015,
+    "own_noise": 0.0,
     "hidden": 1024,
     "patches": None,
     "top": 1,

@@ -22,6 +22,7 @@ OPTIONS = {
         "adaptor": True,
         "learning_rate": 2e-4,
         "noise_std": 0.5,
+        "own_noise": 0.0,
     },
     "fastflow": {"steps": 2, "top": 2},
 }
