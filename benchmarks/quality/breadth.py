@@ -366,6 +366,9 @@ def add_arguments(
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--half", choices=("a", "b"), help="every other set, by name")
     parser.add_argument("--shard", default="1/1", help="this process's part of the sets, as 1/4")
+    parser.add_argument(
+        "--least-rows", type=int, default=0, help="tables with fewer training rows are left out"
+    )
     parser.add_argument("--quick", action="store_true", help="8 sets, seed 0, four methods")
     parser.add_argument("--out", type=Path, default=out)
 
@@ -392,6 +395,11 @@ def finished_runs(
         for file in chosen_files(parser, options):
             run_missing(file, options, runs, judge, is_needed)
     finished = list(runs)
+    if options.least_rows:
+        if not options.folder:
+            parser.error("--least-rows needs --folder, which tells the sizes of the tables")
+        large = {file.stem for file in chosen_files(parser, options)}
+        finished = [run for run in finished if run["key"]["set"] in large]
     if not finished:
         parser.error(f"no finished runs in {options.out}: give --folder, so that there will be")
     for condition in options.conditions:
@@ -405,6 +413,8 @@ def chosen_files(parser: argparse.ArgumentParser, options: argparse.Namespace) -
     files = sorted(options.folder.rglob("*.npz"), key=lambda file: file.stem)
     if not files:
         parser.error(f"no .npz below {options.folder}; expected tables with X and y as in ADBench")
+    if options.least_rows:
+        files = [f for f in files if len(Task(f, "as-is", 0).train) >= options.least_rows]
     if options.quick:
         files, options.seeds = files[:: max(1, len(files) // QUICK)][:QUICK], [0]
         options.methods = ["plain", "oracle", "comet", "comet@rate"]

@@ -102,7 +102,8 @@ def strangest_features(batches: Iterable[Sequence[Tensor]], patch_scores: Tensor
 
     Args:
         batches: The training set's features in order, as for :func:`memory_prior`.
-        patch_scores: Of :func:`memory_part_prior`, shape (N, rows, columns).
+        patch_scores: Scores of the patches, from :func:`memory_part_prior`, shape
+            (N, rows, columns).
 
     Returns:
         The mean of the standardised features of these patches, shape (N, C); 0 for a picture whose

@@ -72,6 +72,37 @@ def test_finished_runs_are_kept_and_the_tables_printed(folder, monkeypatch, caps
             assert run["figures"]["mean weight"] == 1
 
 
+def test_only_large_tables_where_they_are_asked_for(folder, monkeypatch, capsys):
+    with np.load(folder / "far.npz") as file:
+        np.savez(folder / "large.npz", X=np.tile(file["X"], (2, 1)), y=np.tile(file["y"], 2))
+    monkeypatch.setattr(breadth, "STEPS", 5)
+    command = ["breadth", "--folder", str(folder), "--out", str(folder / "runs.jsonl")]
+    command += ["--detectors", "svdd", "--seeds", "0", "--conditions", "as-is"]
+    monkeypatch.setattr(sys, "argv", [*command, "--methods", "plain", "oracle"])
+    breadth.main()
+    assert {run["key"]["set"] for run in Runs(folder / "runs.jsonl")} == {"far", "large", "near"}
+    capsys.readouterr()
+    monkeypatch.setattr(
+        sys, "argv", [*command, "--least-rows", "200", "--methods", "plain", "oracle"]
+    )
+    breadth.main()
+    rows = [line.split("|")[3:5] for line in capsys.readouterr().out.splitlines() if "svdd" in line]
+    assert [[cell.strip() for cell in row] for row in rows] == [["plain", "1"], ["oracle", "1"]]
+    monkeypatch.setattr(sys, "argv", ["breadth", "--out", command[4], "--least-rows", "200"])
+    with pytest.raises(SystemExit):
+        breadth.main()
+
+
+def test_a_learned_prior_weighs_rows_alone(folder):
+    task = breadth.Task(folder / "far.npz", "as-is", 0)
+    assert breadth.with_prior(task, by_value=True, look="told").has_parts
+    learned = breadth.with_prior(task, by_value=True, look="learned")
+    assert not learned.has_parts
+    plain, _ = breadth.priors(task, by_value=False)
+    expected = breadth.learn_from_review(plain, task.train, review_of(plain, task.bad))
+    assert torch.equal(learned.prior, expected.prior)
+
+
 def test_a_person_errs_as_often_as_asked(folder):
     task = breadth.Task(folder / "far.npz", "as-is", 0)
     prior = breadth.RowScorer(seed=0)(task.train)

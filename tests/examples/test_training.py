@@ -13,9 +13,18 @@ from PIL import Image
 from comet_examples import cli, training
 from comet_examples.detectors import SimpleNet
 from comet_examples.training import FeatureRows, ResumeError, TrainingSettings, predict, train
-from comet_meta import CoMetOptimizerWrapper, SoftConfidentWeighter
+from comet_meta import (
+    CoMetOptimizerWrapper,
+    SoftConfidentWeighter,
+    choose_for_review,
+    learn_from_review,
+)
 from comet_meta.vision.features import PatchFeatures
-from comet_meta.vision.picture_prior import memory_prior
+from comet_meta.vision.picture_prior import (
+    memory_part_prior,
+    memory_prior,
+    strangest_features,
+)
 from comet_meta.weights.contamination import Contamination
 from comet_meta.weights.review import Review
 
@@ -479,6 +488,20 @@ def test_a_training_that_was_stopped_before_or_after_the_judgement_goes_on_alike
     again = train(build, data, settings, checkpoint=file, resume=True)
     assert same(whole.detector, again.detector)
     assert torch.equal(whole.optimizer.weighter(), again.optimizer.weighter())
+
+
+def test_the_prior_of_a_training_learns_from_the_review():
+    data = a_data_set(120)
+    prior, patch_scores = memory_part_prior(data.batches(), len(data))
+    look_at = choose_for_review(prior)
+    review = Review(look_at, look_at < 12)
+    strange = strangest_features(data.batches(), patch_scores)
+    expected = learn_from_review(prior, strange, review)
+    settings = TrainingSettings("comet", epochs=1, review=review)
+    weighter = training.wrap(build(), data, settings).weighter
+    assert torch.equal(weighter.prior, expected.prior)
+    assert not torch.equal(weighter.prior.argsort(), prior.argsort())
+    assert weighter.contamination_ == expected.review.share
 
 
 def test_a_training_with_a_review_goes_on_alike_and_not_with_another(tmp_path):

@@ -46,7 +46,8 @@ class SimpleNet(nn.Module):
         noise_std: Standard deviation of the independent noise on the (adapted) features, > 0.
         own_noise: How large the noise is that varies as the features do, in their own standard
             deviations, >= 0: the difference of two patches of the batch, drawn at random, times
-            this and divided by the root of 2.
+            this and divided by the root of 2. So a picture's loss depends on the others of its
+            batch, also on those of weight 0.
         adaptor: Whether a trained linear map comes first.
         learning_rate: The discriminator's; the adaptor has half of it, as in the paper.
         margin: The hinge loss's, > 0.
