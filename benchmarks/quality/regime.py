@@ -5,6 +5,8 @@ pictures, without the weights and with them (``weights+...``):
 
 - ``penalty-<l>``: the published penalty with lambda_0 = l, part of the loss;
 - ``constant-<l>``: the same with gamma = 0, so that its strength doesn't follow the losses;
+- ``running-<l>``: ours, the same with a strength that can rise to 11 times lambda_0, see
+  :class:`RunningScale`;
 - ``decoupled-<l>``: AdamW's weight decay l in place of a penalty in the loss;
 - ``mldg``, ``fomaml``: the meta-step;
 - ``plain`` and ``weights``: none of these.
@@ -25,8 +27,9 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import torch
 from matplotlib.figure import Figure
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from ablation import as_comet
@@ -44,12 +47,44 @@ STRENGTHS = (1e-4, 1e-3, 5e-3)
 DECAYS = (1e-2, 1e-1)
 
 
+class RunningScale(CovarianceMetaRegularizer):
+    """The penalty with losses in units of how much they varied so far. Ours, not the paper's.
+
+    Over the window, the published strength z-normalises the losses, so that det Sigma = 1 - r^2 and
+    lambda varies by 7.5 % at most. Here they are divided by their running deviation, of the last
+    hundred steps or so. det Sigma is then near 0 while the losses vary less than they used to, and
+    large where they begin to vary more.
+
+    Args:
+        base_strength: lambda_0.
+    """
+
+    moments: Tensor
+    _DECAY = 0.99
+
+    def __init__(self, base_strength: float) -> None:
+        super().__init__(base_strength, gamma=10)
+        self.register_buffer("moments", torch.zeros(2, 2))  # of losses and of their squares
+
+    def update(self, train_loss: Tensor | float, validation_loss: Tensor | float) -> None:
+        """Append the losses of one step, and take them into the running deviation."""
+        super().update(train_loss, validation_loss)
+        pair = self.pairs[-1]
+        self.moments.lerp_(torch.stack([pair, pair.square()]), 1 - self._DECAY)
+
+    @property
+    def covariance(self) -> Tensor:
+        """Sigma (2, 2) over the window, in units of the running variance; 0 before it is full."""
+        mean, square = self.moments / (1 - self._DECAY**self.count).clamp_min(1e-6)
+        deviation = (square - mean.square()).clamp_min(1e-12).sqrt()
+        return torch.cov((self.pairs / deviation).T) * (self.count >= self.window)
+
+
 def form(
     weights: bool,
     *,
     meta: MetaMode = "none",
-    strength: float = 0,
-    gamma: float = 0.5,
+    penalty: Callable[[], CovarianceMetaRegularizer] | None = None,
     decay: float = 0,
 ) -> Variant:
     """A way to train: weights or none, with a meta-step, a penalty or decoupled weight decay."""
@@ -62,7 +97,7 @@ def form(
         return CoMetOptimizerWrapper(
             [decayed(one, decay) if decay else one for one in detector.optimizers()],
             weighter=weighter,
-            regularizer=CovarianceMetaRegularizer(strength, gamma) if strength else None,
+            regularizer=penalty() if penalty else None,
             meta=meta,
             model=cast("nn.Module", detector),
         )
@@ -82,8 +117,12 @@ def _forms() -> dict[str, Variant]:
     found: dict[str, Variant] = {}
     for weights in (False, True):
         own: dict[str, Variant] = {"": form(weights)}
-        own |= {f"penalty-{x:g}": form(weights, strength=x) for x in STRENGTHS}
-        own |= {f"constant-{x:g}": form(weights, strength=x, gamma=0) for x in STRENGTHS[-1:]}
+        penalties: dict[str, Callable[[], CovarianceMetaRegularizer]] = {
+            **{f"penalty-{x:g}": partial(CovarianceMetaRegularizer, x) for x in STRENGTHS},
+            **{f"constant-{x:g}": partial(CovarianceMetaRegularizer, x, 0) for x in STRENGTHS[-1:]},
+            **{f"running-{x:g}": partial(RunningScale, x) for x in STRENGTHS[-2:]},
+        }
+        own |= {name: form(weights, penalty=made) for name, made in penalties.items()}
         own |= {f"decoupled-{x:g}": form(weights, decay=x) for x in DECAYS}
         metas: tuple[MetaMode, ...] = ("mldg", "fomaml")
         own |= {meta: form(weights, meta=meta) for meta in metas}

@@ -7,8 +7,9 @@ import torch
 from tiny_experiment import TinyBenchmark
 from torch.optim import Adam, AdamW
 
+from comet_meta import CovarianceMetaRegularizer
 from grid import Benchmark
-from regime import FORMS, decayed, draw, key_of, rows, run
+from regime import FORMS, RunningScale, decayed, draw, key_of, rows, run
 from runs import Runs
 
 
@@ -49,9 +50,11 @@ def test_forms_are_what_their_names_say(seen):
         mode = "none" if wrapper.meta is None else wrapper.meta.mode
         assert mode == (base if base in ("mldg", "fomaml") else "none")
         kind, _, number = base.partition("-")
-        if kind in ("penalty", "constant"):
+        if kind in ("penalty", "constant", "running"):
             assert wrapper.regularizer.base_strength == float(base.split("-", 1)[1])
-            assert wrapper.regularizer.gamma == (0 if kind == "constant" else 0.5)
+            gammas = {"penalty": 0.5, "constant": 0, "running": 10}
+            assert wrapper.regularizer.gamma == gammas[kind]
+            assert isinstance(wrapper.regularizer, RunningScale) == (kind == "running")
         else:
             assert wrapper.regularizer is None
         if kind == "decoupled":
@@ -66,6 +69,41 @@ def test_forms_train_to_different_figures(seen):
     plain = bits("plain")
     for name in ("penalty-0.005", "decoupled-0.1", "mldg", "fomaml", "weights"):
         assert not torch.equal(bits(name), plain), name
+
+
+def test_a_running_scale_lets_the_strength_follow_how_steady_the_losses_are():
+    regularizer, generator = RunningScale(0.01), torch.Generator().manual_seed(0)
+
+    def strengths(deviation, steps=200):
+        found = []
+        for _ in range(steps):
+            regularizer.update(*(5 + deviation * torch.randn(2, generator=generator)).tolist())
+            found.append(float(regularizer.strength))
+        return found
+
+    strengths(1.0)
+    steady = strengths(0.1, 20)
+    unsteady = strengths(10.0, 5)
+    assert max(steady[5:]) < 0.011  # near lambda_0
+    assert max(unsteady) > 0.03
+    published = CovarianceMetaRegularizer(0.01)
+    published.pairs.copy_(regularizer.pairs)
+    published.count.copy_(regularizer.count)
+    assert float(published.strength) < 0.0108
+
+
+def test_the_running_covariance_equals_one_from_all_losses():
+    regularizer = RunningScale(0.01)
+    pairs = torch.randn(40, 2, generator=torch.Generator().manual_seed(1)).double()
+    for number, pair in enumerate(pairs.tolist()):
+        if number < regularizer.window:
+            assert not bool(regularizer.covariance.any())
+        regularizer.update(*pair)
+    ages = 0.99 ** torch.arange(39, -1, -1).double().unsqueeze(1)
+    mean = (ages * pairs).sum(dim=0) / ages.sum()
+    deviation = ((ages * pairs.square()).sum(dim=0) / ages.sum() - mean.square()).sqrt()
+    expected = torch.cov((pairs[-5:] / deviation).T)
+    torch.testing.assert_close(regularizer.covariance.double(), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_decoupled_decay_keeps_parameters_and_rates():
