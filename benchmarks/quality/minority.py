@@ -8,7 +8,9 @@ prior, a more cautious one, and one for folders of one product.
 
 With --train, what a detector is worth that has been trained on the folder: I-AUROC on test cells of
 which the variant makes up the same share, and on those of either kind alone; and the weights of
-good training cells of either kind at the end, when the detector has judged the suspects.
+good training cells of either kind at the end, when the detector has judged the suspects. With
+*learned* the known labels play a person who looks at sixty of the cells, and the prior learns from
+them.
 """
 
 import argparse
@@ -30,10 +32,18 @@ from comet_examples.training import Method, TrainingSettings
 from comet_meta import MemoryScorer, SoftConfidentWeighter
 from comet_meta.vision.backbones import DEFAULT_BACKBONE, load_backbone
 from comet_meta.vision.picture_prior import PRECAUTION, memory_part_prior
+from comet_meta.weights.review import Review
 from grid import Benchmark
+from reviewed import review_of
 from runs import spread
 
 _TASKS = ("elpv/mono", "elpv/poly")  # the many, and the variant
+_METHODS: dict[str, Method] = {
+    "plain": "plain",
+    "oracle": "oracle",
+    "comet": "comet",
+    "learned": "comet",
+}
 _SCORERS = {
     "scale=1": MemoryScorer(scale=1.0),
     "default": MemoryScorer(),
@@ -102,21 +112,30 @@ def trained_rows(bench: Benchmark, options: argparse.Namespace) -> Iterator[dict
     experiment = Experiment(both, options.train, major.preset, backbone, bench.store, "cpu")
     for share in options.shares:
         for noise in options.noise:
-            methods: list[Method] = ["plain", "oracle", "comet"] if noise else ["plain", "comet"]
-            for method in methods:
+            for name, method in _METHODS.items():
+                if noise == 0 and name in ("oracle", "learned"):
+                    continue  # plain training
                 runs = []
                 for seed in options.seeds:
                     parts = major.split(noise, seed), minor.split(noise, seed)
                     settings = major.preset.training(method, seed=seed)
-                    runs.append(detection(experiment, *parts, share, settings))
+                    runs.append(
+                        detection(experiment, *parts, share, settings, look=name == "learned")
+                    )
                 yield (
-                    {"variant": f"{share:.0%}", "bad": f"{noise:.0%}", "method": method}
+                    {"variant": f"{share:.0%}", "bad": f"{noise:.0%}", "method": name}
                     | {name: spread(run[name] for run in runs) for name in runs[0]}
                 )
 
 
 def detection(
-    experiment: Experiment, major: Split, minor: Split, share: float, settings: TrainingSettings
+    experiment: Experiment,
+    major: Split,
+    minor: Split,
+    share: float,
+    settings: TrainingSettings,
+    *,
+    look: bool = False,
 ) -> dict[str, float]:
     """I-AUROC of a detector of both kinds, on both and on either; with weights also their means.
 
@@ -126,6 +145,7 @@ def detection(
         minor: Cells of the other, of which some are drawn.
         share: What these make up, of the training cells and among good and bad test cells.
         settings: How to train.
+        look: Whether a person looks at sixty of the training cells.
     """
     generator = np.random.default_rng(settings.seed)
 
@@ -138,6 +158,9 @@ def detection(
         kinds = ([s for s in part.test if s.label == label] for part in (major, minor))
         test += beside(*kinds)
     split = replace(major, train=train, test=test)
+    if look:
+        scores, _ = memory_part_prior(experiment.rows(train).batches(), len(train))
+        settings = replace(settings, review=Review(*review_of(scores, bad_samples(train))))
     outcome, bad = experiment.run(split, settings), bad_samples(test)
     size = len(major.test)
     parts = {"all": slice(None), "the others": slice(size), "the variant": slice(size, None)}
@@ -149,6 +172,8 @@ def detection(
     if weighter is not None:
         weights = weighter.mean_weights()
         good = torch.from_numpy(~bad_samples(train))
+        if not good.all():
+            found["of the bad"] = float(weights[~good].mean())
         of_variant = torch.arange(len(train)) >= len(major.train)
         found["weight of the others"] = float(weights[good & ~of_variant].mean())
         found["of the variant"] = float(weights[good & of_variant].mean())

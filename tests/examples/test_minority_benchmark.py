@@ -1,5 +1,6 @@
 """Folders with a variant of the product: who is in them, and what a detector is judged on."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,7 +10,7 @@ import torch
 import minority
 from comet_examples.datasets import Sample, Split
 from comet_examples.training import TrainingSettings
-from comet_meta import SoftConfidentWeighter
+from comet_meta import SoftConfidentWeighter, choose_for_review
 
 
 def cells(kind: str, label: int, count: int) -> tuple[Sample, ...]:
@@ -51,6 +52,37 @@ def test_the_variant_is_the_same_share_of_the_training_and_of_good_and_bad_test_
     assert 0.5 < figures["all"] < 1.0
     assert figures["weight of the others"] == 1.0
     assert figures["of the variant"] == 0.5
+
+
+def test_a_look_tells_the_training_which_of_sixty_cells_are_bad(monkeypatch):
+    prior = torch.linspace(0, 1, 100)
+    monkeypatch.setattr(minority, "memory_part_prior", lambda batches, count: (prior, None))
+    seen = []
+
+    def run(split, settings):
+        seen.append(settings.review)
+        weighter = SoftConfidentWeighter(100)
+        weighter.weights[5] = 0.25
+        training = SimpleNamespace(optimizer=SimpleNamespace(weighter=weighter))
+        return SimpleNamespace(scores=torch.rand(len(split.test)), training=training)
+
+    major, minor = a_split("many"), a_split("few")
+    spoiled = (*major.train[:5], replace(major.train[5], label=1), *major.train[6:])
+    experiment = SimpleNamespace(run=run, rows=lambda _: SimpleNamespace(batches=list))
+    figures = minority.detection(
+        experiment,
+        replace(major, train=spoiled),
+        minor,
+        0.1,
+        TrainingSettings("comet", epochs=1),
+        look=True,
+    )
+    (review,) = seen
+    assert 40 <= len(review.looked_at) <= 60
+    assert review.looked_at.tolist() == choose_for_review(prior).tolist()
+    assert set(review.looked_at[review.bad].tolist()) <= {5}
+    assert figures["of the bad"] == 0.25
+    assert figures["weight of the others"] == 1.0
 
 
 def test_weights_and_detectors_are_about_the_same_cells():
