@@ -127,6 +127,13 @@ def _add_rank(parser: argparse.ArgumentParser) -> None:
         help="share of bad pictures, in [0, 0.5), where it is known (default: %(default)s)",
     )
     parser.add_argument(
+        "--review",
+        type=Path,
+        metavar="LIST.CSV",
+        help="the list that the report of an earlier ranking of the folder has exported, after you "
+        "ticked the bad pictures of its sample: the ranking learns from it, and it tells the share",
+    )
+    parser.add_argument(
         "--keep-going", action="store_true", help="leave out pictures that can't be read"
     )
     parser.add_argument(
@@ -187,6 +194,7 @@ def _rank(options: argparse.Namespace) -> int:
         seed=options.seed,
         contamination=options.contamination,
         keep_going=options.keep_going,
+        review=options.review,
     )
     check_folder(options.folder)
     out = options.out or Path(f"{options.folder.resolve().name or 'pictures'}_ranked")
@@ -206,8 +214,11 @@ def _rank(options: argparse.Namespace) -> int:
     print(f"{len(ranking.paths):,} pictures. {in_words(ranking.weighter)}")
     print(f"Look through them:  {report}")
     print(f"What to keep:       {keep_list}")
-    if options.contamination == "auto":
-        print("How many are bad:   tick the bad pictures of the report's sample")
+    if options.contamination == "auto" and options.review is None:
+        print(
+            "How many are bad:   tick the bad pictures of the report's sample, export the list and "
+            "rank again with --review"
+        )
     if not ranking.unreadable:
         return _DONE
     print(f"{len(ranking.unreadable):,} pictures can't be read and were left out:", file=sys.stderr)

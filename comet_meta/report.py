@@ -1,9 +1,10 @@
-"""Write the curation report from your own training loop, and read what a person has found in it."""
+"""The curation report, and the lists of pictures, in your own training loop."""
 
 from collections.abc import Callable, Sequence
 from os import PathLike
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from comet_meta.weights.review import Review
@@ -94,18 +95,68 @@ def read_review(file: str | PathLike[str], paths: Sequence[str | PathLike[str]])
     except ModuleNotFoundError as error:
         raise _without_extra(error) from error
 
-    index = {str(Path(path).absolute()): i for i, path in enumerate(paths)}
+    index = {_in_full(path): i for i, path in enumerate(paths)}
     found, share = read_reviewed(Path(file))
-    if lacking := [path for path, _ in found if str(Path(path).absolute()) not in index]:
+    if lacking := [path for path, _ in found if _in_full(path) not in index]:
         raise KeepListError(
             f"{lacking[0]} in {file} is none of the {len(paths)} pictures; give the paths that the "
             "report was written with"
         )
     return Review(
-        [index[str(Path(path).absolute())] for path, _ in found],
+        [index[_in_full(path)] for path, _ in found],
         [not keep for _, keep in found],
         share,
     )
+
+
+def read_prior(
+    file: str | PathLike[str],
+    paths: Sequence[str | PathLike[str]],
+    folder: str | PathLike[str] = "",
+) -> Tensor:
+    """Read the scores of a ranking, for the weighter's ``prior=``.
+
+    Args:
+        file: ``keep.csv`` of ``comet-meta rank``, or a list that its report has exported.
+        paths: The training pictures' files: sample i is ``paths[i]``.
+        folder: The folder that was ranked, below which the paths of ``keep.csv`` lie. An exported
+            list has them in full.
+
+    Returns:
+        Anomaly scores, higher = more anomalous, float32, shape (N,).
+
+    Raises:
+        ModuleNotFoundError: If the extra ``comet-meta[vision]`` isn't installed.
+        ValueError: If the file is no such list, or lacks a picture or its score.
+
+    Example:
+        >>> from comet_meta import SoftConfidentWeighter, report
+        >>> prior = report.read_prior("line_3_ranked/keep.csv", paths, "line_3")  # doctest: +SKIP
+        >>> weighter = SoftConfidentWeighter(prior=prior)  # doctest: +SKIP
+    """
+    try:
+        from comet_meta.vision.keep_list import KeepListError, read_scores
+    except ModuleNotFoundError as error:
+        raise _without_extra(error) from error
+
+    found = {_in_full(Path(folder) / path): score for path, score in read_scores(Path(file))}
+    wanted = [_in_full(path) for path in paths]
+    if lacking := [path for path in wanted if path not in found]:
+        raise KeepListError(
+            f"{file} lacks {len(lacking):,} of {len(paths):,} pictures, the first of them "
+            f"{lacking[0]}; rank the folder that holds them all, and give it as folder="
+        )
+    if unread := [path for path in wanted if found[path] is None]:
+        raise KeepListError(
+            f"{unread[0]} has no score in {file}, since it couldn't be read; leave it out of "
+            "training"
+        )
+    return torch.tensor([found[path] for path in wanted], dtype=torch.float32)
+
+
+def _in_full(path: str | PathLike[str]) -> str:
+    """A path by which the same file is known from any list."""
+    return str(Path(path).absolute())
 
 
 def _without_extra(error: ModuleNotFoundError) -> ModuleNotFoundError:

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 
 from comet_meta.vision.files import replacing
@@ -92,6 +93,25 @@ def read(file: Path) -> list[tuple[str, bool]]:
     return [(path, keep) for path, keep, _ in _read(file, {"path", "keep"})]
 
 
+def read_scores(file: Path) -> list[tuple[str, float | None]]:
+    """Read paths and anomaly scores of a list.
+
+    Args:
+        file: A CSV file with the columns ``path`` and ``score``; others are ignored.
+
+    Returns:
+        Path as it is written and score, in the file's order; None for a picture that couldn't be
+        read.
+
+    Raises:
+        KeepListError: If the file is missing or is no such list.
+    """
+    return [
+        (line["path"] or "", _score(file, number, line["score"] or ""))
+        for number, line in _lines(file, {"path", "score"})
+    ]
+
+
 def read_reviewed(file: Path) -> tuple[list[tuple[str, bool]], Contamination]:
     """Read what a person has looked at in the report's sample.
 
@@ -125,6 +145,14 @@ def read_reviewed(file: Path) -> tuple[list[tuple[str, bool]], Contamination]:
 
 def _read(file: Path, needed: set[str]) -> list[tuple[str, bool, bool]]:
     """Path, whether it stays and whether it was looked at, of each line, by rank if need be."""
+    rows = [(_rank(line), _decision(file, number, line)) for number, line in _lines(file, needed)]
+    if "rank" in needed:
+        rows.sort(key=lambda row: row[0])
+    return [decision for _, decision in rows]
+
+
+def _lines(file: Path, needed: set[str]) -> list[tuple[int, dict[str, str | None]]]:
+    """Number and columns of each line, of which some are needed."""
     try:
         with file.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as stream:
             lines = csv.DictReader(stream)
@@ -135,10 +163,7 @@ def _read(file: Path, needed: set[str]) -> list[tuple[str, bool, bool]]:
                     f"{file} has no column {' nor '.join(sorted(missing))}; expected the header "
                     f"{','.join(expected)}"
                 )
-            rows = [(_rank(line), _decision(file, lines.line_num, line)) for line in lines]
-            if "rank" in needed:
-                rows.sort(key=lambda row: row[0])
-            return [decision for _, decision in rows]
+            return [(lines.line_num, line) for line in lines]
     except FileNotFoundError:
         raise KeepListError(f"there's no list {file}") from None
     except csv.Error as error:
@@ -207,6 +232,17 @@ def _rank(row: dict[str, str | None]) -> float:
     return float(text) if text.isdigit() else math.inf
 
 
+def _score(file: Path, line: int, text: str) -> float | None:
+    """A score as it is written; None for a picture that couldn't be read."""
+    try:
+        score = float(text) if text.strip() else None
+    except ValueError:
+        score = math.nan
+    if score is not None and not math.isfinite(score):
+        raise KeepListError(f"line {line} of {file} has the score {text!r}; expected a number")
+    return score
+
+
 def _decision(file: Path, line: int, row: dict[str, str | None]) -> tuple[str, bool, bool]:
     path, keep = row["path"], (row["keep"] or "").strip().lower()
     if not path or keep not in _KEEP:
@@ -245,7 +281,9 @@ def _spell(path: Path) -> str:
 def _figure(value: float | None) -> str:
     if value is None:
         return ""
-    return str(value) if isinstance(value, int) else f"{value:.6g}"
+    if isinstance(value, int):
+        return str(value)
+    return np.format_float_positional(np.float32(value), trim="-")  # the same when read back
 
 
 def _first_few(paths: list[Path]) -> str:

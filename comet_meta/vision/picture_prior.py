@@ -106,8 +106,8 @@ def strangest_features(batches: Iterable[Sequence[Tensor]], patch_scores: Tensor
             (N, rows, columns).
 
     Returns:
-        The mean of the standardised features of these patches, shape (N, C); 0 for a picture whose
-        features are not all finite.
+        The mean features of these patches, shape (N, C); of a picture whose features are not all
+        finite, the mean over the others.
 
     Example:
         >>> features = torch.randn(40, 3, 4, 4, generator=torch.Generator().manual_seed(0))
@@ -118,23 +118,28 @@ def strangest_features(batches: Iterable[Sequence[Tensor]], patch_scores: Tensor
         (torch.Size([40, 3]), 7)
     """
     side = grid_side(len(patch_scores))
-    patches = torch.cat([patches_on_grid(levels, side) for levels in batches])
-    finite = _is_finite(patches)
-    found = torch.zeros(len(patches), patches.shape[1])
-    of_patches = standardised(patches[finite])
-    scores = patch_scores[finite].flatten(1)
-    highest = scores.topk(min(_STRANGEST, scores.shape[1]), dim=1).indices.unsqueeze(2)
-    found[finite] = of_patches.gather(1, highest.expand(-1, -1, of_patches.shape[2])).mean(dim=1)
-    return found
+    found: list[Tensor] = []
+    start = 0
+    for levels in batches:
+        patches = patches_on_grid(levels, side)
+        finite = _is_finite(patches)
+        patches = patches.flatten(2)  # (B, C, P)
+        scores = patch_scores[start : start + len(patches)].flatten(1)
+        start += len(patches)
+        highest = scores.topk(min(_STRANGEST, scores.shape[1]), dim=1).indices.unsqueeze(1)
+        strangest = patches.gather(2, highest.expand(-1, patches.shape[1], -1)).mean(dim=2)
+        found.append(strangest.where(finite.unsqueeze(1), torch.nan))
+    strange = torch.cat(found)
+    return strange.where(strange.isfinite(), strange.nanmean(dim=0))
 
 
-def streamed_prior(
+def streamed_part_prior(
     parts: Callable[[], Iterator[Tensor]],
     scratch: Path,
     scorer: MemoryScorer | None = None,
     device: torch.device | str = "cpu",
-) -> Tensor:
-    """:func:`memory_prior` of more patches than should be in memory at a time.
+) -> tuple[Tensor, Tensor]:
+    """:func:`memory_part_prior` of more patches than should be in memory at a time.
 
     Args:
         parts: Yields the pictures' patches on the fine grid in order, (b, C, h, w); it is called
@@ -144,7 +149,8 @@ def streamed_prior(
         device: Where the pictures are compared. On the CPU, memory holds no more than a part.
 
     Returns:
-        Scores, shape (N,), NaN for a picture whose patches are not all finite.
+        Scores of the pictures, shape (N,), and of their patches, shape (N, rows, columns). NaN for
+        a picture whose patches are not all finite.
 
     Raises:
         DatasetError: If fewer than two pictures have finite patches.
@@ -160,12 +166,16 @@ def streamed_prior(
         return (part[_is_finite(part)] for part in parts())
 
     # 2)
-    by_grid = [_streamed_scores(fine, scratch, scorer, device)]
-    if _has_coarse_grid(next(parts())):
-        by_grid.append(_streamed_scores(lambda: map(_coarser, fine()), scratch, scorer, device))
+    first = next(parts())
+    found, patch_found = _streamed_scores(fine, scratch, scorer, device)
+    by_grid = [found]
+    if _has_coarse_grid(first):
+        by_grid.append(_streamed_scores(lambda: map(_coarser, fine()), scratch, scorer, device)[0])
     scores = torch.full((len(finite),), torch.nan)
+    patch_scores = torch.full((len(finite), *first.shape[2:]), torch.nan)
     scores[finite] = mean_in_medians(torch.stack(by_grid))  # 3)
-    return scores
+    patch_scores[finite] = patch_found.unflatten(1, first.shape[2:])
+    return scores, patch_scores
 
 
 def grid_side(count: int) -> int:
@@ -231,8 +241,11 @@ def _streamed_scores(
     scratch: Path,
     scorer: MemoryScorer,
     device: torch.device | str,
-) -> Tensor:
-    """Scores (N,) of standardised patches that come in parts (b, C, h, w) and lie in a file."""
+) -> tuple[Tensor, Tensor]:
+    """Scores (N,) and patch scores (N, P) of standardised patches that lie in a file.
+
+    The patches come in parts (b, C, h, w).
+    """
     scaler = FeatureScaler([next(parts()).shape[1]])
     scaler.fit([part] for part in parts())
     count = 0
@@ -243,7 +256,8 @@ def _streamed_scores(
             file.write(rows.contiguous().numpy().tobytes())
         file.flush()  # written, not mapped for writing: a full disk is an error and no crash
         features = np.memmap(file, np.float32, "c", shape=(count, *rows.shape[1:]))
-        return scorer(torch.from_numpy(features).to(device)).cpu()
+        scores, patch_scores = scorer.score_parts(torch.from_numpy(features).to(device))
+        return scores.cpu(), patch_scores.cpu()
 
 
 def _rows(scaler: FeatureScaler, patches: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from comet_meta.report import read_review
 from comet_meta.vision import folder as plain_folder
 from comet_meta.vision.backbones import DEFAULT_BACKBONE, load_backbone
 from comet_meta.vision.features import PatchFeatures
@@ -18,9 +19,15 @@ from comet_meta.vision.html_report import Run, write_report
 from comet_meta.vision.images import SQUARE, Transform
 from comet_meta.vision.keep_list import Row, write
 from comet_meta.vision.patch_grids import PatchGrids
-from comet_meta.vision.picture_prior import PRECAUTION, grid_side, streamed_prior
+from comet_meta.vision.picture_prior import (
+    PRECAUTION,
+    grid_side,
+    strangest_features,
+    streamed_part_prior,
+)
 from comet_meta.vision.samples import Sample, Split
 from comet_meta.vision.survey import survey_depth
+from comet_meta.weights.learned import learn_from_review
 from comet_meta.weights.prior import MemoryScorer
 from comet_meta.weights.weighter import SoftConfidentWeighter
 
@@ -43,6 +50,8 @@ class RankSettings:
         seed: Seed of the random memories.
         contamination: Share of bad pictures, in [0, 0.5), where it is known; else ``"auto"``.
         keep_going: Whether pictures that can't be read are left out instead of refused.
+        review: A list that the report of an earlier ranking has exported after a person looked at
+            its sample; the ranking learns from it.
     """
 
     backbone: str = DEFAULT_BACKBONE
@@ -53,6 +62,7 @@ class RankSettings:
     seed: int = 0
     contamination: float | Literal["auto"] = "auto"
     keep_going: bool = False
+    review: Path | None = None
 
 
 class Unreadable(NamedTuple):
@@ -129,6 +139,7 @@ class Ranking:
                     "weights": settings.weights,
                     "pixels": self.transform.resize,
                     "contamination": settings.contamination,
+                    "review": None if settings.review is None else settings.review.name,
                     "seed": settings.seed,
                 },
             ),
@@ -155,11 +166,13 @@ def rank_folder(folder: Path, settings: RankSettings) -> Ranking:
     Raises:
         RankError: If folder or pictures are missing, some can't be read (unless ``keep_going``), or
             fewer than two are left.
-        ValueError: If backbone, weights, size or a link in the folder are of no use.
+        ValueError: If backbone, weights, size, review or a link in the folder are of no use.
         OSError: If the cache can't be written.
     """
     split = _pictures(folder)
     paths = [sample.path for sample in split.train]
+    if settings.review is not None:
+        read_review(settings.review, paths)  # before hours of work, if it is of no use
     extractor = PatchFeatures(load_backbone(settings.backbone, settings.weights))
     known = survey_depth(split)
     if settings.size is None:
@@ -183,23 +196,24 @@ def rank_folder(folder: Path, settings: RankSettings) -> Ranking:
             if reason := grids.why_unreadable(paths[i]):
                 unreadable[i] = Unreadable(paths[i], reason)
         _check_readable(folder, len(paths), list(unreadable.values()), settings.keep_going)
-        prior = streamed_prior(
-            lambda: grids.read(files), cache, MemoryScorer(seed=settings.seed), settings.device
+        scorer = MemoryScorer(seed=settings.seed)
+        prior, patch_scores = streamed_part_prior(
+            lambda: grids.read(files), cache, scorer, settings.device
         )
-    readable = [i for i in range(len(paths)) if i not in unreadable]
-    prior = prior[readable]
-    # Features that are not finite are as strange as can be.
-    prior = prior.nan_to_num(nan=float(prior[prior.isfinite()].max()))
-    return Ranking(
-        folder,
-        tuple(paths[i] for i in readable),
-        tuple(unreadable.values()),
-        SoftConfidentWeighter(
-            prior=prior, contamination=settings.contamination, precaution=PRECAUTION
-        ),
-        settings,
-        transform,
+        readable = [i for i in range(len(paths)) if i not in unreadable]
+        kept = tuple(paths[i] for i in readable)
+        prior = prior[readable]
+        # Features that are not finite are as strange as can be.
+        prior = prior.nan_to_num(nan=float(prior[prior.isfinite()].max()))
+        review = None
+        if settings.review is not None:
+            batches = ([part] for part in grids.read(files))
+            strange = strangest_features(batches, patch_scores)[readable]
+            prior, review = learn_from_review(prior, strange, read_review(settings.review, kept))
+    weighter = SoftConfidentWeighter(
+        prior=prior, contamination=settings.contamination, precaution=PRECAUTION, review=review
     )
+    return Ranking(folder, kept, tuple(unreadable.values()), weighter, settings, transform)
 
 
 def check_folder(folder: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from comet_meta import SoftConfidentWeighter, cli
+from comet_meta import SoftConfidentWeighter, cli, report
 from comet_meta.vision.keep_list import KeepListError, Row, apply, read, write
 from comet_meta.weights.review import share_of_strata
 
@@ -157,8 +157,6 @@ def test_the_report_from_a_loop_of_ones_own(tmp_path):
     import numpy as np
     from PIL import Image
 
-    from comet_meta import report
-
     paths = [tmp_path / f"{i}.png" for i in range(12)]
     for i, path in enumerate(paths):
         pixels = np.full((20, 30), 20 * i, dtype=np.uint8)
@@ -188,7 +186,6 @@ def test_the_report_from_a_loop_of_ones_own(tmp_path):
 def test_beyond_the_first_pictures_the_page_lists_without_showing(tmp_path, monkeypatch):
     from PIL import Image
 
-    from comet_meta import report
     from comet_meta.vision import html_report
 
     monkeypatch.setattr(html_report, "_SHOWN", 4)
@@ -205,8 +202,6 @@ def test_beyond_the_first_pictures_the_page_lists_without_showing(tmp_path, monk
 
 
 def test_a_review_is_read_by_path_and_its_share_by_rank(tmp_path):
-    from comet_meta import report
-
     paths = [tmp_path / f"{i}.png" for i in range(5)]
     # Every stratum of five is one picture but the last, of which one of three was looked at.
     lines = [
@@ -236,11 +231,38 @@ def test_a_review_is_read_by_path_and_its_share_by_rank(tmp_path):
     ],
 )
 def test_a_list_without_a_whole_review_says_so(tmp_path, text, message):
-    from comet_meta import report
-
     (tmp_path / "list.csv").write_text(text)
     with pytest.raises(ValueError, match=message):
         report.read_review(tmp_path / "list.csv", [tmp_path / "a.png"])
+
+
+def test_scores_are_read_by_path_exactly(tmp_path):
+    scores = [0.1, 1 / 3, -2e-9, 12345.678, 1.0]
+    scores = torch.tensor(scores).tolist()  # float32
+    names = ["b/2.png", "=1.png", "a/1.png", "3.png", "4.png"]
+    lines = [
+        Row(Path(name), score, 1.0, 0.0, rank, keep=True)
+        for rank, (name, score) in enumerate(zip(names, scores, strict=True), start=1)
+    ]
+    write(
+        tmp_path / "keep.csv", [*lines, Row(Path("broken.png"), None, None, None, None, keep=False)]
+    )
+    paths = [tmp_path / "pictures" / name for name in reversed(names)]
+    prior = report.read_prior(tmp_path / "keep.csv", paths, tmp_path / "pictures")
+    assert prior.tolist() == scores[::-1]
+    with pytest.raises(ValueError, match=r"keep\.csv lacks 5 of 5 pictures, the first of them"):
+        report.read_prior(tmp_path / "keep.csv", paths, tmp_path)
+    with pytest.raises(ValueError, match=r"broken\.png has no score .* leave it out of training"):
+        report.read_prior(
+            tmp_path / "keep.csv", [tmp_path / "pictures/broken.png"], tmp_path / "pictures"
+        )
+
+
+@pytest.mark.parametrize("score", ["high", "nan", "inf"])
+def test_a_score_that_is_no_number_is_told(tmp_path, score):
+    (tmp_path / "list.csv").write_text(f"path,score\na.png,{score}\n")
+    with pytest.raises(ValueError, match=f"line 2 of .*list.csv has the score '{score}'"):
+        report.read_prior(tmp_path / "list.csv", ["a.png"])
 
 
 def test_the_core_imports_no_pictures():
@@ -269,7 +291,5 @@ def test_without_the_extra_a_sentence(tmp_path, monkeypatch, capsys):
     assert cli.main(["rank", str(tmp_path)]) == 2
     message = capsys.readouterr().err
     assert 'needs the package filelock: pip install "comet-meta[vision]"' in message
-    from comet_meta import report
-
     with pytest.raises(ModuleNotFoundError, match=r'pip install "comet-meta\[vision\]"'):
         report.write(SoftConfidentWeighter(1), ["x.png"], tmp_path / "r.html")

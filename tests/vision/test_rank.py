@@ -18,13 +18,19 @@ import pytest
 import torch
 from PIL import Image
 
-from comet_meta import MemoryScorer, cli
+from comet_meta import MemoryScorer, SoftConfidentWeighter, cli, report
 from comet_meta.vision import keep_list, patch_grids, rank
 from comet_meta.vision.backbones import load_backbone
 from comet_meta.vision.features import PatchFeatures
 from comet_meta.vision.images import Transform, load_image, load_values
 from comet_meta.vision.patch_grids import PatchGrids
-from comet_meta.vision.picture_prior import grid_side, memory_prior, streamed_prior
+from comet_meta.vision.picture_prior import (
+    grid_side,
+    memory_part_prior,
+    memory_prior,
+    streamed_part_prior,
+)
+from comet_meta.weights.review import ranks_to_review
 
 FAST = ["--backbone", "resnet10t", "--weights", "random", "--resize", "64", "--device", "cpu"]
 
@@ -93,7 +99,8 @@ def test_the_strange_pictures_come_first(folder, capsys):
     assert [Path(p["path"]).name for p in content["pictures"]] == [
         Path(row["path"]).name for row in found
     ]
-    assert content["pictures"][0]["score"] == float(found[0]["score"])
+    shown = content["pictures"][0]["score"]  # six digits
+    assert shown == pytest.approx(float(found[0]["score"]), rel=1e-5)
     assert content["threshold"] is not None
     assert content["verdict"] in capsys.readouterr().out
     assert not any(picture["heat"] for picture in content["pictures"])
@@ -147,6 +154,91 @@ def test_a_known_share_is_dropped(folder):
     assert run(folder, "--contamination", "0.2") == 0
     found = rows(folder)
     assert [row["keep"] for row in found] == ["no"] * 6 + ["yes"] * 24
+
+
+@pytest.fixture
+def two_kinds(tmp_path) -> Path:
+    """100 grey pictures: the bad_ have a block at the top, and as many good ones at the bottom."""
+    generator = np.random.default_rng(0)
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i in range(100):
+        pixels = generator.integers(90, 120, (64, 64), dtype=np.uint8)
+        name = f"{i:03d}.png"
+        if i % 4 == 0:
+            top = 4 if i % 8 == 0 else 40
+            pixels[top : top + 20, 8:56] = 250 if i % 8 == 0 else 0
+            name = f"bad_{name}" if i % 8 == 0 else name
+        Image.fromarray(pixels).save(folder / name)
+    return folder
+
+
+def reviewed(folder: Path, looks: int) -> tuple[Path, set[str]]:
+    """A list as the report exports it after a look at some, and who was looked at."""
+    found = rows(folder)
+    chosen = {r for ranks in ranks_to_review(len(found), looks) for r in ranks}
+    file, seen = folder.parent / "list.csv", {found[rank]["path"] for rank in chosen}
+    lines = [
+        f"{folder / row['path']},{row['score']},{row['rank']},"
+        f"{'no' if row['path'] in seen and row['path'].startswith('bad') else 'yes'},"
+        f"{'yes' if row['path'] in seen else 'no'}"
+        for row in found
+    ]
+    file.write_text("\n".join(["path,score,rank,keep,reviewed", *lines]))
+    return file, seen
+
+
+def test_the_ranking_learns_from_what_a_person_saw(two_kinds, loads, capsys):
+    assert run(two_kinds) == 0
+    assert "rank again with --review" in capsys.readouterr().out
+    file, seen = reviewed(two_kinds, looks=40)
+    bad = {row["path"] for row in rows(two_kinds) if row["path"].startswith("bad")}
+    unseen = bad - seen
+    assert len(bad) == 13
+    assert len(unseen) >= 3
+
+    def found() -> int:
+        """How many of the unseen bad ones come first among those that nobody saw."""
+        order = [row["path"] for row in rows(two_kinds) if row["path"] not in seen]
+        return len(unseen & set(order[: len(unseen)]))
+
+    before = found()
+    del loads[:]
+    assert run(two_kinds, "--review", str(file)) == 0
+    assert loads == []  # the features are there
+    assert found() == len(unseen) > before
+    keeps = {row["path"]: row for row in rows(two_kinds)}
+    assert {path for path in seen if keeps[path]["keep"] == "no"} == bad & seen
+    assert {float(keeps[path]["weight"]) for path in seen - bad} == {1.0}
+    said = capsys.readouterr().out
+    assert f"Of {len(seen)} pictures that were looked at, {len(bad & seen)} are bad" in said
+    assert "--review" not in said
+
+
+def test_scores_and_review_of_a_ranking_make_a_weighter(two_kinds):
+    assert run(two_kinds) == 0
+    file, seen = reviewed(two_kinds, looks=40)
+    assert run(two_kinds, "--review", str(file)) == 0
+    paths = sorted(two_kinds.iterdir(), key=lambda path: path.name[::-1])
+    prior = report.read_prior(two_kinds.parent / "out" / "keep.csv", paths, two_kinds)
+    settings = rank.RankSettings("resnet10t", "random", size=(64, 64), device="cpu", review=file)
+    ranking = rank.rank_folder(two_kinds, settings)
+    place = {path: i for i, path in enumerate(ranking.paths)}
+    assert torch.equal(prior, ranking.weighter.prior[[place[path] for path in paths]])
+    weighter = SoftConfidentWeighter(prior=prior, review=report.read_review(file, paths))
+    for path, weight, p_bad in zip(paths, weighter.weights, weighter.p_bad, strict=True):
+        if path.name in seen:
+            is_bad = path.name.startswith("bad")
+            assert (float(weight), float(p_bad)) == (1 - is_bad, is_bad)
+    assert weighter.contamination_ == ranking.weighter.contamination_
+
+
+def test_a_review_of_no_use_is_told_before_the_work(folder, loads, capsys):
+    (folder.parent / "list.csv").write_text("path,rank,keep,reviewed\nelsewhere.png,1,yes,yes\n")
+    for name, words in (("list.csv", "is none of the 30 pictures"), ("no.csv", "there's no list")):
+        assert run(folder, "--review", str(folder.parent / name)) == 2
+        assert words in capsys.readouterr().err
+    assert loads == []
 
 
 def test_pictures_of_a_12_bit_camera_rank_as_in_8_bits(folder, caplog):
@@ -388,7 +480,7 @@ def test_a_fault_is_written_down(folder, monkeypatch, capsys):
     def broken(*_):
         raise AttributeError("something nobody thought of")
 
-    monkeypatch.setattr(rank, "streamed_prior", broken)
+    monkeypatch.setattr(rank, "streamed_part_prior", broken)
     assert run(folder) == 2
     message = capsys.readouterr().err
     assert "something nobody thought of" in message
@@ -431,10 +523,10 @@ def test_the_streamed_prior_is_the_prior(tmp_path, grid):
     patches = torch.randn(40, 5, *grid, generator=torch.Generator().manual_seed(0)) * 7 + 3
     patches[9, 2, 1, 1] = torch.nan
     whole = torch.arange(40) != 9
-    found = streamed_prior(lambda: iter(patches.split(7)), tmp_path)
-    expected = memory_prior([[patches[whole]]], 40)
-    assert found[9].isnan()
-    torch.testing.assert_close(found[whole], expected, rtol=1e-5, atol=1e-5)
+    streamed = streamed_part_prior(lambda: iter(patches.split(7)), tmp_path)
+    for found, expected in zip(streamed, memory_part_prior([[patches[whole]]], 40), strict=True):
+        assert found[9].isnan().all()
+        torch.testing.assert_close(found[whole], expected, rtol=1e-5, atol=1e-5)
     assert list(tmp_path.iterdir()) == []
 
 
