@@ -91,18 +91,19 @@ def ranked() -> dict:
     names = pictures()
     rows = [Row(Path(f"{i}.png"), 2.0 - i / 8, 0.5, 0.9 - i / 10, i + 1, i > 3) for i in range(8)]
     write(Path("pictures_ranked/keep.csv"), [*rows, Row(Path("8.png"), *[None] * 4, False)])
-    paths = [Path(f"pictures/{i}.png").absolute() for i in range(9)]
+    paths = [Path(f"pictures/{i}.png").absolute() for i in range(8)]
     lines = [
         f"{path},{rank},{'no' if rank < 3 else 'yes'},yes" for rank, path in enumerate(paths, 1)
     ]
     Path("list.csv").write_text("\n".join(["path,rank,keep,reviewed", *lines]))
-    return names | {"paths": paths, "prior": torch.arange(9.0).flip(0)}
+    return names | {"paths": paths}
 
 
 def check_rank(names: dict) -> None:
     import json
 
-    assert names["review"].bad == [True, True] + 7 * [False]
+    assert names["prior"].tolist() == [2.0 - i / 8 for i in range(8)]
+    assert names["review"].bad == [True, True] + 6 * [False]
     assert Path("report.html").read_text(encoding="utf-8").count('"heat":') == 9
     content = json.loads(Path("labels.json").read_text())
     assert set(content) == {"classes", "labels"}

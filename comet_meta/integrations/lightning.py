@@ -63,8 +63,9 @@ class CoMetCallback(Callback):
         regularizer: The penalty lambda(Sigma) ||theta||^2; without one there is none.
         scores: Anomaly scores of a batch, (module, batch) -> (B,), for instance
             ``lambda module, batch: module.scores(batch)``. Once an epoch the training set is
-            scored with it, the module in eval mode. By default the losses of the epoch's training
-            steps serve as scores, at no cost (drop-in steps and automatic optimisation only).
+            scored with it, the module in eval mode; with a prior, whose weights stay, once after
+            the training, for the ranking. By default the losses of the epoch's training steps
+            serve as scores, at no cost (drop-in steps and automatic optimisation only).
         index: Positions of a batch's samples, batch -> (B,), where batches carry them in some
             other way than :class:`comet_meta.IndexedDataset`.
         warm_up: Number of epochs before the first weights, >= 1: they mean nothing before the
@@ -202,7 +203,14 @@ class CoMetCallback(Callback):
             return
         if self.scores is None:
             weighter.fit()
-        else:
+        elif weighter.needs_scores:
+            weighter.fit(self._collect(self.scores, trainer, pl_module))
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Score the training set for the ranking, where the weights needed no scores."""
+        _, weighter = self._started()
+        if self.scores is not None and not weighter.needs_scores:
             weighter.fit(self._collect(self.scores, trainer, pl_module))
 
     @override

@@ -501,3 +501,34 @@ def test_the_snippet_runs(pictures, monkeypatch):
     monkeypatch.setattr(models.Stfpm, "configure_pre_processor", lambda *_: size)
     paths = run(PAGE, "anomalib", {})["suspects"]
     assert {Path(path).stem for path in paths[:1]} <= {"13", "14"}
+
+
+def test_a_ranking_and_a_review_are_the_prior(pictures, monkeypatch, tmp_path):
+    """The snippet, and that its order of the pictures is that of the training."""
+    from comet_meta.vision.keep_list import Row, write
+
+    monkeypatch.chdir(pictures)
+    names = [f"{k:02}.png" for k in range(15)]
+    rows = [Row(Path(name), k / 15, 1.0, 0.0, 15 - k, True) for k, name in enumerate(names)]
+    write(pictures / "train_ranked" / "keep.csv", rows)
+    lines = [
+        f"{pictures / 'train' / name},{15 - k},{'yes' if k < 13 else 'no'},yes"
+        for k, name in enumerate(names)
+    ]
+    data = Folder("pictures", normal_dir="train", num_workers=0, seed=0)
+    data.setup()
+    trained = {Path(path).name for path in data.train_data.samples["image_path"]}
+    lines = [line for line in lines if Path(line.split(",")[0]).name in trained]
+    text = "\n".join(["path,rank,keep,reviewed", *lines])
+    (pictures / "list.csv").write_text(text)
+    page = {"datamodule": data, "CoMetCallback": CoMetCallback}
+    comet = run(PAGE, "prior", page)["comet"]
+    quiet = {"logger": False, "enable_progress_bar": False, "default_root_dir": tmp_path}
+    Engine(callbacks=[comet], max_epochs=1, accelerator="cpu", devices=1, **quiet).fit(
+        model=stfpm(), datamodule=data
+    )
+    by_name = dict(zip(map(Path, comet.paths), comet.weighter.weights.tolist(), strict=True))
+    assert {path.name for path in by_name} == trained
+    for path, weight in by_name.items():
+        assert weight == float(path.name < "13.png")
+    assert not comet.weighter.scores.isnan().any()  # scored for the ranking

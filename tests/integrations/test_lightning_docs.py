@@ -31,7 +31,7 @@ def test_the_callback_finds_the_bad_samples(namespace):
     assert found(namespace["suspects"]) >= 17
 
 
-@pytest.mark.parametrize("name", ["full", "manual"])
+@pytest.mark.parametrize("name", ["full", "manual", "prior"])
 def test_the_other_ways_do_too(namespace, name):
     first = namespace["comet"]
     comet = run(name, namespace)["comet"]

@@ -4,10 +4,21 @@ import copy
 
 import pytest
 import torch
-from lightning_training import Module, assert_same, by_hand, callback, fit
+from lightning_training import (
+    DATA,
+    EPOCHS,
+    Module,
+    N,
+    assert_same,
+    by_hand,
+    callback,
+    fit,
+    loader,
+    scores_of,
+)
 from torch import nn
 
-from comet_meta import MetaStep
+from comet_meta import MetaStep, SoftConfidentWeighter
 
 
 def drop_in(comet, net, index, batch) -> None:
@@ -147,3 +158,35 @@ def test_bf16_mixed_precision(meta):
             comet.step()
 
     assert_same(module, by_hand(step, meta=meta), rtol=0.1, atol=0.05)
+
+
+def test_with_a_prior_the_set_is_scored_once_for_the_ranking():
+    prior = torch.linspace(0, 1, N)
+    scored = []
+
+    def scores(module, batch):
+        scored.append(len(batch))
+        return scores_of(module, batch)
+
+    comet = callback(weighter=SoftConfidentWeighter(prior=prior), scores=scores)
+    module = Module()
+    fit(module, comet)
+    assert sum(scored) == N
+    assert torch.equal(comet.weighter.weights, SoftConfidentWeighter(prior=prior).weights)
+    with torch.no_grad():
+        expected = module.net.eval().losses(DATA)
+    torch.testing.assert_close(comet.weighter.scores, expected)
+
+
+def test_while_samples_are_held_out_the_set_is_scored_until_the_model_has_judged_them():
+    data = torch.cat([DATA] * 4)
+    epochs = []
+
+    def scores(module, batch):
+        epochs.append(module.current_epoch)
+        return scores_of(module, batch)
+
+    weighter = SoftConfidentWeighter(prior=torch.linspace(0, 1, len(data)), hold_out=0.2)
+    fit(Module(), callback(weighter=weighter, scores=scores, warm_up=2), data=loader(data))
+    assert sorted(set(epochs)) == [1, EPOCHS]  # after the second epoch, and after the training
+    assert not weighter.needs_scores
