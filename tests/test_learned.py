@@ -75,6 +75,27 @@ def test_features_that_say_nothing_leave_the_order_of_the_unseen_to_the_prior():
     assert torch.equal(learned.prior.argsort(), prior.argsort())
 
 
+def test_the_learned_prior_is_the_sum_of_three_parts():
+    rows, prior, bad, _, look_at = two_kinds()
+    learned = learn_from_review(prior, rows, (look_at, bad[look_at])).prior
+    p = probability_by_rank(prior, known_labels(Review(look_at, bad[look_at]), 600)).numpy()
+    wide = rows.double().numpy()
+    scaled = (wide - wide.mean(axis=0)) / wide.std(axis=0)
+    variances, directions = np.linalg.eigh(np.cov(scaled.T, bias=True))
+    whitened = scaled @ directions / np.sqrt(variances + variances.mean())
+    seen, carried = look_at.numpy(), []
+    for view in (scaled, whitened):
+        between = np.linalg.norm(view[seen, None] - view[None, seen], axis=-1)
+        distances = np.sort(between[between > 0])
+        process = GaussianProcessRegressor(
+            Matern(distances[(len(distances) - 1) // 2], nu=0.5), alpha=0.1, optimizer=None
+        )
+        residuals = bad[look_at].numpy() - p[seen]
+        carried.append(process.fit(view[seen], residuals).predict(view))
+    place = prior.argsort().argsort().numpy() / 599  # 1 for the most suspect
+    np.testing.assert_allclose(learned, p + np.mean(carried, axis=0) + 0.1 * place, atol=1e-5)
+
+
 def test_it_follows_a_permutation_and_ignores_the_scale_of_the_features():
     rows, prior, bad, _, look_at = two_kinds()
     learned = learn_from_review(prior, rows, (look_at, bad[look_at])).prior
