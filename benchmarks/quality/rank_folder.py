@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--noise", type=float, default=0.1)
     parser.add_argument("--resize", type=int, default=176)
     options = parser.parse_args()
-    roots = dict(item.split("=", 1) for item in options.root)
+    roots = {name: Path(root) for name, root in (item.split("=", 1) for item in options.root)}
     rows: list[dict[str, str | float]] = []
     with tempfile.TemporaryDirectory() as scratch:
         os.environ["XDG_CACHE_HOME"] = scratch

@@ -190,7 +190,8 @@ def carry_over(view: Tensor, seen: Tensor, residuals: Tensor) -> Tensor:
         [0.86, 0.83, -0.86, -0.85]
     """
     known = view[seen]
-    between = torch.cdist(known, known)
+    # Exactly 0 between equal samples.
+    between = torch.cdist(known, known, compute_mode="donot_use_mm_for_euclid_dist")
     apart = between[between > 0]
     h = apart.median() if len(apart) else torch.ones_like(residuals[0])
     noise = _NOISE * torch.eye(len(seen), dtype=view.dtype)
