@@ -158,10 +158,14 @@ def _lines(file: Path, needed: set[str]) -> list[tuple[int, dict[str, str | None
             lines = csv.DictReader(stream)
             missing = needed - set(lines.fieldnames or ())
             if missing:
-                expected = [*COLUMNS, *(["reviewed"] if "reviewed" in needed else [])]
+                names = " nor ".join(sorted(missing))
+                if "reviewed" in missing:
+                    raise KeepListError(
+                        f"{file} has no column {names}; expected the list that the report exports "
+                        f"after its sample was shown, with {','.join([*COLUMNS, 'reviewed'])}"
+                    )
                 raise KeepListError(
-                    f"{file} has no column {' nor '.join(sorted(missing))}; expected the header "
-                    f"{','.join(expected)}"
+                    f"{file} has no column {names}; expected the header {','.join(COLUMNS)}"
                 )
             return [(lines.line_num, line) for line in lines]
     except FileNotFoundError:

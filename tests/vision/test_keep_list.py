@@ -222,7 +222,10 @@ def test_a_review_is_read_by_path_and_its_share_by_rank(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("path,keep\na.png,yes\n", "has no column rank nor reviewed; expected the header"),
+        (
+            "path,keep\na.png,yes\n",
+            "has no column rank nor reviewed; expected the list that the report exports",
+        ),
         ("path,rank,keep,reviewed\na.png,1,yes,no\n", "no picture that was looked at: show the"),
         (
             "path,rank,keep,reviewed\na.png,1,yes,yes\nb.png,2,yes,no\nc.png,3,no,no\n",
