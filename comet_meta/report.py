@@ -1,5 +1,6 @@
 """The curation report, and the lists of pictures, in your own training loop."""
 
+import os
 from collections.abc import Callable, Sequence
 from os import PathLike
 from pathlib import Path
@@ -155,8 +156,11 @@ def read_prior(
 
 
 def _in_full(path: str | PathLike[str]) -> str:
-    """A path by which the same file is known from any list."""
-    return str(Path(path).absolute())
+    """A path by which the same picture is known from any list, also from ``a/../b``.
+
+    Links aren't followed: the cleaned folder holds links to the pictures.
+    """
+    return os.path.abspath(path)  # noqa: PTH100  resolve() follows links
 
 
 def _without_extra(error: ModuleNotFoundError) -> ModuleNotFoundError:

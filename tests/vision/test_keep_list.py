@@ -253,6 +253,10 @@ def test_scores_are_read_by_path_exactly(tmp_path):
     paths = [tmp_path / "pictures" / name for name in reversed(names)]
     prior = report.read_prior(tmp_path / "keep.csv", paths, tmp_path / "pictures")
     assert prior.tolist() == scores[::-1]
+    roundabout = [path.parent / ".." / path.parent.name / path.name for path in paths]
+    assert torch.equal(
+        report.read_prior(tmp_path / "keep.csv", roundabout, tmp_path / "pictures"), prior
+    )
     with pytest.raises(ValueError, match=r"keep\.csv lacks 5 of 5 pictures, the first of them"):
         report.read_prior(tmp_path / "keep.csv", paths, tmp_path)
     with pytest.raises(ValueError, match=r"broken\.png has no score .* leave it out of training"):
