@@ -280,8 +280,8 @@ def test_the_commands_and_options_of_the_ranking_page_exist():
     from comet_meta import cli
 
     text = (ROOT / "docs" / "rank.md").read_text(encoding="utf-8")
-    commands = re.findall(r"^comet-meta ([^\n]+)$", text, re.M)
-    assert len(commands) == 2
+    commands = re.findall(r"^ *comet-meta ([^\n]+)$", text, re.M)
+    assert len(commands) == 3
     for command in commands:
         cli._parser().parse_args(shlex.split(command))
     rank = cli._parser().parse_args(["rank", "pictures"])
