@@ -69,7 +69,9 @@ def write(
     return Path(file)
 
 
-def read_review(file: str | PathLike[str], paths: Sequence[str | PathLike[str]]) -> Review:
+def read_review(
+    file: str | PathLike[str], paths: Sequence[str | PathLike[str]], *, subset: bool = False
+) -> Review:
     """Read what a person has found in the report's sample, for the weighter's ``review=``.
 
     Args:
@@ -77,6 +79,8 @@ def read_review(file: str | PathLike[str], paths: Sequence[str | PathLike[str]])
             were ticked. Pictures that were ticked elsewhere don't count: they would make the share
             of bad ones too large.
         paths: The pictures' files: sample i is ``paths[i]``.
+        subset: Whether these may be a part of the ranked pictures, as where some are split off for
+            testing. What was seen of the others is left out then, but for the share.
 
     Returns:
         Indices of the pictures that were looked at, whether each is bad, and the share of bad
@@ -84,7 +88,8 @@ def read_review(file: str | PathLike[str], paths: Sequence[str | PathLike[str]])
 
     Raises:
         ModuleNotFoundError: If the extra ``comet-meta[vision]`` isn't installed.
-        ValueError: If the file is no such list, or has a picture that ``paths`` lacks.
+        ValueError: If the file is no such list, or has a picture that ``paths`` lacks; with
+            ``subset``, if ``paths`` lacks all of them.
 
     Example:
         >>> from comet_meta import SoftConfidentWeighter, report
@@ -98,16 +103,14 @@ def read_review(file: str | PathLike[str], paths: Sequence[str | PathLike[str]])
 
     index = {_in_full(path): i for i, path in enumerate(paths)}
     found, share = read_reviewed(Path(file))
-    if lacking := [path for path, _ in found if _in_full(path) not in index]:
+    lacking = [path for path, _ in found if _in_full(path) not in index]
+    if len(lacking) == len(found) or (lacking and not subset):
         raise KeepListError(
             f"{lacking[0]} in {file} is none of the {len(paths)} pictures; give the paths that the "
-            "report was written with"
+            "report was written with, or subset=True where some of them are left"
         )
-    return Review(
-        [index[_in_full(path)] for path, _ in found],
-        [not keep for _, keep in found],
-        share,
-    )
+    known = [(index[_in_full(path)], not keep) for path, keep in found if _in_full(path) in index]
+    return Review([i for i, _ in known], [bad for _, bad in known], share)
 
 
 def read_prior(

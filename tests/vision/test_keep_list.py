@@ -217,6 +217,11 @@ def test_a_review_is_read_by_path_and_its_share_by_rank(tmp_path):
     assert weighter.contamination_ == share
     with pytest.raises(ValueError, match=r"2\.png in .*list\.csv is none of the 2 pictures"):
         report.read_review(tmp_path / "list.csv", paths[:2])
+    # Of a part of the pictures, the share is that of all.
+    part = report.read_review(tmp_path / "list.csv", [paths[4], paths[1], paths[2]], subset=True)
+    assert part == ([2, 0], [True, False], share)
+    with pytest.raises(ValueError, match=r"is none of the 1 pictures"):
+        report.read_review(tmp_path / "list.csv", [paths[1]], subset=True)
 
 
 @pytest.mark.parametrize(
