@@ -22,7 +22,8 @@ model at the true rate, ``trim-own@0.1`` at a guessed one, ``forest@rate`` those
 forest, ``folding@rate`` those of detectors trained on fifths of the data and applied to the rest
 (after McIntosh and Albu, 2026), ``learning-bias@rate`` those of the same detectors applied to all
 of it (after Zhang et al., 2025), ``retrain`` those above the fence of a box plot of the scores of a
-first training.
+first training. ``loe-hard@rate`` and ``loe-soft@rate`` train as many as there are bad ones to look
+bad (latent outlier exposure, Qiu et al., ICML 2022).
 
 Every run becomes a line of ``--out``; the same command goes on where it stopped, and several
 processes may share the work (``--shard 1/4``). Then it prints a table for each condition, with
@@ -32,177 +33,34 @@ and with ``--picture`` a dot for each set; without ``--folder`` nothing is run.
 
 import argparse
 import itertools
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from sklearn.ensemble import IsolationForest
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from breadth_page import draw, summaries, write_page
 from comet_examples.report import table
-from comet_meta import (
-    CoMetOptimizerWrapper,
-    RowScorer,
-    SoftConfidentWeighter,
-    learn_from_review,
-)
+from comet_meta import RowScorer, SoftConfidentWeighter, learn_from_review
 from left_out import LeftOut, names
 from reviewed import review_of
 from runs import Figures, Runs
-from table_detectors import DETECTORS, AutoEncoder, Model, is_by_value
+from table_detectors import DETECTORS, Model, is_by_value
+from table_rivals import (
+    OutlierExposure,
+    folding,
+    forest,
+    kept_by,
+    learning_bias,
+    trimming,
+    without_outliers,
+)
+from table_training import Task, scored, trained
 
-Array = NDArray[Any]
-MOST_ROWS = 10_000
-STEPS = 600
-BATCH = 128
-REFIT_EVERY = 100
 QUICK = 8  # sets
-
-
-class Task:
-    """A table under a condition.
-
-    Attributes:
-        train: Standardised rows, (N, C).
-        bad: Which of them are anomalies, (N,).
-        test: Standardised rows, (M, C).
-        labels: Which of these are anomalies, (M,).
-        rate: Share of anomalies in training.
-    """
-
-    def __init__(self, path: Path, condition: str, seed: int) -> None:
-        with np.load(path, allow_pickle=False) as file:
-            rows, labels = file["X"].astype(np.float64), file["y"].astype(int)
-        random = np.random.default_rng([seed, zlib.crc32(path.stem.encode())])
-        share = min(1.0, MOST_ROWS / len(rows))
-        train, test = [], []
-        for label in (0, 1):
-            found = random.permutation(np.flatnonzero(labels == label))
-            found = found[: max(2, round(share * len(found)))]
-            cut = round(0.7 * len(found))
-            train.append(found[:cut])
-            test.append(found[cut:])
-        good, bad = train
-        if condition == "clean":
-            bad = bad[:0]
-        elif condition != "as-is":
-            wanted = round(float(condition) / (1 - float(condition)) * len(good))
-            if wanted > len(bad):
-                raise ValueError(f"{path.stem} has too few anomalies for a share of {condition}")
-            bad = bad[:wanted]
-        kept = random.permutation(np.concatenate([good, bad]))
-        judged = np.concatenate(test)
-        mean, deviation = rows[kept].mean(axis=0), rows[kept].std(axis=0)
-        deviation[deviation == 0] = 1
-        scaled = ((rows - mean) / deviation).clip(-20, 20)
-        self.train = torch.from_numpy(scaled[kept]).float()
-        self.bad: Array = labels[kept] == 1
-        self.test = torch.from_numpy(scaled[judged]).float()
-        self.labels: Array = labels[judged] == 1
-        self.rate = float(self.bad.mean())
-        self.seed = seed
-
-
-def trained(
-    task: Task,
-    detector: str,
-    weighter: SoftConfidentWeighter | None = None,
-    *,
-    refit: bool = False,
-    rows: Tensor | None = None,
-) -> Model:
-    """A detector after 600 steps; with ``rows`` (K,), trained on these alone."""
-    torch.manual_seed(task.seed)
-    model = DETECTORS[detector](task.train)
-    optimizer = CoMetOptimizerWrapper(
-        torch.optim.Adam(model.parameters(), lr=1e-3), weighter=weighter
-    )
-    chosen = torch.arange(len(task.train)) if rows is None else rows
-    batches: list[Tensor] = []
-    for step in range(STEPS):
-        if not batches:
-            batches = list(torch.split(chosen[torch.randperm(len(chosen))], BATCH))
-            if len(batches) > 1 and len(batches[-1]) < BATCH:
-                batches.pop()
-        index = batches.pop()
-        optimizer.zero_grad()
-        objective = optimizer.objective(losses_of(model, task.train[index], weighter, index), index)
-        objective.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        if refit and weighter is not None and (step + 1) % REFIT_EVERY == 0:
-            weighter.fit(scored(model, task.train))
-    return model
-
-
-def losses_of(
-    model: Model,
-    rows: Tensor,
-    weighter: SoftConfidentWeighter | None,
-    index: Tensor,
-) -> Tensor:
-    """Losses (B,), of weighted values where there are weights of values."""
-    if isinstance(model, AutoEncoder) and weighter is not None and weighter.has_parts:
-        return (weighter.part_weights(index) * model.part_losses(rows)).mean(dim=1)
-    return model.losses(rows)
-
-
-@torch.no_grad()
-def scored(model: Model, rows: Tensor) -> Tensor:
-    """Anomaly scores (N,): the root of the loss, whose tail is shorter."""
-    model.eval()
-    losses = torch.cat([model.losses(part) for part in torch.split(rows, 4096)])
-    model.train()
-    return losses.sqrt().nan_to_num(nan=1e9)
-
-
-def trimming(share: float) -> SoftConfidentWeighter:
-    """Hard trimming of a share as a rule, for rivals."""
-
-    def rule(scores: Tensor) -> Tensor:
-        out = scores.topk(int(np.ceil(share * len(scores)))).indices
-        return torch.ones_like(scores).index_fill(0, out, 0)
-
-    return SoftConfidentWeighter(rule=rule)
-
-
-def kept_by(task: Task, scores: Tensor) -> Tensor:
-    """The rows that stay if those of the highest scores (N,) go, at the true rate."""
-    return scores.argsort()[: len(scores) - round(task.rate * len(scores))]
-
-
-def forest(task: Task) -> Tensor:
-    """Scores (N,) of an isolation forest."""
-    model = IsolationForest(n_estimators=100, random_state=task.seed).fit(task.train.numpy())
-    return torch.from_numpy(-model.score_samples(task.train.numpy())).float()
-
-
-def by_fifths(task: Task, detector: str) -> Iterator[tuple[Tensor, Tensor]]:
-    """Of each fifth of the rows: which they are, (N,), and the scores (N,) of what it trained."""
-    fold = torch.arange(len(task.train)) % 5
-    for number in range(5):
-        own = fold == number
-        yield own, scored(trained(task, detector, rows=own.nonzero().flatten()), task.train)
-
-
-def folding(task: Task, detector: str) -> Tensor:
-    """Sums (N,) of the ranks by detectors that were trained on other fifths."""
-    return sum_of(s.argsort().argsort().float() * ~own for own, s in by_fifths(task, detector))
-
-
-def learning_bias(task: Task, detector: str) -> Tensor:
-    """Sums (N,) of the scores by detectors that were trained on a fifth each, also their own."""
-    return sum_of(scores for _, scores in by_fifths(task, detector))
-
-
-def sum_of(terms: Iterator[Tensor]) -> Tensor:
-    """Their sum."""
-    return torch.stack([*terms]).sum(dim=0)
 
 
 def priors(task: Task, *, by_value: bool) -> tuple[Tensor, Tensor | None]:
@@ -274,11 +132,11 @@ def _trim_own(task: Task, detector: str, rate: float | None = None) -> tuple[Any
     return trained(task, detector, trimming(task.rate if rate is None else rate), refit=True), None
 
 
-def _retrain(task: Task, detector: str) -> tuple[Any, None]:
-    scores = scored(trained(task, detector), task.train)
-    q1, q3 = scores.quantile(0.25), scores.quantile(0.75)
-    kept = (scores <= q3 + 1.5 * (q3 - q1)).nonzero().flatten()
-    return trained(task, detector, rows=kept), None
+def _exposed(label: float) -> Method:
+    return lambda task, detector: (
+        trained(task, detector, losses=OutlierExposure(task, label)),
+        None,
+    )
 
 
 USUAL: dict[str, Method] = {
@@ -312,7 +170,9 @@ USUAL: dict[str, Method] = {
         trained(task, detector, rows=kept_by(task, learning_bias(task, detector))),
         None,
     ),
-    "retrain": _retrain,
+    "loe-hard@rate": _exposed(1.0),
+    "loe-soft@rate": _exposed(0.5),
+    "retrain": lambda task, detector: (without_outliers(task, detector), None),
 }
 FRONTIER: dict[str, Method] = {name: _left_out(name) for name in names()}
 METHODS = USUAL | FRONTIER

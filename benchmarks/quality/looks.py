@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from breadth import Task
 from comet_examples.metrics import curation_metrics
 from comet_examples.report import table
 from comet_meta import RowScorer, learn_from_review, share_from_review
 from reviewed import review_of
+from table_training import Task
 
 _LARGE = 2000
 

@@ -23,10 +23,11 @@ from pyod.models.deep_svdd import DeepSVDD
 from pyod.models.vae import VAE
 from sklearn.metrics import roc_auc_score
 
-from breadth import Task, add_arguments, finished_runs, with_prior
+from breadth import add_arguments, finished_runs, with_prior
 from comet_meta import SoftConfidentWeighter
 from comet_meta.integrations.pyod import CoMetDetector
 from runs import Figures
+from table_training import Task
 
 DETECTORS: dict[str, Callable[[Task], BaseDetector]] = {
     "autoencoder": lambda task: AutoEncoder(random_state=task.seed, verbose=0),

@@ -10,8 +10,11 @@ import breadth
 import breadth_page
 import looks
 import table_detectors
+import table_rivals
+import table_training
 from reviewed import review_of
 from runs import Runs
+from table_training import Task
 
 
 @pytest.fixture
@@ -29,18 +32,18 @@ def folder(tmp_path):
     ("condition", "share"), [("as-is", 28 / 168), ("clean", 0.0), ("0.1", 16 / 156)]
 )
 def test_a_condition_says_what_the_training_part_holds(folder, condition, share):
-    task = breadth.Task(folder / "far.npz", condition, 0)
+    task = Task(folder / "far.npz", condition, 0)
     assert task.rate == pytest.approx(share)
     assert (len(task.test), int(task.labels.sum())) == (72, 12)
-    again, other = (breadth.Task(folder / "far.npz", condition, seed) for seed in (0, 1))
+    again, other = (Task(folder / "far.npz", condition, seed) for seed in (0, 1))
     assert np.array_equal(again.train, task.train)
     assert not np.array_equal(other.train, task.train)
     with pytest.raises(ValueError, match="too few"):
-        breadth.Task(folder / "far.npz", "0.4", 0)
+        Task(folder / "far.npz", "0.4", 0)
 
 
 def test_finished_runs_are_kept_and_the_tables_printed(folder, monkeypatch, capsys):
-    monkeypatch.setattr(breadth, "STEPS", 30)
+    monkeypatch.setattr(table_training, "STEPS", 30)
     out = folder / "runs.jsonl"
     command = ["breadth", "--folder", str(folder), "--out", str(out), "--seeds", "0"]
     command += ["--detectors", "svdd", "--picture", str(folder / "dots.png")]
@@ -75,7 +78,7 @@ def test_finished_runs_are_kept_and_the_tables_printed(folder, monkeypatch, caps
 def test_only_large_tables_where_they_are_asked_for(folder, monkeypatch, capsys):
     with np.load(folder / "far.npz") as file:
         np.savez(folder / "large.npz", X=np.tile(file["X"], (2, 1)), y=np.tile(file["y"], 2))
-    monkeypatch.setattr(breadth, "STEPS", 5)
+    monkeypatch.setattr(table_training, "STEPS", 5)
     command = ["breadth", "--folder", str(folder), "--out", str(folder / "runs.jsonl")]
     command += ["--detectors", "svdd", "--seeds", "0", "--conditions", "as-is"]
     monkeypatch.setattr(sys, "argv", [*command, "--methods", "plain", "oracle"])
@@ -94,7 +97,7 @@ def test_only_large_tables_where_they_are_asked_for(folder, monkeypatch, capsys)
 
 
 def test_a_learned_prior_weighs_rows_alone(folder):
-    task = breadth.Task(folder / "far.npz", "as-is", 0)
+    task = Task(folder / "far.npz", "as-is", 0)
     assert breadth.with_prior(task, by_value=True, look="told").has_parts
     learned = breadth.with_prior(task, by_value=True, look="learned")
     assert not learned.has_parts
@@ -104,7 +107,7 @@ def test_a_learned_prior_weighs_rows_alone(folder):
 
 
 def test_a_person_errs_as_often_as_asked(folder):
-    task = breadth.Task(folder / "far.npz", "as-is", 0)
+    task = Task(folder / "far.npz", "as-is", 0)
     prior = breadth.RowScorer(seed=0)(task.train)
     look_at, said = review_of(prior, task.bad, mistakes=0.05, seed=3)
     assert int((said.numpy() != task.bad[look_at]).sum()) == 3
@@ -128,7 +131,7 @@ def test_what_a_number_of_looks_is_worth(folder, monkeypatch, capsys):
 
 
 def test_who_looks_at_sixty_sees_no_other(folder):
-    task = breadth.Task(folder / "far.npz", "as-is", 0)
+    task = Task(folder / "far.npz", "as-is", 0)
     prior = breadth.RowScorer(seed=0)(task.train)
     look_at, bad = review_of(prior, task.bad)
     assert len(look_at) == 60
@@ -158,29 +161,31 @@ def test_the_bound_of_the_variational_autoencoder_by_hand():
 
 
 def test_scores_of_a_detector_are_those_of_eval_mode_and_training_goes_on(folder):
-    task = breadth.Task(folder / "far.npz", "as-is", 0)
+    task = Task(folder / "far.npz", "as-is", 0)
     model = table_detectors.VAE(task.train)
-    assert torch.equal(breadth.scored(model, task.test), breadth.scored(model, task.test))
+    assert torch.equal(
+        table_training.scored(model, task.test), table_training.scored(model, task.test)
+    )
     assert model.training
 
 
 def test_folding_leaves_out_what_a_fifth_says_of_itself_and_learning_bias_does_not(
     folder, monkeypatch
 ):
-    task = breadth.Task(folder / "far.npz", "as-is", 0)
+    task = Task(folder / "far.npz", "as-is", 0)
     own = torch.arange(len(task.train)) % 5
     # Detectors that find their own fifth normal and all others alike.
     fifths = [(own == number, (own != number).float() + 1) for number in range(5)]
-    monkeypatch.setattr(breadth, "by_fifths", lambda *_: iter(fifths))
-    assert breadth.learning_bias(task, "svdd").unique().tolist() == [9.0]
-    monkeypatch.setattr(breadth, "by_fifths", lambda *_: iter([(own == 0, own * 1.0)]))
-    assert breadth.folding(task, "svdd")[own == 0].unique().tolist() == [0.0]
-    assert (breadth.learning_bias(task, "svdd") == own).all()
+    monkeypatch.setattr(table_rivals, "by_fifths", lambda *_: iter(fifths))
+    assert table_rivals.learning_bias(task, "svdd").unique().tolist() == [9.0]
+    monkeypatch.setattr(table_rivals, "by_fifths", lambda *_: iter([(own == 0, own * 1.0)]))
+    assert table_rivals.folding(task, "svdd")[own == 0].unique().tolist() == [0.0]
+    assert (table_rivals.learning_bias(task, "svdd") == own).all()
 
 
 @pytest.mark.parametrize("detector", breadth.DETECTORS)
 def test_every_detector_of_tables_finds_rows_that_lie_far_off(folder, detector):
-    task = breadth.Task(folder / "far.npz", "clean", 0)
+    task = Task(folder / "far.npz", "clean", 0)
     assert breadth.judged(task, detector, "plain")["AUROC"] > 0.9
 
 
@@ -246,3 +251,39 @@ def test_halves_are_every_other_set_by_name(tmp_path):
     (row,) = breadth_page.halves(runs, ["svdd"], "clean", ["comet"])
     assert row["half a"].startswith("0.200 ")
     assert row["half b"].startswith("0.300 ")
+
+
+def test_latent_outlier_exposure_by_hand(folder):
+    task = Task(folder / "far.npz", "as-is", 0)
+    exposure = table_rivals.OutlierExposure(task, 0.5)
+    model = table_detectors.DeepSVDD(task.train)
+    index = torch.arange(8)
+    distance = (model.layers(task.train) - model.centre).square().sum(dim=1)
+    torch.testing.assert_close(exposure(model, index), distance[:8])  # plain at first
+    exposure.relabel(model)
+    y = torch.zeros(len(distance))
+    y[distance.topk(int(task.bad.sum())).indices] = 0.5
+    assert torch.equal(exposure.labels, y)
+    expected = (1 - y) * distance + y / distance
+    torch.testing.assert_close(exposure(model, torch.arange(len(y))), expected)
+
+
+def test_latent_outlier_exposure_labels_anew_after_every_pass(folder, monkeypatch):
+    task = Task(folder / "far.npz", "as-is", 0)
+    exposure = table_rivals.OutlierExposure(task, 1.0)
+    relabelled: list[int] = []
+    monkeypatch.setattr(exposure, "relabel", lambda _: relabelled.append(exposure.steps))
+    table_training.trained(task, "svdd", losses=exposure)
+    # Of 168 rows a step takes 128, and two steps make a pass; the first 75 are plain training.
+    assert relabelled[:3] == [75, 77, 79]
+
+
+def test_latent_outlier_exposure_tells_the_bad_rows_apart(folder):
+    task = Task(folder / "far.npz", "as-is", 0)
+    exposure = table_rivals.OutlierExposure(task, 1.0)
+    model = table_training.trained(task, "svdd", losses=exposure)
+    assert torch.equal(exposure.labels == 1, torch.from_numpy(task.bad))
+    normal = model.losses(task.train).sqrt()
+    plain = table_training.trained(task, "svdd").losses(task.train).sqrt()
+    bad = torch.from_numpy(task.bad)
+    assert normal[bad].min() / normal[~bad].max() > 3 * plain[bad].min() / plain[~bad].max()

@@ -194,6 +194,9 @@ def test_the_page(monkeypatch):
     assert snippet("docs/integrations/pyod.md", "svdd")
     names = run("docs/integrations/pyod.md", "svdd", names)
     assert names["detector"].weights_.shape == (N,)
+    names = run("docs/integrations/pyod.md", "review", names | {"is_bad": lambda i: i < BAD})
+    weights = names["detector"].weights_
+    assert weights[:BAD].max() < 0.1 < 0.85 < weights[BAD:].mean()
     names = run("docs/integrations/pyod.md", "values", names)
     assert names["weighter"].has_parts
     assert names["detector"].decision_scores_.shape == (N,)
