@@ -1,11 +1,13 @@
-"""What the tests of ``comet-meta rank`` share."""
+"""What the tests of ``comet-meta rank`` and of the curation report share."""
 
 from pathlib import Path
 
 import pytest
+from html_runs import HOSTILE, pictures, write
 
 from comet_meta.vision import patch_grids
 from comet_meta.vision.images import load_values
+from comet_meta.vision.samples import Sample
 
 
 @pytest.fixture
@@ -26,3 +28,16 @@ def loads(monkeypatch) -> list[Path]:
 
     monkeypatch.setattr(patch_grids, "load_values", load)
     return read
+
+
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory) -> list[Sample]:
+    """107 pictures, some with hostile names."""
+    names = [f"line-{'ab'[i % 2]}/{i:03d}.png" for i in range(100)]
+    return pictures(tmp_path_factory.mktemp("pictures"), names + HOSTILE)
+
+
+@pytest.fixture(scope="module")
+def report(samples, tmp_path_factory) -> Path:
+    """A report of them."""
+    return write(tmp_path_factory.mktemp("out"), samples)
