@@ -84,3 +84,18 @@ def test_bad_rows_get_a_sentence(table, error, message):
 def test_bad_settings_get_a_sentence(option):
     with pytest.raises(ValueError, match="expected at least 1"):
         RowScorer(**option)
+
+
+@pytest.mark.parametrize("value", [1e25, 1e200, 1.7e308])
+def test_a_value_whose_square_overflows_is_the_most_suspect(value):
+    table = rows().double()
+    table[7, 2] = value
+    scores = RowScorer()(table)
+    assert scores.isfinite().all()
+    assert int(scores.argmax()) == 7
+
+
+@pytest.mark.parametrize("exponent", [-1000.0, 900.0])
+def test_a_scale_far_from_1_changes_no_digit(exponent):
+    table = rows().double()
+    assert torch.equal(RowScorer()(table * 2.0**exponent), RowScorer()(table))

@@ -2,10 +2,10 @@
 
 Tables, split, conditions and figures are those of ``breadth.py``. The detectors have PyOD's default
 settings, and the seed. ``plain`` is PyOD alone, ``oracle`` PyOD without the bad rows; ``comet`` is
-``CoMetDetector`` with the prior of ``RowScorer``, of values too for the autoencoder; ``comet@rate``
-is told the true share of bad rows, ``comet@reviewed`` which of sixty rows are bad, and with
-``comet@learned`` the prior learns from the sixty too; ``comet-samples`` has the prior of the rows
-alone, ``comet-own`` the detector's own scores (the adapter's default).
+``CoMetDetector`` with the prior of ``RowScorer``; ``comet@rate`` is told the true share of bad
+rows, ``comet@reviewed`` which of sixty rows are bad, and with ``comet@learned`` the prior learns
+from the sixty too; ``comet-values`` has weights of values as well (the autoencoder alone),
+``comet-own`` the detector's own scores (the adapter's default).
 
 Every run becomes a line of ``--out``; the same command goes on where it stopped. Then it prints a
 table for each condition; without ``--folder`` nothing is run.
@@ -13,8 +13,8 @@ table for each condition; without ``--folder`` nothing is run.
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from pyod.models.auto_encoder import AutoEncoder
@@ -38,19 +38,13 @@ DETECTORS: dict[str, Callable[[Task], BaseDetector]] = {
 }
 
 
-def _with_prior(task: Task, detector: str, **options: Any) -> SoftConfidentWeighter:
-    return with_prior(task, by_value=detector == "autoencoder", **options)
-
-
-WEIGHTERS: dict[str, Callable[[Task, str], SoftConfidentWeighter]] = {
-    "comet": _with_prior,
-    "comet@rate": lambda task, detector: _with_prior(
-        task, detector, contamination=min(task.rate, 0.49)
-    ),
-    "comet@reviewed": lambda task, detector: _with_prior(task, detector, look="told"),
-    "comet@learned": lambda task, detector: _with_prior(task, detector, look="learned"),
-    "comet-samples": lambda task, _: with_prior(task, by_value=False),
-    "comet-own": lambda task, _: SoftConfidentWeighter(len(task.train)),
+WEIGHTERS: dict[str, Callable[[Task], SoftConfidentWeighter]] = {
+    "comet": partial(with_prior, by_value=False),
+    "comet@rate": lambda task: with_prior(task, by_value=False, contamination=min(task.rate, 0.49)),
+    "comet@reviewed": partial(with_prior, by_value=False, look="told"),
+    "comet@learned": partial(with_prior, by_value=False, look="learned"),
+    "comet-values": partial(with_prior, by_value=True),
+    "comet-own": lambda task: SoftConfidentWeighter(len(task.train)),
 }
 METHODS = ("plain", "oracle", *WEIGHTERS)
 
@@ -62,7 +56,7 @@ def judged(task: Task, detector: str, method: str) -> Figures:
     if method == "oracle":
         rows = rows[~task.bad]
     elif method in WEIGHTERS:
-        model = CoMetDetector(model, weighter=WEIGHTERS[method](task, detector))
+        model = CoMetDetector(model, weighter=WEIGHTERS[method](task))
     model.fit(rows)
     scores = np.nan_to_num(model.decision_function(task.test.numpy()), nan=1e9, posinf=1e9)
     figures = {"AUROC": float(roc_auc_score(task.labels, scores))}
@@ -71,11 +65,16 @@ def judged(task: Task, detector: str, method: str) -> Figures:
     return figures
 
 
-def is_needed(condition: str, detector: str, method: str) -> bool:  # noqa: ARG001
+def is_needed(condition: str, detector: str, method: str) -> bool:
     """Whether a run says something that no other does: on clean sets some are plain training."""
-    if condition != "clean":
-        return True
-    return method not in ("oracle", "comet@rate", "comet@reviewed", "comet@learned")
+    if method == "comet-values" and detector != "autoencoder":
+        return False  # its losses don't come by value
+    return condition != "clean" or method not in (
+        "oracle",
+        "comet@rate",
+        "comet@reviewed",
+        "comet@learned",
+    )
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ import copy
 import types
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 import torch
 from pyod.models.ae1svm import AE1SVM
@@ -24,33 +25,35 @@ from comet_meta.loaders import with_batches
 from comet_meta.nonfinite import finite_steps_only
 from comet_meta.restore import eval_mode, same_random_numbers
 from comet_meta.sampler import ConfidenceSampler
+from comet_meta.weights.prior import RowScorer
 from comet_meta.weights.weighter import SoftConfidentWeighter
 
 Array = npt.NDArray[Any]
 
 
 class CoMetDetector(BaseDetector):  # type: ignore[misc]
-    """A PyOD deep detector that trusts each training row as far as its score allows.
+    """A PyOD deep detector that gives little weight to the training rows that fit in least.
 
     The detector's own code trains it. ``AutoEncoder`` and ``VAE`` have a criterion, whose losses
     are weighted row by row. ``DeepSVDD`` and ``AE1SVM`` compute loss and optimizer inside one
     method, so their rows are drawn by confidence instead. With weights that are all 1, all four
     train to the same bits as PyOD alone.
 
-    The weights follow the detector's own scores, once an epoch. The KL term of a ``VAE`` is limited
-    to ``capacity`` row by row, where PyOD limits its mean.
+    The weights come from the scores of :class:`~comet_meta.RowScorer`, before the first step. The
+    KL term of a ``VAE`` is limited to ``capacity`` row by row, where PyOD limits its mean.
 
     Args:
         detector: An untrained PyOD detector; a clone of it is fitted.
         contamination: Share of the rows that ``labels_`` and ``threshold_`` take for outliers, in
             (0, 0.5]. None: the detector's own. The weights don't depend on it: pass ``weighter``
             with a ``contamination`` for that.
-        weighter: Weights of the rows; by default one with the default rule. It is copied, so that
-            ``fit`` can be called again. With a ``part_prior`` (N, F), such as that of
+        weighter: Weights of the rows. None: ``SoftConfidentWeighter(prior=RowScorer()(rows))``. It
+            is copied, so that ``fit`` can be called again. Without a prior, the weights follow the
+            detector's own scores, once an epoch. With a ``part_prior`` (N, F), such as that of
             :meth:`RowScorer.score_parts <comet_meta.RowScorer.score_parts>`, an ``AutoEncoder``'s
             losses are weighted value by value as well.
-        warm_up: Number of epochs before the first fit of the weights, >= 1. Scores of an untrained
-            detector mean nothing.
+        warm_up: Number of epochs before a weighter without a prior is first fitted, >= 1. Scores of
+            an untrained detector mean nothing.
 
     Attributes:
         detector_: The fitted detector.
@@ -104,7 +107,7 @@ class CoMetDetector(BaseDetector):  # type: ignore[misc]
         self.n_features_in_ = rows.shape[1]
         self._set_n_classes(y)
         detector = clone(self.detector)
-        weighter = copy.deepcopy(self.weighter) or SoftConfidentWeighter(len(rows))
+        weighter = copy.deepcopy(self.weighter) or _default_weighter(rows)
         if weighter.has_parts:
             _check_parts(detector, weighter, rows)
         if isinstance(detector, (AutoEncoder, VAE)):
@@ -145,6 +148,10 @@ class CoMetDetector(BaseDetector):  # type: ignore[misc]
             )
         scores: Array = self.detector_.decision_function(rows)
         return scores
+
+
+def _default_weighter(rows: Array) -> SoftConfidentWeighter:
+    return SoftConfidentWeighter(prior=RowScorer()(rows.astype(np.float64)))
 
 
 def _check_parts(detector: BaseDetector, weighter: SoftConfidentWeighter, rows: Array) -> None:

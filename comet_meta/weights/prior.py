@@ -459,9 +459,13 @@ def standardise_columns(rows: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         The columns that vary, in double precision, shape (N, V), and which these are, shape (C,).
     """
-    deviation, mean = torch.std_mean(rows.double(), dim=0, correction=0)
+    rows = rows.double()
+    # Squares of values beyond 1e154 overflow. Powers of 2 change no digit.
+    exponent = torch.frexp(rows.abs().amax(dim=0)).exponent.clamp(-1000, 1000)
+    rows = rows * torch.full_like(rows[0], 2).pow(-exponent)
+    deviation, mean = torch.std_mean(rows, dim=0, correction=0)
     varying = deviation > 1e-9 * mean.abs()
-    return ((rows.double() - mean) / deviation)[:, varying].clamp(-20, 20), varying
+    return ((rows - mean) / deviation)[:, varying].clamp(-20, 20), varying
 
 
 def whiten(rows: Tensor) -> Tensor:

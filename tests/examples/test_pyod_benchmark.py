@@ -25,7 +25,7 @@ def test_finished_runs_are_kept_and_the_tables_printed(tmp_path, monkeypatch, ca
             epoch_num=2, batch_size=64, random_state=task.seed, verbose=0, hidden_neuron_list=[8, 2]
         ),
     )
-    unit = {"unit": lambda task, _: SoftConfidentWeighter(len(task.train), contamination=0.0)}
+    unit = {"unit": lambda task: SoftConfidentWeighter(len(task.train), contamination=0.0)}
     monkeypatch.setattr(pyod_tables, "WEIGHTERS", pyod_tables.WEIGHTERS | unit)
     monkeypatch.setattr(pyod_tables, "METHODS", (*pyod_tables.METHODS, "unit"))
     out = tmp_path / "runs.jsonl"

@@ -15,7 +15,7 @@ from pyod.models.iforest import IForest
 from pyod.models.vae import VAE
 from sklearn.base import clone
 
-from comet_meta import SoftConfidentWeighter
+from comet_meta import RowScorer, SoftConfidentWeighter
 from comet_meta.integrations import pyod as adapter
 from comet_meta.integrations.pyod import CoMetDetector
 from snippets import run, snippet
@@ -176,6 +176,20 @@ def test_it_is_an_estimator_as_others_are():
     loaded = pickle.loads(pickle.dumps(robust))
     assert np.array_equal(loaded.decision_function(data), robust.decision_scores_)
     assert not hasattr(robust.detector, "model")  # it was a clone that was fitted
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_by_default_the_weights_come_from_a_prior_of_the_rows(name):
+    def fitted(weighter):
+        seeded()
+        return CoMetDetector(DETECTORS[name](), weighter=weighter).fit(rows())
+
+    ours = fitted(None)
+    prior = RowScorer()(rows())
+    assert np.array_equal(ours.weights_, SoftConfidentWeighter(prior=prior).weights.numpy())
+    assert ours.weights_[:BAD].mean() < 0.3 < 0.98 < ours.weights_[BAD:].mean()
+    theirs = fitted(SoftConfidentWeighter(prior=prior))
+    assert np.array_equal(ours.decision_scores_, theirs.decision_scores_)
 
 
 def test_what_cannot_be_adapted_is_refused():
