@@ -151,6 +151,7 @@ class CoMetDetector(BaseDetector):  # type: ignore[misc]
 
 
 def _default_weighter(rows: Array) -> SoftConfidentWeighter:
+    """Weights from a prior of the rows (N, F), which may be of any kind of number."""
     return SoftConfidentWeighter(prior=RowScorer()(rows.astype(np.float64)))
 
 
