@@ -74,7 +74,8 @@ def test_the_page():
     names = {"X": rows(), "Autoencoder": Autoencoder}
     names = run("docs/integrations/skorch.md", "skorch", names)
     assert (names["suspects"][:15] < 15).sum() >= 13
-    assert names["weighter"].weights[:15].mean() < 0.3 < 0.98 < names["weighter"].weights[15:].mean()
+    weights = names["weighter"].weights
+    assert weights[:15].mean() < 0.3 < 0.98 < weights[15:].mean()
 
 
 def test_a_row_with_nan_takes_no_step_away_from_the_others(caplog):
