@@ -2,10 +2,10 @@
 
 Tables, split, conditions and figures are those of ``breadth.py``. The detectors have PyOD's default
 settings, and the seed. ``plain`` is PyOD alone, ``oracle`` PyOD without the bad rows; ``comet`` is
-``CoMetDetector`` with the prior of ``RowScorer``; ``comet@rate`` is told the true share of bad
-rows, ``comet@reviewed`` which of sixty rows are bad, and with ``comet@learned`` the prior learns
-from the sixty too; ``comet-values`` has weights of values as well (the autoencoder alone),
-``comet-own`` the detector's own scores (the adapter's default).
+``CoMetDetector`` as it is, with the prior of ``RowScorer``; ``comet@rate`` is told the true share
+of bad rows, ``comet@reviewed`` which of sixty rows are bad, and with ``comet@learned`` the prior
+learns from the sixty too; ``comet-values`` has weights of values as well (the autoencoder alone),
+``comet-own`` the detector's own scores.
 
 Every run becomes a line of ``--out``; the same command goes on where it stopped. Then it prints a
 table for each condition; without ``--folder`` nothing is run.
