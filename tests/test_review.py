@@ -1,5 +1,6 @@
 """How many samples are bad, from a look at a few of them."""
 
+import itertools
 import math
 
 import pytest
@@ -98,6 +99,44 @@ def test_one_more_bad_sample_raises_share_and_interval(found, data):
     assert after[0] > before[0]
     assert after[1] >= before[1] - 1e-9
     assert after[2] >= before[2] - 1e-9
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        lambda bad: [(20, 16, bad), (16, 1, 0)],
+        lambda bad: [(20, 2, 2), (194, 192, bad)],
+        lambda bad: [(40, 1, 0), (215, 192, bad), (17, 10, 0)],
+        lambda bad: [(40, 33, bad), (13, 1, 1)],
+    ],
+)
+def test_the_interval_rises_where_few_looks_stand_for_many_samples(others):
+    # Wilson's upper bound of so many effective looks falls there: .5488, .5485 with one more.
+    looks = max(looks for _, looks, _ in others(0))
+    found = [share_of_strata(others(bad)) for bad in range(looks + 1)]
+    for before, after in itertools.pairwise(found):
+        assert all(b >= a - 1e-12 for a, b in zip(before, after, strict=True))
+
+
+@given(st.integers(8, 20_000), st.integers(8, 120), st.data())
+def test_the_interval_of_a_chosen_sample_is_wilsons_of_its_effective_looks(count, looks, data):
+    found = [
+        (len(ranks), len(seen), data.draw(st.integers(0, len(seen))))
+        for ranks, seen in zip(strata(count), ranks_to_review(count, looks), strict=True)
+    ]
+    share = sum(size * bad / looks for size, looks, bad in found) / count
+    rates = [(bad + 0.5) / (looks + 1) for _, looks, bad in found]
+    centre = sum(size * q for (size, _, _), q in zip(found, rates, strict=True)) / count
+    variance = sum(
+        size**2 * q * (1 - q) / looks * (size - looks) / max(size - 1, 1)
+        for (size, looks, _), q in zip(found, rates, strict=True)
+    )
+    low, high = share, share
+    if variance > 0:
+        low, high = wilson(share, centre * (1 - centre) * count**2 / variance)
+    bad, good = sum(bad for *_, bad in found), sum(looks - bad for _, looks, bad in found)
+    expected = share, max(low, bad / count), min(high, 1 - good / count)
+    assert share_of_strata(found) == pytest.approx(expected, abs=1e-9)
 
 
 @given(st.integers(8, 20_000), st.integers(8, 120), st.data())

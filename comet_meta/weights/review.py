@@ -12,12 +12,17 @@ from all samples alike, few of the sixty would be bad. The ranking makes the loo
    good the ranking is; its precision does.
 4. The estimate varies as one from n looks at random would; n is the effective number of looks. The
    interval of 95 % is Wilson's for so many.
+5. One more bad sample must not lower a bound. Where a few looks stand for half of the samples it
+   could, because n rises with it. So the upper bound is the highest of all reviews that found no
+   bad sample in some of the strata and the same in the others; the lower bound is the lowest of
+   those that found no good one. For the samples of step 2 that changes nothing.
 
 Source of step 4: Korn, Graubard: Confidence intervals for proportions with small expected number of
 positive counts estimated from survey data, Survey Methodology 24, 1998; with Wilson's interval in
 place of Clopper and Pearson's.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -133,7 +138,7 @@ def choose_for_review(scores: ArrayLike, looks: int = 60) -> Tensor:
 def share_from_review(
     scores: ArrayLike, looked_at: Tensor | Sequence[int], bad: ArrayLike | Sequence[bool]
 ) -> Contamination:
-    """Estimate how many of all samples are bad from a look at some of them (steps 3 and 4).
+    """Estimate how many of all samples are bad from a look at some of them (steps 3 to 5).
 
     Args:
         scores: The scores that the samples were chosen by, shape (N,).
@@ -194,7 +199,7 @@ def known_labels(review: Review, count: int) -> Tensor:
 
 
 def share_of_labels(scores: Tensor, labels: Tensor) -> Contamination:
-    """Estimate the share from what is known of each sample (steps 3 and 4).
+    """Estimate the share from what is known of each sample (steps 3 to 5).
 
     Args:
         scores: The scores that the samples were chosen by, shape (N,).
@@ -234,7 +239,7 @@ def count_by_stratum(scores: Tensor, labels: Tensor) -> list[tuple[int, int, int
 
 
 def share_of_strata(counts: Sequence[tuple[int, int, int]]) -> Contamination:
-    """Steps 3 and 4.
+    """Steps 3 to 5.
 
     Args:
         counts: Size, number of samples looked at (>= 1) and number of bad ones among these, for
@@ -249,10 +254,30 @@ def share_of_strata(counts: Sequence[tuple[int, int, int]]) -> Contamination:
         [0.12, 0.1, 0.186]
     """
     total = sum(size for size, _, _ in counts)
-    # 3)
-    share = sum(size / total * bad / looks for size, looks, bad in counts)
-    # 4) Half a bad and half a good look more in each stratum, so that its share is never 0 or 1.
-    #    Where all of a stratum was looked at, nothing is open.
+    share = _share(counts)
+    # 5)
+    fewer = itertools.product(*({(n, looks, bad), (n, looks, 0)} for n, looks, bad in counts))
+    more = itertools.product(*({(n, looks, bad), (n, looks, looks)} for n, looks, bad in counts))
+    low = min(_interval(review)[0] for review in more)
+    high = max(_interval(review)[1] for review in fewer)
+    # What was seen is certain.
+    seen_bad = sum(bad for _, _, bad in counts) / total
+    seen_good = sum(looks - bad for _, looks, bad in counts) / total
+    return Contamination(share, max(low, seen_bad), min(high, 1 - seen_good))
+
+
+def _share(counts: Sequence[tuple[int, int, int]]) -> float:
+    """Step 3."""
+    total = sum(size for size, _, _ in counts)
+    return sum(size / total * bad / looks for size, looks, bad in counts)
+
+
+def _interval(counts: Sequence[tuple[int, int, int]]) -> tuple[float, float]:
+    """Step 4."""
+    total = sum(size for size, _, _ in counts)
+    share = _share(counts)
+    # Half a bad and half a good look more in each stratum, so that its share is never 0 or 1.
+    # Where all of a stratum was looked at, nothing is open.
     centre = variance = 0.0
     for size, looks, bad in counts:
         part, found = size / total, (bad + 0.5) / (looks + 1)
@@ -263,10 +288,7 @@ def share_of_strata(counts: Sequence[tuple[int, int, int]]) -> Contamination:
     square = _Z**2 / looks_at_random
     middle = (share + square / 2) / (1 + square)
     half = math.sqrt(square * (share * (1 - share) + square / 4)) / (1 + square)
-    # What was seen is certain.
-    seen_bad = sum(bad for _, _, bad in counts) / total
-    seen_good = sum(looks - bad for _, looks, bad in counts) / total
-    return Contamination(share, max(middle - half, seen_bad), min(middle + half, 1 - seen_good))
+    return middle - half, middle + half
 
 
 def _checked(scores: ArrayLike) -> Tensor:
