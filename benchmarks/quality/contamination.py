@@ -38,7 +38,7 @@ from matplotlib.figure import Figure
 
 from ablation import CHOICES, FRONTIER, GRID, SCORES
 from comet_examples.detectors import DETECTORS
-from contamination_page import Chosen, write_page
+from contamination_page import Chosen, over_sets, write_page
 from grid import (
     METHODS,
     Benchmark,
@@ -111,7 +111,7 @@ def main() -> None:
         machines = sorted({run["machine"] for run in runs})
         write_page(chosen, texts, machines, options.out, options.page, options.figure)
     else:
-        print("\n\n".join(text for text in texts if text))
+        print("\n\n".join([*(text for text in texts if text), *over_sets(chosen)]))
 
 
 def all_finished(

@@ -72,7 +72,7 @@ def write_page(
         rows = [row for key in chosen if (row := set_row(*key, chosen[key], noise)) is not None]
         if rows:
             parts += [f"## Noise {noise:g}", table(rows), table(detector_rows(chosen, noise))]
-    parts += ["## Every variant", *(text.strip() for text in tables if text)]
+    parts += ["## Every variant", *over_sets(chosen), *(text.strip() for text in tables if text)]
     page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
@@ -125,6 +125,57 @@ def detector_rows(chosen: Chosen, noise: float) -> list[dict[str, str | float]]:
             row[f"least gap{note}"] = _shown(float(gaps.min())) if len(gaps) else "-"
         rows.append(row)
     return rows
+
+
+def variant_rows(chosen: Chosen, detector: str, noise: float) -> list[dict[str, str | float]]:
+    """Every variant's means over the sets that it and plain have finished at a level of noise.
+
+    Beside them is plain training on the same sets, seeds in common, and the set that gains least.
+    AUPRO is the mean over those that have masks.
+    """
+    own = {task: runs for (name, task), runs in chosen.items() if name == detector}
+    names = dict.fromkeys(name for runs in own.values() for level, name in runs if level == noise)
+    rows: list[dict[str, str | float]] = []
+    for name in names:
+        pairs = {
+            task: on_common_seeds(
+                {"own": runs.get((noise, name), {}), "plain": runs.get((noise, "plain"), {})}
+            )
+            for task, runs in own.items()
+        }
+        pairs = {task: pair for task, pair in pairs.items() if all(pair.values())}
+        if not pairs:
+            continue
+        ours, plain = (
+            np.array([mean(pair[which], "I-AUROC") for pair in pairs.values()])
+            for which in ("own", "plain")
+        )
+        worst = int((ours - plain).argmin())
+        masks = [pair["own"] for pair in pairs.values() if _has(pair["own"], "AUPRO")]
+        row: dict[str, str | float] = {"variant": name, "sets": str(len(pairs))}
+        row["seeds"] = str(min(len(pair["own"]) for pair in pairs.values()))
+        row["I-AUROC"] = f"{ours.mean():.3f}"
+        row["plain"] = f"{plain.mean():.3f}"
+        row["worst set"] = f"{(ours - plain)[worst]:+.3f} ({list(pairs)[worst]})"
+        row["AUPRO"] = f"{np.mean([mean(runs, 'AUPRO') for runs in masks]):.3f}" if masks else "-"
+        rows.append(row)
+    return rows
+
+
+def over_sets(chosen: Chosen) -> list[str]:
+    """Tables of :func:`variant_rows`, one for each detector and level that has several sets."""
+    texts = []
+    detectors = dict.fromkeys(name for name, _ in chosen)
+    for noise in sorted({noise for own in chosen.values() for noise, _ in own}):
+        for detector in detectors:
+            rows = variant_rows(chosen, detector, noise)
+            if any(int(row["sets"]) > 1 for row in rows):
+                texts.append(f"### {detector}, noise {noise:g}: means over sets\n\n{table(rows)}")
+    return texts
+
+
+def _has(runs: BySeed, figure: str) -> bool:
+    return all(figure in figures for figures in runs.values())
 
 
 def _shown(gap: float) -> str:

@@ -3,9 +3,10 @@
 Every finished run is a JSON line in ``--out``; the same command goes on where it was stopped, and
 ``--shard i/n`` runs the i-th of n parts, also several at once on one file. I-AUROC, the mean ±
 standard deviation over the seeds that bank and all lengths have, differences with the p value of a
-paired t-test. *bank* is ``MemoryBank``, a tenth of the patches, at random, on SimpleNet's features.
-A set that has bad training pictures is used without them. *raw* is the same detector, trained for
-the first of the lengths, whose scores aren't standardised by position.
+paired t-test; that of the lengths with its standard error, too. *bank* is ``MemoryBank``, a tenth
+of the patches, at random, on SimpleNet's features. A set that has bad training pictures is used
+without them. *raw* is the same detector, trained for the first of the lengths, whose scores aren't
+standardised by position.
 """
 
 import argparse
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+from scipy.stats import sem
 
 from comet_examples.datasets import oracle
 from comet_examples.detectors import ScoresFittable
@@ -109,9 +111,16 @@ def _row(task: str, own: list[dict[int, Figures]], longer: list[int]) -> dict[st
     row["- bank"] = paired(trained[0], bank, "I-AUROC")
     if len(trained) > 1:
         row["longer"] = paired(trained[-1], trained[0], "I-AUROC")
+        row["± s.e."] = _standard_error(trained[-1], trained[0])
     if all("raw I-AUROC" in figures for figures in trained[0].values()):
         row["raw"] = f"{mean(trained[0], 'raw I-AUROC'):.3f}"
     return row
+
+
+def _standard_error(longer: dict[int, Figures], usual: dict[int, Figures]) -> str:
+    """Of the mean difference over seeds; empty for one."""
+    differences = [longer[seed]["I-AUROC"] - usual[seed]["I-AUROC"] for seed in usual]
+    return f"{sem(differences):.3f}" if len(differences) > 1 else ""
 
 
 def _spread(runs: dict[int, Figures]) -> str:

@@ -11,16 +11,19 @@ pictures, without the weights and with them (``weights+...``):
 - ``mldg``, ``fomaml``: the meta-step;
 - ``plain`` and ``weights``: none of these.
 
-I-AUROC after the last step, the mean over the seeds that a form has at all lengths. Every finished
-run is a JSON line in ``--out``; the same command goes on where it was stopped, ``--shard i/n`` runs
-the i-th of n parts. ``--figure`` draws the finished runs: I-AUROC over the length, a panel for each
-set and detector.
+I-AUROC after the last step, the mean over the seeds that a form has at all lengths. The table over
+sets holds the sets that form and base have finished, on their common seeds: at each length the mean
+difference of a form from its base, which is the same training without meta-step and penalty, with
+its standard error over the sets, the p of a paired t-test over the sets, and the worst set. Every
+finished run is a JSON line in ``--out``; the same command goes on where it was stopped, ``--shard
+i/n`` runs the i-th of n parts. ``--figure`` draws the finished runs: I-AUROC over the length, a
+panel for each set and detector.
 """
 
 import argparse
 import itertools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -29,6 +32,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from scipy.stats import sem, ttest_rel
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
@@ -168,6 +172,55 @@ def rows(
     return found
 
 
+def over_sets(
+    runs: Runs,
+    panels: list[str],
+    names: list[str],
+    longer: list[int],
+    key: Callable[[str, int, str], dict[str, Any]],
+) -> list[dict[str, str | float]]:
+    """Lines of a detector's table over sets: each form against its base, at each length."""
+    found: list[dict[str, str | float]] = []
+    for name in names:
+        base = "weights" if name.startswith("weights+") else "plain"
+        line: dict[str, str | float] = {"form": name}
+        for times in longer:
+            pairs = {}
+            for panel in panels:
+                own = {one: runs.by_seed(**key(panel, times, one)) for one in (name, base)}
+                both = on_common_seeds(own)
+                if all(both.values()):
+                    pairs[panel.split(", ")[1]] = tuple(
+                        mean(both[one], "I-AUROC") for one in (name, base)
+                    )
+            line |= _against(pairs, times, name != base)
+        if len(line) > 1:
+            found.append(line)
+    columns = dict.fromkeys(column for line in found for column in line)
+    return [{column: line.get(column, "") for column in columns} for line in found]
+
+
+def _against(
+    pairs: Mapping[str, tuple[float, ...]], times: int, differs: bool
+) -> dict[str, str | float]:
+    """Cells of a length: number of sets, mean, and the difference from the base."""
+    if not pairs:
+        return {}
+    ours, theirs = np.array([*pairs.values()]).T
+    cells: dict[str, str | float] = {f"sets, {times} x": str(len(pairs))}
+    cells[f"{times} x"] = f"{ours.mean():.3f}"
+    if differs:
+        differences = ours - theirs
+        worst = int(differences.argmin())
+        text = f"{differences.mean():+.3f}"
+        if len(pairs) > 1 and differences.any():
+            p = ttest_rel(ours, theirs).pvalue
+            text += f" ± {sem(differences):.3f} (p = {p:.3f})"
+        cells[f"- base, {times} x"] = text
+        cells[f"worst, {times} x"] = f"{differences[worst]:+.3f} ({[*pairs][worst]})"
+    return cells
+
+
 def _figure(own: dict[int, Figures]) -> str:
     return f"{mean(own, 'I-AUROC'):.3f}" if own else ""
 
@@ -237,6 +290,11 @@ def main() -> None:
         lines = rows(runs, options.forms, options.longer, partial(key_in, panel))
         if lines:
             print(f"\n### {panel}\n\n{table(lines)}")
+    for detector in options.detectors:
+        own = [f"{detector}, {task}" for task in tasks]
+        lines = over_sets(runs, own, options.forms, options.longer, key_in)
+        if lines:
+            print(f"\n### {detector}, over sets\n\n{table(lines)}")
     if options.figure:
         draw(runs, panels, options.forms, options.longer, key_in, options.figure)
 

@@ -26,7 +26,7 @@ from comet_examples.presets import preset_for
 from comet_examples.training import TrainingSettings
 from comet_meta import SoftConfidentWeighter
 from contamination import GROUPS, VARIANTS, common_gap, cost, expanded, row
-from contamination_page import detector_rows, set_row
+from contamination_page import detector_rows, over_sets, set_row, variant_rows
 from grid import Trial, by_method, weighting_figures
 
 
@@ -315,3 +315,33 @@ def test_the_page_compares_the_seeds_that_all_main_methods_have():
         "+0.050",
         "0.50",
     )
+
+
+def test_means_over_sets_compare_a_variant_with_plain_on_its_own_sets_and_seeds():
+    def runs(*values, **more):
+        return {seed: {"I-AUROC": value, **more} for seed, value in enumerate(values)}
+
+    made = {
+        ("simplenet", "a"): {
+            (0.1, "plain"): runs(0.8, 0.6, AUPRO=0.5),
+            (0.1, "trim"): runs(0.9, 0.7, AUPRO=0.7),
+        },
+        ("simplenet", "b"): {(0.1, "plain"): runs(0.9), (0.1, "trim"): runs(0.84, 0.1)},
+        ("simplenet", "c"): {(0.1, "plain"): runs(0.5), (0.1, "trim"): {}},
+        ("simplenet", "d"): {(0.2, "plain"): runs(0.5)},
+    }
+    plain, trim = variant_rows(made, "simplenet", 0.1)
+    assert plain["sets"] == "3"
+    assert plain["I-AUROC"] == "0.700"
+    assert plain["AUPRO"] == "0.500"
+    assert trim == {
+        "variant": "trim",
+        "sets": "2",
+        "seeds": "1",
+        "I-AUROC": "0.820",
+        "plain": "0.800",
+        "worst set": "-0.060 (b)",
+        "AUPRO": "0.700",
+    }
+    (text,) = over_sets(made)  # a single set has no mean
+    assert text.startswith("### simplenet, noise 0.1: means over sets")

@@ -72,6 +72,7 @@ def test_rows_are_the_finished_sets_and_their_mean(tmp_path):
         # freedom p = 1 - 2 / pi * arctan |t|.
         "- bank": "+0.020 (p = 0.295)",
         "longer": "-0.010 (p = 0.626)",
+        "± s.e.": "0.015",
     }
     assert other["set"] == "mvtec/c"
     assert (mean["set"], mean["bank"], mean["1 x"]) == ("mean", "0.850", "0.830")

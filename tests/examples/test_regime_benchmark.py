@@ -9,7 +9,7 @@ from torch.optim import Adam, AdamW
 
 from comet_meta import CovarianceMetaRegularizer
 from grid import Benchmark
-from regime import FORMS, RunningScale, decayed, draw, key_of, rows, run
+from regime import FORMS, RunningScale, decayed, draw, key_of, over_sets, rows, run
 from runs import Runs
 
 
@@ -129,3 +129,33 @@ def test_table_and_figure_show_what_is_finished(tmp_path):
     file = tmp_path / "figures" / "regime.png"
     draw(runs, ["a", "b"], list(FORMS), [1, 3], lambda _, times, name: key(times, name), file)
     assert file.stat().st_size > 5000
+
+
+def test_the_table_over_sets_compares_a_form_with_its_base(tmp_path):
+    bench, runs = Benchmark("resnet18", {}, "cpu", None), Runs(tmp_path / "runs.jsonl")
+
+    def key(panel, times, name):
+        detector, task = panel.split(", ")
+        return key_of(bench, task, detector, 0.1, times, name)
+
+    finished = {
+        ("a", "plain"): (0.8, 0.9),
+        ("a", "mldg"): (0.85,),  # against the plain run of its seed
+        ("b", "plain"): (0.7,),
+        ("b", "mldg"): (0.68,),
+        ("c", "mldg"): (0.1,),  # no base
+        ("a", "weights"): (0.9,),
+        ("a", "weights+mldg"): (0.8,),
+    }
+    for (task, name), values in finished.items():
+        for seed, value in enumerate(values):
+            runs.add(key(f"fastflow, {task}", 1, name) | {"seed": seed}, {"I-AUROC": value})
+    panels = [f"fastflow, {task}" for task in "abc"]
+    names = ["plain", "mldg", "weights", "weights+mldg"]
+    plain, meta, _, weights = over_sets(runs, panels, names, [1, 3], key)
+    assert (plain["sets, 1 x"], plain["1 x"], plain["- base, 1 x"]) == ("2", "0.775", "")
+    # Differences .05 and -.02: mean .015, standard error .035, t = 3/7 with one degree of freedom.
+    assert (meta["sets, 1 x"], meta["1 x"]) == ("2", "0.765")
+    assert meta["- base, 1 x"] == "+0.015 ± 0.035 (p = 0.742)"
+    assert meta["worst, 1 x"] == "-0.020 (b)"
+    assert (weights["- base, 1 x"], weights["worst, 1 x"]) == ("-0.100", "-0.100 (a)")
