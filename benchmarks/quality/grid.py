@@ -19,7 +19,7 @@ from comet_examples.datasets import DATASETS, DatasetError, Split, Transform, ba
 from comet_examples.detectors import DETECTORS
 from comet_examples.experiment import Experiment
 from comet_examples.metrics import curation_metrics
-from comet_examples.presets import Preset, preset_for
+from comet_examples.presets import PRESETS, Preset, preset_for
 from comet_examples.report import table
 from comet_examples.training import Method, TrainingSettings, Wrap, wrap
 from comet_meta import SoftConfidentWeighter
@@ -123,6 +123,8 @@ class Benchmark:
         device: Where to train.
         epochs: Instead of the preset's.
         sizes: Sizes of the pictures by data set, as of ``--resize``, instead of the preset's.
+        preset: A name in ``PRESETS``: whose epochs, rates and detectors are taken, with
+            ``backbone`` in place of its own.
     """
 
     def __init__(
@@ -132,11 +134,13 @@ class Benchmark:
         device: str,
         epochs: int | None,
         sizes: Mapping[str, str] = _AS_MEASURED,
+        preset: str = "default",
     ) -> None:
         self.backbone = backbone
         self.roots = {name: Path(folder) for name, folder in roots.items()}
         self.device = device
         self.epochs = epochs
+        self.settings_of = backbone if preset == "default" else PRESETS[preset].backbone
         self.sizes = {name: sized(text) for name, text in sizes.items()}
         # On disk, so that shards and later runs share them.
         self.store = FeatureStore(memory_budget=0)
@@ -172,7 +176,7 @@ class Benchmark:
 
     def preset(self, detector: str, task: str) -> Preset:
         """The settings of a detector on a task."""
-        preset = preset_for(detector, self.backbone).lasting(epochs=self.epochs)
+        preset = preset_for(detector, self.settings_of).lasting(epochs=self.epochs)
         size = self.sizes.get(task.partition("/")[0])
         return preset if size is None else preset.sized(size)
 
@@ -232,6 +236,12 @@ def add_arguments(parser: argparse.ArgumentParser, out: Path) -> None:
         help="those of the default are for reporting; choose settings with 100 and up",
     )
     parser.add_argument("--backbone", default=DEFAULT_BACKBONE)
+    parser.add_argument(
+        "--preset",
+        choices=PRESETS,
+        default="default",
+        help="paper: the published epochs, rates and detectors, with --backbone",
+    )
     parser.add_argument("--epochs", type=int, help="instead of the preset's")
     parser.add_argument(
         "--resize",
@@ -249,7 +259,9 @@ def benchmark(options: argparse.Namespace) -> tuple[Benchmark, list[str], Runs]:
     """The benchmark, the names of its tasks and its file of runs, from parsed arguments."""
     roots = dict(item.split("=", 1) for item in options.root)
     sizes = dict(item.split("=", 1) for item in options.resize)
-    bench = Benchmark(options.backbone, roots, options.device, options.epochs, sizes)
+    bench = Benchmark(
+        options.backbone, roots, options.device, options.epochs, sizes, options.preset
+    )
     tasks = [task for name in options.tasks for task in bench.expanded(name)]
     return bench, tasks, Runs(options.out)
 

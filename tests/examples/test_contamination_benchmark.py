@@ -261,6 +261,18 @@ def test_sizes_are_named_by_data_set():
     assert other == preset_for("simplenet", "resnet18")
 
 
+def test_the_papers_preset_goes_with_any_backbone(monkeypatch):
+    made = ["contamination", "--preset", "paper", "--backbone", "resnet18", "--resize", "mvtec=256"]
+    monkeypatch.setattr(sys, "argv", made)
+    bench, _, _ = grid.benchmark(contamination._parser().parse_args())
+    preset = bench.preset("simplenet", "mvtec/a")
+    assert bench.backbone == "resnet18"
+    assert (preset.epochs, preset.steps, preset.schedule) == (160, None, "constant")
+    assert preset.detector["adaptor"]
+    assert preset.transform == grid.sized("256")
+    assert bench.key("simplenet", "mvtec/a", 0.1, 0, "plain")["options"]["noise_std"] == "0.015"
+
+
 def test_a_row_is_paired_by_seed():
     chosen = {
         (0.1, "plain"): runs(0.80, 0.82),
