@@ -12,12 +12,13 @@ pictures, without the weights and with them (``weights+...``):
 - ``plain`` and ``weights``: none of these.
 
 I-AUROC after the last step, the mean over the seeds that a form has at all lengths. The table over
-sets holds the sets that form and base have finished, on their common seeds: at each length the mean
-difference of a form from its base, which is the same training without meta-step and penalty, with
-its standard error over the sets, the p of a paired t-test over the sets, and the worst set. Every
-finished run is a JSON line in ``--out``; the same command goes on where it was stopped, ``--shard
-i/n`` runs the i-th of n parts. ``--figure`` draws the finished runs: I-AUROC over the length, a
-panel for each set and detector.
+sets compares a form with its base, at each length: that is ``weights`` for ``weights+...`` and
+``plain`` for the others. It gives the mean difference over the sets that both have finished, on
+their common seeds, its standard error, the p of a paired t-test over the sets, and the worst set.
+
+Every finished run is a JSON line in ``--out``; the same command goes on where it was stopped,
+``--shard i/n`` runs the i-th of n parts. ``--figure`` draws the finished runs: I-AUROC over the
+length, a panel for each set and detector.
 """
 
 import argparse
@@ -32,6 +33,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from scipy.stats import sem, ttest_rel
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
@@ -232,30 +234,39 @@ def draw(
     longer: list[int],
     key: Callable[[str, int, str], dict[str, Any]],
     file: Path,
+    columns: int,
 ) -> None:
     """I-AUROC over the multiples of the planned length, a panel for each detector and set."""
-    figure = Figure(figsize=(3.2 * len(panels) + 1.6, 3.2), layout="constrained")
-    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        for name in names:
+    lines = -(-len(panels) // columns)
+    figure = Figure(figsize=(2.6 * columns + 1.6, 2.4 * lines + 0.3), layout="constrained")
+    grid = figure.subplots(lines, columns, squeeze=False)
+    shown: dict[str, Line2D] = {}
+    for axes, panel in zip(grid.flat, panels, strict=False):
+        for number, name in enumerate(names):
             own = on_common_seeds(
                 {times: runs.by_seed(**key(panel, times, name)) for times in longer}
             )
             points = [(times, mean(one, "I-AUROC")) for times, one in own.items() if one]
             if points:
                 style = "-" if name.startswith("weights") else "--"
-                axes.plot(*np.array(points).T, style, marker="o", label=name)
+                (shown[name],) = axes.plot(
+                    *np.array(points).T, style, marker="o", markersize=4, color=f"C{number}"
+                )
         axes.set_xscale("log")
         axes.set_xticks(longer, [f"{times} x" for times in longer])
         axes.minorticks_off()
         axes.set_title(panel, fontsize=9)
-        axes.set_xlabel("length of training")
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.axes[0].set_ylabel("I-AUROC")
-    handles, labels = figure.axes[0].get_legend_handles_labels()
+    for axes in grid[-1]:
+        axes.set_xlabel("length of training")
+    for axes in grid[:, 0]:
+        axes.set_ylabel("I-AUROC")
+    handles = [shown[name] for name in names if name in shown]
+    labels = [name for name in names if name in shown]
     figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=8)
     file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=150)
+    figure.savefig(file, dpi=120)
 
 
 def main() -> None:
@@ -296,7 +307,7 @@ def main() -> None:
         if lines:
             print(f"\n### {detector}, over sets\n\n{table(lines)}")
     if options.figure:
-        draw(runs, panels, options.forms, options.longer, key_in, options.figure)
+        draw(runs, panels, options.forms, options.longer, key_in, options.figure, len(tasks))
 
 
 if __name__ == "__main__":

@@ -127,7 +127,7 @@ def test_table_and_figure_show_what_is_finished(tmp_path):
         {"form": "weights", "seeds": "1", "1 x": "0.950", "3 x": ""},
     ]
     file = tmp_path / "figures" / "regime.png"
-    draw(runs, ["a", "b"], list(FORMS), [1, 3], lambda _, times, name: key(times, name), file)
+    draw(runs, ["a", "b"], list(FORMS), [1, 3], lambda _, times, name: key(times, name), file, 2)
     assert file.stat().st_size > 5000
 
 
