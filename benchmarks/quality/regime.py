@@ -253,6 +253,7 @@ def draw(
                     *np.array(points).T, style, marker="o", markersize=4, color=f"C{number}"
                 )
         axes.set_xscale("log")
+        axes.set_xlim(min(longer) / 1.3, max(longer) * 1.3)
         axes.set_xticks(longer, [f"{times} x" for times in longer])
         axes.minorticks_off()
         axes.set_title(panel, fontsize=9)
