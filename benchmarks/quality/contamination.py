@@ -38,7 +38,7 @@ from matplotlib.figure import Figure
 
 from ablation import CHOICES, FRONTIER, GRID, SCORES
 from comet_examples.detectors import DETECTORS
-from contamination_page import Chosen, over_sets, write_page
+from contamination_page import MAIN, Chosen, over_sets, write_page
 from grid import (
     METHODS,
     Benchmark,
@@ -106,7 +106,9 @@ def main() -> None:
         for (detector, task), own in chosen.items()
     ]
     if options.figure:
-        draw(chosen, options.noise, variants, options.figure)
+        # On a page, which has all variants in its tables, the figure shows the main ones.
+        drawn = [name for name in MAIN if name in variants] if options.page else variants
+        draw(chosen, options.noise, drawn, options.figure)
     if options.page:
         machines = sorted({run["machine"] for run in runs})
         write_page(chosen, texts, machines, options.out, options.page, options.figure)

@@ -13,7 +13,7 @@ from runs import gap_recovered, mean, on_common_seeds, paired, spread
 Chosen = Mapping[tuple[str, str], Mapping[tuple[float, str], BySeed]]
 """Finished runs by detector and task, then by noise and variant."""
 
-_MAIN = {
+MAIN = {
     "plain": "plain",
     "comet": "comet",
     "reviewed": "reviewed",
@@ -21,6 +21,7 @@ _MAIN = {
     "contamination@true": "told",
     "oracle": "oracle",
 }
+"""Variants of the page's first tables and of its figure, with their titles."""
 _TOLD = ("reviewed", "learned", "contamination@true")
 _INTRO = """\
 # Pictures with bad ones among them
@@ -81,20 +82,20 @@ def set_row(
     detector: str, task: str, own: Mapping[tuple[float, str], BySeed], noise: float
 ) -> dict[str, str | float] | None:
     """A set at a level of noise; None without a plain training."""
-    runs = on_common_seeds({name: own.get((noise, name), {}) for name in _MAIN})
+    runs = on_common_seeds({name: own.get((noise, name), {}) for name in MAIN})
     if not runs["plain"]:
         return None
     row: dict[str, str | float] = {"detector": detector, "set": task}
     row |= {
         title: spread(one["I-AUROC"] for one in runs[name].values())
-        for name, title in _MAIN.items()
+        for name, title in MAIN.items()
         if runs[name]
     }
     row["comet - plain"] = paired(runs["comet"], runs["plain"], "I-AUROC") or "-"
     row["gap recovered"] = _shown(gap_recovered(runs["comet"], runs["plain"], runs["oracle"]))
     for name in _TOLD:
         gap = gap_recovered(runs[name], runs["plain"], runs["oracle"])
-        row[f"gap, {_MAIN[name]}"] = _shown(gap)
+        row[f"gap, {MAIN[name]}"] = _shown(gap)
     return row
 
 
@@ -103,7 +104,7 @@ def detector_rows(chosen: Chosen, noise: float) -> list[dict[str, str | float]]:
     rows: list[dict[str, str | float]] = []
     for detector in dict.fromkeys(name for name, _ in chosen):
         sets = [
-            on_common_seeds({name: own.get((noise, name), {}) for name in _MAIN})
+            on_common_seeds({name: own.get((noise, name), {}) for name in MAIN})
             for (name, _), own in chosen.items()
             if name == detector
         ]
@@ -111,14 +112,14 @@ def detector_rows(chosen: Chosen, noise: float) -> list[dict[str, str | float]]:
         if not sets:
             continue
         row: dict[str, str | float] = {"detector": detector, "sets": str(len(sets))}
-        for name, title in _MAIN.items():
+        for name, title in MAIN.items():
             if all(runs[name] for runs in sets):
                 row[title] = f"{np.mean([mean(runs[name], 'I-AUROC') for runs in sets]):.3f}"
         gains = [mean(r["comet"], "I-AUROC") - mean(r["plain"], "I-AUROC") for r in sets]
         row["comet - plain"] = f"{np.mean(gains):+.3f}"
         row["worst set"] = f"{min(gains):+.3f}"
         for name in ("comet", *_TOLD):
-            note = "" if name == "comet" else f", {_MAIN[name]}"
+            note = "" if name == "comet" else f", {MAIN[name]}"
             gaps = np.array([gap_recovered(r[name], r["plain"], r["oracle"]) for r in sets])
             gaps = gaps[np.isfinite(gaps)]
             row[f"median gap{note}"] = _shown(float(np.median(gaps))) if len(gaps) else "-"
