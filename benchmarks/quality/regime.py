@@ -198,7 +198,10 @@ def over_sets(
             line |= _against(pairs, times, name != base)
         if len(line) > 1:
             found.append(line)
-    columns = dict.fromkeys(column for line in found for column in line)
+    cells = [
+        f"{cell}{times} x" for times in longer for cell in ("sets, ", "", "- base, ", "worst, ")
+    ]
+    columns = ["form", *(cell for cell in cells if any(cell in line for line in found))]
     return [{column: line.get(column, "") for column in columns} for line in found]
 
 
@@ -236,17 +239,22 @@ def draw(
     file: Path,
     columns: int,
 ) -> None:
-    """I-AUROC over the multiples of the planned length, a panel for each detector and set."""
+    """I-AUROC over the multiples of the planned length, a panel for each detector and set.
+
+    All points of a panel are means over the same seeds.
+    """
     lines = -(-len(panels) // columns)
     figure = Figure(figsize=(2.6 * columns + 1.6, 2.4 * lines + 0.3), layout="constrained")
     grid = figure.subplots(lines, columns, squeeze=False)
     shown: dict[str, Line2D] = {}
     for axes, panel in zip(grid.flat, panels, strict=False):
+        cells = itertools.product(names, longer)
+        own = on_common_seeds(
+            {(name, times): runs.by_seed(**key(panel, times, name)) for name, times in cells}
+        )
         for number, name in enumerate(names):
-            own = on_common_seeds(
-                {times: runs.by_seed(**key(panel, times, name)) for times in longer}
-            )
-            points = [(times, mean(one, "I-AUROC")) for times, one in own.items() if one]
+            found = [(times, own[name, times]) for times in longer if own[name, times]]
+            points = [(times, mean(one, "I-AUROC")) for times, one in found]
             if points:
                 style = "-" if name.startswith("weights") else "--"
                 (shown[name],) = axes.plot(
