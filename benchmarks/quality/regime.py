@@ -9,6 +9,8 @@ pictures, without the weights and with them (``weights+...``):
   :class:`RunningScale`;
 - ``decoupled-<l>``: AdamW's weight decay l in place of a penalty in the loss;
 - ``mldg``, ``fomaml``: the meta-step;
+- ``query``: a control of ``fomaml``, whose inner step is next to nothing: what remains is a step on
+  the query alone, three tenths of the batch;
 - ``plain`` and ``weights``: none of these.
 
 I-AUROC after the last step, the mean over the seeds that a form has at all lengths. The table over
@@ -43,7 +45,7 @@ from comet_examples.detectors import Detector
 from comet_examples.report import table
 from comet_examples.training import FeatureRows, TrainingSettings, wrap
 from comet_meta import CoMetOptimizerWrapper, CovarianceMetaRegularizer
-from comet_meta.meta.step import MetaMode
+from comet_meta.meta.step import MetaMode, MetaStep
 from grid import Benchmark, Trial, Variant, add_arguments, benchmark, trained
 from runs import Figures, Runs, mean, on_common_seeds
 
@@ -89,7 +91,7 @@ class RunningScale(CovarianceMetaRegularizer):
 def form(
     weights: bool,
     *,
-    meta: MetaMode = "none",
+    meta: MetaMode | MetaStep = "none",
     penalty: Callable[[], CovarianceMetaRegularizer] | None = None,
     decay: float = 0,
 ) -> Variant:
@@ -130,8 +132,11 @@ def _forms() -> dict[str, Variant]:
         }
         own |= {name: form(weights, penalty=made) for name, made in penalties.items()}
         own |= {f"decoupled-{x:g}": form(weights, decay=x) for x in DECAYS}
-        metas: tuple[MetaMode, ...] = ("mldg", "fomaml")
-        own |= {meta: form(weights, meta=meta) for meta in metas}
+        own |= {
+            "mldg": form(weights, meta="mldg"),
+            "fomaml": form(weights, meta="fomaml"),
+            "query": form(weights, meta=MetaStep("fomaml", inner_lr=1e-12)),
+        }
         if weights:
             own = {f"weights+{name}".removesuffix("+"): value for name, value in own.items()}
         found |= {name or "plain": value for name, value in own.items()}

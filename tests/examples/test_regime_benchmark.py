@@ -48,7 +48,10 @@ def test_forms_are_what_their_names_say(seen):
         base = name.removeprefix("weights").removeprefix("+")
         assert (wrapper.weighter is not None) == name.startswith("weights")
         mode = "none" if wrapper.meta is None else wrapper.meta.mode
-        assert mode == (base if base in ("mldg", "fomaml") else "none")
+        modes = {"mldg": "mldg", "fomaml": "fomaml", "query": "fomaml"}
+        assert mode == modes.get(base, "none")
+        if base == "query":
+            assert wrapper.meta.inner_lr < 1e-9
         kind, _, number = base.partition("-")
         if kind in ("penalty", "constant", "running"):
             assert wrapper.regularizer.base_strength == float(base.split("-", 1)[1])
