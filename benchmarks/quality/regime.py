@@ -16,7 +16,8 @@ pictures, without the weights and with them (``weights+...``):
 I-AUROC after the last step, the mean over the seeds that a form has at all lengths. The table over
 sets compares a form with its base, at each length: that is ``weights`` for ``weights+...`` and
 ``plain`` for the others. It gives the mean difference over the sets that both have finished, on
-their common seeds, its standard error, the p of a paired t-test over the sets, and the worst set.
+their common seeds, its standard error, the p of a paired t-test over the sets, the worst set, and
+the mean weight of the bad pictures.
 
 Every finished run is a JSON line in ``--out``; the same command goes on where it was stopped,
 ``--shard i/n`` runs the i-th of n parts. ``--figure`` draws the finished runs: I-AUROC over the
@@ -197,26 +198,25 @@ def over_sets(
                 own = {one: runs.by_seed(**key(panel, times, one)) for one in (name, base)}
                 both = on_common_seeds(own)
                 if all(both.values()):
-                    pairs[panel.split(", ")[1]] = tuple(
-                        mean(both[one], "I-AUROC") for one in (name, base)
-                    )
+                    pairs[panel.split(", ")[1]] = (both[name], both[base])
             line |= _against(pairs, times, name != base)
         if len(line) > 1:
             found.append(line)
-    cells = [
-        f"{cell}{times} x" for times in longer for cell in ("sets, ", "", "- base, ", "worst, ")
-    ]
+    cells = [f"{cell}{times} x" for times in longer for cell in _CELLS]
     columns = ["form", *(cell for cell in cells if any(cell in line for line in found))]
     return [{column: line.get(column, "") for column in columns} for line in found]
 
 
+_CELLS = ("sets, ", "", "- base, ", "worst, ", "weight of bad, ")
+
+
 def _against(
-    pairs: Mapping[str, tuple[float, ...]], times: int, differs: bool
+    pairs: Mapping[str, tuple[dict[int, Figures], ...]], times: int, differs: bool
 ) -> dict[str, str | float]:
-    """Cells of a length: number of sets, mean, and the difference from the base."""
+    """Cells of a length, from the runs of a form and of its base by set."""
     if not pairs:
         return {}
-    ours, theirs = np.array([*pairs.values()]).T
+    ours, theirs = np.array([[mean(one, "I-AUROC") for one in pair] for pair in pairs.values()]).T
     cells: dict[str, str | float] = {f"sets, {times} x": str(len(pairs))}
     cells[f"{times} x"] = f"{ours.mean():.3f}"
     if differs:
@@ -228,6 +228,10 @@ def _against(
             text += f" ± {sem(differences):.3f} (p = {p:.3f})"
         cells[f"- base, {times} x"] = text
         cells[f"worst, {times} x"] = f"{differences[worst]:+.3f} ({[*pairs][worst]})"
+    bad = "weight of bad"
+    weighted = [own for own, _ in pairs.values() if all(bad in one for one in own.values())]
+    if weighted:
+        cells[f"{bad}, {times} x"] = f"{np.mean([mean(own, bad) for own in weighted]):.2f}"
     return cells
 
 

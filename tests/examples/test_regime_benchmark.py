@@ -152,7 +152,8 @@ def test_the_table_over_sets_compares_a_form_with_its_base(tmp_path):
     }
     for (task, name), values in finished.items():
         for seed, value in enumerate(values):
-            runs.add(key(f"fastflow, {task}", 1, name) | {"seed": seed}, {"I-AUROC": value})
+            figures = {"I-AUROC": value} | ({"weight of bad": 0.25} if "+" in name else {})
+            runs.add(key(f"fastflow, {task}", 1, name) | {"seed": seed}, figures)
     panels = [f"fastflow, {task}" for task in "abc"]
     names = ["plain", "mldg", "weights", "weights+mldg"]
     plain, meta, _, weights = over_sets(runs, panels, names, [1, 3], key)
@@ -162,3 +163,4 @@ def test_the_table_over_sets_compares_a_form_with_its_base(tmp_path):
     assert meta["- base, 1 x"] == "+0.015 ± 0.035 (p = 0.742)"
     assert meta["worst, 1 x"] == "-0.020 (b)"
     assert (weights["- base, 1 x"], weights["worst, 1 x"]) == ("-0.100", "-0.100 (a)")
+    assert (weights["weight of bad, 1 x"], plain["weight of bad, 1 x"]) == ("0.25", "")
