@@ -2,11 +2,11 @@
 
 Every finished run is a JSON line in ``--out``; the same command goes on where it was stopped, and
 ``--shard i/n`` runs the i-th of n parts, also several at once on one file. I-AUROC, the mean ±
-standard deviation over the seeds that bank and all lengths have, differences with the p value of a
-paired t-test; that of the lengths with its standard error, too. *bank* is ``MemoryBank``, a tenth
-of the patches, at random, on SimpleNet's features. A set that has bad training pictures is used
-without them. *raw* is the same detector, trained for the first of the lengths, whose scores aren't
-standardised by position.
+standard deviation over those of ``--seeds`` that bank and all lengths have, differences with the p
+value of a paired t-test; that of the lengths with its standard error, too. *bank* is
+``MemoryBank``, a tenth of the patches, at random, on SimpleNet's features. A set that has bad
+training pictures is used without them. *raw* is the same detector, trained for the first of the
+lengths, whose scores aren't standardised by position.
 """
 
 import argparse
@@ -41,6 +41,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     bench, tasks, runs = benchmark(options)
+    runs = Runs(runs.file, options.seeds)
     part, parts = (int(number) for number in options.shard.split("/"))
     grid = itertools.product(options.seeds, [*options.longer, 0], tasks, options.detectors)
     for number, (seed, times, task, detector) in enumerate(grid):

@@ -13,11 +13,11 @@ pictures, without the weights and with them (``weights+...``):
   the query alone, three tenths of the batch;
 - ``plain`` and ``weights``: none of these.
 
-I-AUROC after the last step, the mean over the seeds that a form has at all lengths. The table over
-sets compares a form with its base, at each length: that is ``weights`` for ``weights+...`` and
-``plain`` for the others. It gives the mean difference over the sets that both have finished, on
-their common seeds, its standard error, the p of a paired t-test over the sets, the worst set, and
-the mean weight of the bad pictures.
+I-AUROC after the last step, the mean over those of ``--seeds`` that a form has at all lengths. The
+table over sets compares a form with its base, at each length: that is ``weights`` for
+``weights+...`` and ``plain`` for the others. It gives the mean difference over the sets that both
+have finished, on their common seeds, its standard error, the p of a paired t-test over the sets,
+the worst set, and the mean weight of the bad pictures.
 
 Every finished run is a JSON line in ``--out``; the same command goes on where it was stopped,
 ``--shard i/n`` runs the i-th of n parts. ``--figure`` draws the finished runs: I-AUROC over the
@@ -54,6 +54,7 @@ _LOGGER = logging.getLogger(__name__)
 
 STRENGTHS = (1e-4, 1e-3, 5e-3)
 DECAYS = (1e-2, 1e-1)
+_CELLS = ("sets, ", "", "- base, ", "worst, ", "weight of bad, ")
 
 
 class RunningScale(CovarianceMetaRegularizer):
@@ -207,9 +208,6 @@ def over_sets(
     return [{column: line.get(column, "") for column in columns} for line in found]
 
 
-_CELLS = ("sets, ", "", "- base, ", "worst, ", "weight of bad, ")
-
-
 def _against(
     pairs: Mapping[str, tuple[dict[int, Figures], ...]], times: int, differs: bool
 ) -> dict[str, str | float]:
@@ -300,6 +298,7 @@ def main() -> None:
     parser.add_argument("--figure", type=Path, help="PNG")
     options = parser.parse_args()
     bench, tasks, runs = benchmark(options)
+    runs = Runs(runs.file, options.seeds)
     part, parts = (int(number) for number in options.shard.split("/"))
     grid = itertools.product(options.seeds, options.longer, tasks, options.detectors, options.forms)
     for number, (seed, times, task, detector, name) in enumerate(grid):

@@ -1,7 +1,7 @@
 """Finished runs of a benchmark: one JSON line each, and statistics over seeds."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,10 +22,12 @@ class Runs:
 
     Args:
         file: Made with the first line.
+        seeds: Of which :meth:`by_seed` gives the runs; None: of all.
     """
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, seeds: Collection[int] | None = None) -> None:
         self.file = file
+        self.seeds = seeds
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """The finished runs, each with ``key``, ``figures`` and ``machine``."""
@@ -54,6 +56,7 @@ class Runs:
             run["key"]["seed"]: run["figures"]
             for run in self
             if all(run["key"].get(name) == value for name, value in wanted.items())
+            and (self.seeds is None or run["key"]["seed"] in self.seeds)
         }
 
 

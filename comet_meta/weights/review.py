@@ -12,10 +12,11 @@ from all samples alike, few of the sixty would be bad. The ranking makes the loo
    good the ranking is; its precision does.
 4. The estimate varies as one from n looks at random would; n is the effective number of looks. The
    interval of 95 % is Wilson's for so many.
-5. One more bad sample must not lower a bound. Where a few looks stand for half of the samples it
-   could, because n rises with it. So the upper bound is the highest of all reviews that found no
-   bad sample in some of the strata and the same in the others; the lower bound is the lowest of
-   those that found no good one. For the samples of step 2 that changes nothing.
+5. One more bad sample must not lower a bound. Step 4 alone would let it, where a few looks stand
+   for half of the samples, because n rises with each bad one. So the same interval is taken of the
+   reviews that found no bad sample in some of the strata, and the same in the others; the upper
+   bound is the highest of these. The lower bound is the lowest with no good sample in some strata.
+   For the samples of step 2 that changes nothing. Ours; it was searched for exceptions, not proven.
 
 Source of step 4: Korn, Graubard: Confidence intervals for proportions with small expected number of
 positive counts estimated from survey data, Survey Methodology 24, 1998; with Wilson's interval in

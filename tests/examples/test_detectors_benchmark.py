@@ -74,6 +74,9 @@ def test_rows_are_the_finished_sets_and_their_mean(tmp_path):
         "longer": "-0.010 (p = 0.626)",
         "± s.e.": "0.015",
     }
+    # Seeds that weren't asked for are left out.
+    (one, *_) = rows(bench, Runs(runs.file, [1]), ["mvtec/a"], "fastflow", [1, 5])
+    assert (one["seeds"], one["bank"], one["1 x"]) == ("1", "0.910", "0.940")
     assert other["set"] == "mvtec/c"
     assert (mean["set"], mean["bank"], mean["1 x"]) == ("mean", "0.850", "0.830")
     assert (mean["- bank"], mean["longer"]) == ("-0.020", "+0.000")
