@@ -3,20 +3,21 @@
 import itertools
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from comet_examples.detectors import Detector
-from comet_examples.training import FeatureRows, TrainingSettings, wrap
+from comet_examples.training import FeatureRows, Method, TrainingSettings, wrap
 from comet_meta import (
     CoMetOptimizerWrapper,
     CovarianceMetaRegularizer,
     SoftConfidentWeighter,
     learn_from_review,
 )
-from comet_meta.meta.step import MetaMode
+from comet_meta.meta.paper import paper_settings
+from comet_meta.meta.step import MetaMode, MetaStep
 from comet_meta.vision.picture_prior import (
     HOLD_OUT,
     PRECAUTION,
@@ -33,6 +34,7 @@ from runs import Figures
 from timed import TimedWeighter
 
 _PENALTY = 0.01
+PAPER_META: MetaStep = paper_settings(num_samples=1)["meta"]
 
 Score = Callable[[Detector, list[Tensor]], Tensor]
 """Scores or losses (B,) of pictures, from a detector in eval mode and their features."""
@@ -151,6 +153,36 @@ def with_weights(weighter_for: Callable[[FeatureRows], SoftConfidentWeighter]) -
     return lambda trial: trained(as_comet(trial), optimizer_for)
 
 
+def published(batch_size: int | None = None, **changes: Any) -> Variant:
+    """The examples' ``"paper"`` with other settings, for as many optimizer steps.
+
+    Args:
+        batch_size: In place of the examples' 8, in which a task has two pictures.
+        changes: Arguments of :meth:`CoMetOptimizerWrapper.paper`.
+    """
+
+    def optimizer_for(
+        detector: Detector, data: FeatureRows, _: TrainingSettings
+    ) -> CoMetOptimizerWrapper:
+        model = cast("nn.Module", detector)
+        optimizers = detector.optimizers()
+        return CoMetOptimizerWrapper.paper(optimizers, len(data), model=model, **changes)
+
+    return lambda trial: trained(_in_batches(trial, batch_size, "paper"), optimizer_for)
+
+
+def plain_in_batches(batch_size: int) -> Variant:
+    """Plain training in batches of another size, for as many optimizer steps."""
+    return lambda trial: trained(_in_batches(trial, batch_size, "plain"))
+
+
+def _in_batches(trial: Trial, batch_size: int | None, method: Method) -> Trial:
+    settings = replace(trial.settings, method=method)
+    if batch_size is not None:
+        settings = replace(settings, batch_size=batch_size)
+    return replace(trial, settings=settings)
+
+
 def frontier(name: str) -> Variant:
     """A point of the frontier, see ``left_out.py``."""
     return with_weights(lambda data: LeftOut(name, *memory_part_prior(data.batches(), len(data))))
@@ -228,6 +260,16 @@ SCORES: dict[str, Variant] = {
     "own": scored(prior=False),
     "own+warmup4": scored(prior=False, start=4),
     "both": scored(),
+}
+# Tasks of five pictures are those of the paper's public code.
+PUBLISHED: dict[str, Variant] = {
+    "paper-no-ratio": published(weighter=None),
+    "paper-no-penalty": published(regularizer=None),
+    "paper-no-meta": published(meta="none"),
+    "paper-one-task": published(meta=replace(PAPER_META, tasks=1)),
+    "paper-one-inner-step": published(meta=replace(PAPER_META, inner_steps=1)),
+    "paper-tasks-of-5": published(batch_size=20),
+    "plain-batch-20": plain_in_batches(20),
 }
 FRONTIER: dict[str, Variant] = {name: frontier(name) for name in names()}
 CHOICES: dict[str, Variant] = {

@@ -18,7 +18,10 @@ for four epochs) or to their mean with the prior (both). *choices* changes singl
 no-exposure only leaves likely bad pictures out, rejected-alone leaves out nothing besides the
 held-out suspects that the model rejects, reviewed is told by a person which of sixty pictures are
 bad, learned has a prior that learned from them too, patches weights patches too, false-alarm is
-told that a fifth is bad. *frontier* leaves out other fractions, of samples, parts or both, see
+told that a fifth is bad. *published* changes single settings of paper: without the ratio weights,
+the penalty or the meta-step, with one task a batch or one inner step, or with batches of 20, whose
+four tasks have five pictures, in place of 8, whose tasks have two; plain-batch-20 is plain training
+in such batches. *frontier* leaves out other fractions, of samples, parts or both, see
 ``left_out.py``. The groups of variants: {groups}
 
 ``--page`` runs nothing: it writes a page from all finished runs of ``--out`` that have today's
@@ -36,7 +39,7 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
-from ablation import CHOICES, FRONTIER, GRID, SCORES
+from ablation import CHOICES, FRONTIER, GRID, PUBLISHED, SCORES
 from comet_examples.detectors import DETECTORS
 from contamination_page import MAIN, Chosen, over_sets, write_page
 from grid import (
@@ -76,6 +79,7 @@ GROUPS: dict[str, dict[str, Variant]] = {
     "grid": GRID,
     "scores": SCORES,
     "choices": CHOICES,
+    "published": PUBLISHED,
     "frontier": FRONTIER,
 }
 VARIANTS = {name: variant for group in GROUPS.values() for name, variant in group.items()}

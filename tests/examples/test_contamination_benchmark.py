@@ -15,16 +15,21 @@ import grid
 from ablation import (
     CHOICES,
     GRID,
+    PUBLISHED,
     SCORES,
     chosen,
     parts,
+    plain_in_batches,
+    published,
     relative_strength,
     scored,
 )
 from comet_examples.datasets import Transform
 from comet_examples.presets import preset_for
 from comet_examples.training import TrainingSettings
-from comet_meta import SoftConfidentWeighter
+from comet_meta import CoMetOptimizerWrapper, SoftConfidentWeighter
+from comet_meta.meta import step
+from comet_meta.tasks import split_tasks
 from contamination import GROUPS, VARIANTS, common_gap, cost, expanded, row
 from contamination_page import detector_rows, over_sets, set_row, variant_rows
 from grid import Trial, by_method, weighting_figures
@@ -120,6 +125,47 @@ def test_all_parts_off_or_on_are_plain_and_comet(trial):
 def test_the_grid_has_every_combination_once():
     parts = {"mldg", "penalty", "mldg+penalty"}
     assert set(GRID) == parts | {f"weights+{part}" for part in parts}
+
+
+def test_unchanged_published_settings_are_paper(trial):
+    assert same(published()(trial), by_method("paper")(trial))
+    assert same(plain_in_batches(8)(trial), by_method("plain")(trial))
+
+
+def test_each_published_setting_changes_what_its_name_says(trial, monkeypatch):
+    asked = {}
+
+    class Asked(CoMetOptimizerWrapper):
+        def __init__(self, optimizer, **options):
+            asked.update(options)
+            super().__init__(optimizer, **options)
+
+    def tasks_of(batch_size, tasks, *rest):
+        found = split_tasks(batch_size, tasks, *rest)
+        sizes.append([len(task.support) + len(task.query) for task in found])
+        return found
+
+    monkeypatch.setattr(ablation, "CoMetOptimizerWrapper", Asked)
+    monkeypatch.setattr(step, "split_tasks", tasks_of)
+    found = {}
+    for name in PUBLISHED:
+        asked, sizes = {}, []
+        short = replace(trial, settings=replace(trial.settings, epochs=1))
+        PUBLISHED[name](short)
+        parts = {key: asked.get(key) is not None for key in ("weighter", "regularizer")}
+        meta = asked.get("meta")
+        inner = getattr(meta, "inner_steps", 0)
+        found[name] = (*parts.values(), inner, sizes[0] if sizes else [])
+    # 24 good and 6 bad pictures: batches of 8, or of 20.
+    assert found == {
+        "paper-no-ratio": (False, True, 5, [2, 2, 2, 2]),
+        "paper-no-penalty": (True, False, 5, [2, 2, 2, 2]),
+        "paper-no-meta": (True, True, 0, []),
+        "paper-one-task": (True, True, 5, [8]),
+        "paper-one-inner-step": (True, True, 1, [2, 2, 2, 2]),
+        "paper-tasks-of-5": (True, True, 5, [5, 5, 5, 5]),
+        "plain-batch-20": (False, False, 0, []),
+    }
 
 
 def test_unchanged_choices_are_comet(trial):
