@@ -62,8 +62,9 @@ def first_order(
         inner: Rule of the inner steps.
         inner_lr: Step size of the inner steps, > 0.
         inner_steps: Number of inner steps, >= 1.
-        buffers: Module buffers that ``objective`` changes (batch norm). They keep the values after
-            the first pass, at theta; later passes don't change them.
+        buffers: Module buffers that ``objective`` changes (batch norm). Each task starts from their
+            values before the step, and in the end they have the mean over tasks of those after the
+            first pass, at theta. Other passes leave no trace.
         scale: Factor on the gradient, shape (), > 0. Losses are multiplied by it before their
             backward pass, so that float16 gradients don't underflow; inner steps divide by it. If
             a gradient of an inner step overflows, the meta-gradient is NaN.
@@ -72,16 +73,17 @@ def first_order(
         Gradients, support and query loss, averaged over tasks; the losses without the scale.
     """
     losses = []
-    after_first_pass: list[Tensor] = []
+    first_passes: list[Tensor] = []
     values = [local_part(parameter.detach()) for parameter in parameters]
     with (
         set_gradients_aside(parameters),
         restore_on_exit(values) as theta,
-        restore_on_exit(buffers),
+        restore_on_exit(buffers) as before,
     ):
         for number, task in enumerate(tasks):
             if number > 0:
                 copy_values(values, theta)
+                copy_values(buffers, before)
             query_fraction = len(task.query) / (len(task.support) + len(task.query))
             steps = _InnerSteps(parameters, values, inner, inner_lr, scale)
             # 5b) Inner steps on the support loss, from theta to theta'.
@@ -89,7 +91,7 @@ def first_order(
                 support_loss = objective(task.support)
                 if k == 0:
                     losses.append(support_loss.detach())
-                    after_first_pass = after_first_pass or copy_tensors(buffers)
+                    first_passes = mean_of_first_passes(first_passes, buffers, number)
                 if k == 0 and mode == "mldg":
                     steps.take(support_loss, outer_factor=(1 - query_fraction) / len(tasks))
                 else:
@@ -110,7 +112,7 @@ def first_order(
             losses.append(query_loss.detach())
         gradients: list[Tensor | None] = [parameter.grad for parameter in parameters]
     # theta is restored here.
-    copy_values(buffers, after_first_pass)
+    copy_values(buffers, first_passes)
     return MetaGradient(gradients, *mean_over_tasks(losses))
 
 
@@ -215,6 +217,32 @@ def _loss_alone(objective: Objective, rows: Tensor, parameters: Sequence[Tensor]
     if gathered:
         compute_gradients(loss, parameters)
     return loss
+
+
+@torch.no_grad()
+def mean_of_first_passes(
+    mean: Sequence[Tensor], buffers: Sequence[Tensor], number: int
+) -> list[Tensor]:
+    """Take the buffers of one more task, after its first pass, into their mean over tasks.
+
+    Args:
+        mean: That of the tasks before.
+        buffers: Those of the model, now.
+        number: Number of the task, from 0.
+
+    Returns:
+        The new mean, in tensors of its own. Of buffers of integers, the latest values.
+    """
+    now = copy_tensors(buffers)
+    if number == 0:
+        return now
+    # Equal values stay as they are, infinite ones too.
+    return [
+        torch.where(old == new, old, old + (new - old) / (number + 1))
+        if new.is_floating_point() or new.is_complex()
+        else new
+        for old, new in zip(mean, now, strict=True)
+    ]
 
 
 def mean_over_tasks(losses: Sequence[Tensor]) -> Tensor:

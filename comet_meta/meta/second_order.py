@@ -14,8 +14,8 @@ from comet_meta.gradients import (
     unscale,
     zeros_for_none,
 )
-from comet_meta.meta.first_order import InnerOptimizer, mean_over_tasks
-from comet_meta.restore import copy_tensors, copy_values, restore_on_exit
+from comet_meta.meta.first_order import InnerOptimizer, mean_of_first_passes, mean_over_tasks
+from comet_meta.restore import copy_values, restore_on_exit
 from comet_meta.tasks import Task
 
 
@@ -80,7 +80,8 @@ def second_order(
 
     Returns:
         Gradients, support and query loss, averaged over tasks; the losses without the scale. The
-        model's parameters don't change. Its buffers keep the values after the first pass, at theta.
+        model's parameters don't change; its buffers do as in
+        :func:`~comet_meta.meta.first_order.first_order`.
 
     Raises:
         ValueError: If a parameter isn't one of the model's.
@@ -92,15 +93,17 @@ def second_order(
     names = _names(closure_module, parameters)
     buffers = list(model.buffers())
     losses = []
-    after_first_pass: list[Tensor] = []
+    first_passes: list[Tensor] = []
 
     def loss_at(values: Sequence[Tensor], rows: Tensor) -> Tensor:
         replaced = dict(zip(names, values, strict=True))
         losses: Tensor = functional_call(closure_module, replaced, (rows,), tie_weights=True)
         return objective(losses, values)
 
-    with set_gradients_aside(parameters), restore_on_exit(buffers):
-        for task in tasks:
+    with set_gradients_aside(parameters), restore_on_exit(buffers) as before:
+        for number, task in enumerate(tasks):
+            if number > 0:
+                copy_values(buffers, before)
             direction = AdamDirection() if inner == "adam" else list
             theta = list(parameters)
             outer_scale: Tensor | float = 1.0 if scale is None else scale
@@ -109,7 +112,7 @@ def second_order(
                 loss = loss_at(theta, task.support)
                 if k == 0:
                     losses.append(loss.detach())
-                    after_first_pass = after_first_pass or copy_tensors(buffers)
+                    first_passes = mean_of_first_passes(first_passes, buffers, number)
                 found = torch.autograd.grad(
                     loss if scale is None else loss * scale,
                     theta,
@@ -130,7 +133,7 @@ def second_order(
                 query_loss * (outer_scale / len(tasks)), inputs=list(parameters)
             )
         summed: list[Tensor | None] = [parameter.grad for parameter in parameters]
-    copy_values(buffers, after_first_pass)
+    copy_values(buffers, first_passes)
     return MetaGradient(summed, *mean_over_tasks(losses))
 
 
