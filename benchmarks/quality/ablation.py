@@ -7,15 +7,19 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Adam
+from torch.utils.data import DataLoader
 
-from comet_examples.detectors import Detector
+from comet_examples.detectors import Detector, ScoresFittable
 from comet_examples.training import FeatureRows, Method, TrainingSettings, wrap
 from comet_meta import (
     CoMetOptimizerWrapper,
     CovarianceMetaRegularizer,
+    IndexedDataset,
     SoftConfidentWeighter,
     learn_from_review,
 )
+from comet_meta.gradients import backward
 from comet_meta.meta.paper import paper_settings
 from comet_meta.meta.step import MetaMode, MetaStep
 from comet_meta.vision.picture_prior import (
@@ -69,16 +73,15 @@ def parts(weights: bool, meta: MetaMode, penalty: float) -> Variant:
 @torch.no_grad()
 def relative_strength(detector: Detector, data: FeatureRows) -> float:
     """The lambda at which the penalty is as large as the loss before training."""
-    parameters = [
-        p
-        for optimizer in detector.optimizers()
-        for group in optimizer.param_groups
-        for p in group["params"]
-    ]
-    square = sum(float(p.square().sum()) for p in parameters)
+    square = sum(float(p.square().sum()) for p in _parameters(detector))
     cast("nn.Module", detector).eval()
     loss = _scores(detector, data, _loss).mean()
     return abs(float(loss)) / square
+
+
+def _parameters(detector: Detector) -> list[Tensor]:
+    groups = [group for optimizer in detector.optimizers() for group in optimizer.param_groups]
+    return [parameter for group in groups for parameter in group["params"]]
 
 
 def chosen(
@@ -169,6 +172,33 @@ def published(batch_size: int | None = None, **changes: Any) -> Variant:
         return CoMetOptimizerWrapper.paper(optimizers, len(data), model=model, **changes)
 
     return lambda trial: trained(_in_batches(trial, batch_size, "paper"), optimizer_for)
+
+
+def adapted(trial: Trial) -> Figures:
+    """The examples' ``"paper"``, tested after inner steps like those that it was trained for.
+
+    The published meta-step makes the loss small after the inner steps, at theta'. Here the trained
+    theta takes them once more before the test, each on a batch of the training set.
+    """
+    settings = replace(trial.settings, method="paper")
+    outcome = trial.experiment.run(trial.split, settings)
+    training, data = outcome.training, trial.experiment.rows(trial.split.train)
+    module = cast("nn.Module", training.detector)
+    inner = Adam(_parameters(training.detector), lr=PAPER_META.inner_lr)
+    torch.manual_seed(settings.seed)
+    loader = DataLoader(IndexedDataset(data), settings.batch_size, shuffle=True, drop_last=True)
+    module.train()
+    batches = itertools.chain.from_iterable(itertools.repeat(loader))
+    for index, features in itertools.islice(batches, PAPER_META.inner_steps):
+        inner.zero_grad()
+        objective = training.optimizer.objective(training.detector.losses(features), index)
+        backward(objective, _parameters(training.detector))
+        inner.step()
+    module.eval()
+    if isinstance(training.detector, ScoresFittable):
+        training.detector.fit_scores(data.batches())
+    test = trial.split.test
+    return trial.experiment.judge(trial.split, *trial.experiment.predict(training, test))
 
 
 def plain_in_batches(batch_size: int) -> Variant:
@@ -268,6 +298,7 @@ PUBLISHED: dict[str, Variant] = {
     "paper-no-meta": published(meta="none"),
     "paper-one-task": published(meta=replace(PAPER_META, tasks=1)),
     "paper-one-inner-step": published(meta=replace(PAPER_META, inner_steps=1)),
+    "paper-adapted": adapted,
     "paper-tasks-of-5": published(batch_size=20),
     "plain-batch-20": plain_in_batches(20),
 }

@@ -19,9 +19,10 @@ no-exposure only leaves likely bad pictures out, rejected-alone leaves out nothi
 held-out suspects that the model rejects, reviewed is told by a person which of sixty pictures are
 bad, learned has a prior that learned from them too, patches weights patches too, false-alarm is
 told that a fifth is bad. *published* changes single settings of paper: without the ratio weights,
-the penalty or the meta-step, with one task a batch or one inner step, or with batches of 20, whose
-four tasks have five pictures, in place of 8, whose tasks have two; plain-batch-20 is plain training
-in such batches. *frontier* leaves out other fractions, of samples, parts or both, see
+the penalty or the meta-step, with one task a batch or one inner step, tested after five more inner
+steps (adapted), or with batches of 20, whose four tasks have five pictures, in place of 8, whose
+tasks have two; plain-batch-20 is plain training in such batches. *frontier* leaves out other
+fractions, of samples, parts or both, see
 ``left_out.py``. The groups of variants: {groups}
 
 ``--page`` runs nothing: it writes a page from all finished runs of ``--out`` that have today's
