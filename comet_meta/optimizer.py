@@ -152,8 +152,8 @@ class CoMetOptimizerWrapper(ResumableOptimizers):
         gamma = 0.5 and a window of 5; batches split into 4 tasks, each with 70 % support and 30 %
         query; 5 inner Adam steps with learning rate 1e-4; first-order gradient of the query loss at
         theta'. The outer learning rate is the optimizer's (paper: 2e-4). This preset is for
-        comparison; the defaults of this class gave better results. Give it batches of 20 or more:
-        of 8, a task has one sample in its support and one in its query.
+        comparison; the defaults of this class gave better results. Of a batch of 8, each task has
+        one sample in its support and one in its query.
 
         Args:
             optimizer: The optimizer to wrap, or a sequence of them.
