@@ -186,17 +186,19 @@ def adapted(trial: Trial) -> Figures:
     module = cast("nn.Module", training.detector)
     inner = Adam(_parameters(training.detector), lr=PAPER_META.inner_lr)
     torch.manual_seed(settings.seed)
-    loader = DataLoader(IndexedDataset(data), settings.batch_size, shuffle=True, drop_last=True)
+    loader = DataLoader(IndexedDataset(data), settings.batch_size, shuffle=True)
+    device = trial.experiment.device
     module.train()
     batches = itertools.chain.from_iterable(itertools.repeat(loader))
     for index, features in itertools.islice(batches, PAPER_META.inner_steps):
         inner.zero_grad()
-        objective = training.optimizer.objective(training.detector.losses(features), index)
+        losses = training.detector.losses([level.to(device) for level in features])
+        objective = training.optimizer.objective(losses, index)
         backward(objective, _parameters(training.detector))
         inner.step()
     module.eval()
     if isinstance(training.detector, ScoresFittable):
-        training.detector.fit_scores(data.batches())
+        training.detector.fit_scores(data.batches(device))
     test = trial.split.test
     return trial.experiment.judge(trial.split, *trial.experiment.predict(training, test))
 
