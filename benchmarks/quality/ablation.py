@@ -209,9 +209,8 @@ def plain_in_batches(batch_size: int) -> Variant:
 
 
 def _in_batches(trial: Trial, batch_size: int | None, method: Method) -> Trial:
-    settings = replace(trial.settings, method=method)
-    if batch_size is not None:
-        settings = replace(settings, batch_size=batch_size)
+    batch_size = batch_size or trial.settings.batch_size
+    settings = replace(trial.settings, method=method, batch_size=batch_size)
     return replace(trial, settings=settings)
 
 

@@ -22,8 +22,7 @@ told that a fifth is bad. *published* changes single settings of paper: without 
 the penalty or the meta-step, with one task a batch or one inner step, tested after five more inner
 steps (adapted), or with batches of 20, whose four tasks have five pictures, in place of 8, whose
 tasks have two; plain-batch-20 is plain training in such batches. *frontier* leaves out other
-fractions, of samples, parts or both, see
-``left_out.py``. The groups of variants: {groups}
+fractions, of samples, parts or both, see ``left_out.py``. The groups of variants: {groups}
 
 ``--page`` runs nothing: it writes a page from all finished runs of ``--out`` that have today's
 settings.

@@ -80,8 +80,8 @@ def second_order(
 
     Returns:
         Gradients, support and query loss, averaged over tasks; the losses without the scale. The
-        model's parameters don't change; its buffers do as in
-        :func:`~comet_meta.meta.first_order.first_order`.
+        model's parameters don't change. Its buffers get the mean over tasks of their values after
+        the first pass, at theta.
 
     Raises:
         ValueError: If a parameter isn't one of the model's.
