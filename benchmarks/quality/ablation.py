@@ -174,33 +174,40 @@ def published(batch_size: int | None = None, **changes: Any) -> Variant:
     return lambda trial: trained(_in_batches(trial, batch_size, "paper"), optimizer_for)
 
 
-def adapted(trial: Trial) -> Figures:
+def adapted(inner_lr: float = PAPER_META.inner_lr) -> Variant:
     """The examples' ``"paper"``, tested after inner steps like those that it was trained for.
 
     The published meta-step makes the loss small after the inner steps, at theta'. Here the trained
     theta takes them once more before the test, each on a batch of the training set.
+
+    Args:
+        inner_lr: Their step size; 0 as a control, in which batch norm alone sees the batches.
     """
-    settings = replace(trial.settings, method="paper")
-    outcome = trial.experiment.run(trial.split, settings)
-    training, data = outcome.training, trial.experiment.rows(trial.split.train)
-    module = cast("nn.Module", training.detector)
-    inner = Adam(_parameters(training.detector), lr=PAPER_META.inner_lr)
-    torch.manual_seed(settings.seed)
-    loader = DataLoader(IndexedDataset(data), settings.batch_size, shuffle=True)
-    device = trial.experiment.device
-    module.train()
-    batches = itertools.chain.from_iterable(itertools.repeat(loader))
-    for index, features in itertools.islice(batches, PAPER_META.inner_steps):
-        inner.zero_grad()
-        losses = training.detector.losses([level.to(device) for level in features])
-        objective = training.optimizer.objective(losses, index)
-        backward(objective, _parameters(training.detector))
-        inner.step()
-    module.eval()
-    if isinstance(training.detector, ScoresFittable):
-        training.detector.fit_scores(data.batches(device))
-    test = trial.split.test
-    return trial.experiment.judge(trial.split, *trial.experiment.predict(training, test))
+
+    def run(trial: Trial) -> Figures:
+        settings = replace(trial.settings, method="paper")
+        outcome = trial.experiment.run(trial.split, settings)
+        training, data = outcome.training, trial.experiment.rows(trial.split.train)
+        module = cast("nn.Module", training.detector)
+        inner = Adam(_parameters(training.detector), lr=inner_lr)
+        torch.manual_seed(settings.seed)
+        loader = DataLoader(IndexedDataset(data), settings.batch_size, shuffle=True)
+        device = trial.experiment.device
+        module.train()
+        batches = itertools.chain.from_iterable(itertools.repeat(loader))
+        for index, features in itertools.islice(batches, PAPER_META.inner_steps):
+            inner.zero_grad()
+            losses = training.detector.losses([level.to(device) for level in features])
+            objective = training.optimizer.objective(losses, index)
+            backward(objective, _parameters(training.detector))
+            inner.step()
+        module.eval()
+        if isinstance(training.detector, ScoresFittable):
+            training.detector.fit_scores(data.batches(device))
+        test = trial.split.test
+        return trial.experiment.judge(trial.split, *trial.experiment.predict(training, test))
+
+    return run
 
 
 def plain_in_batches(batch_size: int) -> Variant:
@@ -299,7 +306,8 @@ PUBLISHED: dict[str, Variant] = {
     "paper-no-meta": published(meta="none"),
     "paper-one-task": published(meta=replace(PAPER_META, tasks=1)),
     "paper-one-inner-step": published(meta=replace(PAPER_META, inner_steps=1)),
-    "paper-adapted": adapted,
+    "paper-adapted": adapted(),
+    "paper-adapted-0": adapted(inner_lr=0.0),
     "paper-tasks-of-5": published(batch_size=20),
     "plain-batch-20": plain_in_batches(20),
 }

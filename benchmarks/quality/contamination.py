@@ -20,9 +20,10 @@ held-out suspects that the model rejects, reviewed is told by a person which of 
 bad, learned has a prior that learned from them too, patches weights patches too, false-alarm is
 told that a fifth is bad. *published* changes single settings of paper: without the ratio weights,
 the penalty or the meta-step, with one task a batch or one inner step, tested after five more inner
-steps (adapted), or with batches of 20, whose four tasks have five pictures, in place of 8, whose
-tasks have two; plain-batch-20 is plain training in such batches. *frontier* leaves out other
-fractions, of samples, parts or both, see ``left_out.py``. The groups of variants: {groups}
+steps (adapted; adapted-0 is its control, with a step size of 0, so that batch norm alone sees their
+batches), or with batches of 20, whose four tasks have five pictures, in place of 8, whose tasks
+have two; plain-batch-20 is plain training in such batches. *frontier* leaves out other fractions,
+of samples, parts or both, see ``left_out.py``. The groups of variants: {groups}
 
 ``--page`` runs nothing: it writes a page from all finished runs of ``--out`` that have today's
 settings.

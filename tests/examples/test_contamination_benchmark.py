@@ -148,7 +148,7 @@ def test_each_published_setting_changes_what_its_name_says(trial, monkeypatch):
     monkeypatch.setattr(ablation, "CoMetOptimizerWrapper", Asked)
     monkeypatch.setattr(step, "split_tasks", tasks_of)
     found = {}
-    for name in PUBLISHED.keys() - {"paper-adapted"}:
+    for name in PUBLISHED.keys() - {"paper-adapted", "paper-adapted-0"}:
         asked, sizes = {}, []
         short = replace(trial, settings=replace(trial.settings, epochs=1))
         PUBLISHED[name](short)
@@ -188,13 +188,29 @@ def test_adapted_is_paper_after_inner_steps(trial, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(trial.experiment, "run", kept)
         patched.setattr(trial.experiment, "predict", seen)
-        figures = ablation.adapted(trial)
+        figures = ablation.adapted()(trial)
     assert predicted.pop(0).keys() == outcomes[1].keys()  # of the training itself
     assert outcomes[0].figures["I-AUROC"] == by_method("paper")(trial)["I-AUROC"]
     assert figures.keys() == outcomes[0].figures.keys()
     # Five steps of Adam with rate 1e-4: at most 5e-4 and, of most parameters, more than half of it.
     moved = torch.cat([(predicted[0][k] - v).abs().flatten() for k, v in outcomes[1].items()])
     assert 2e-4 < moved.median() <= moved.max() < 5.1e-4
+
+
+def test_steps_of_size_0_change_batch_norm_alone(trial, monkeypatch):
+    tested = []
+    predict = trial.experiment.predict
+
+    def seen(training, samples):
+        tested.append({k: v.clone() for k, v in training.detector.state_dict().items()})
+        return predict(training, samples)
+
+    monkeypatch.setattr(trial.experiment, "predict", seen)
+    PUBLISHED["paper-adapted-0"](trial)
+    trained, after = tested
+    changed = {k for k in trained if not torch.equal(trained[k], after[k])}
+    assert all("running_" in k or "num_batches" in k for k in changed)
+    assert bool(changed) == any("running_mean" in k for k in trained)
 
 
 def test_unchanged_choices_are_comet(trial):
