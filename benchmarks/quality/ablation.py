@@ -38,6 +38,7 @@ from runs import Figures
 from timed import TimedWeighter
 
 _PENALTY = 0.01
+LAMBDA_0 = 0.005  # as published
 PAPER_META: MetaStep = paper_settings(num_samples=1)["meta"]
 
 Score = Callable[[Detector, list[Tensor]], Tensor]
@@ -156,11 +157,29 @@ def with_weights(weighter_for: Callable[[FeatureRows], SoftConfidentWeighter]) -
     return lambda trial: trained(as_comet(trial), optimizer_for)
 
 
-def published(batch_size: int | None = None, **changes: Any) -> Variant:
+def summed_penalty(data: FeatureRows) -> CovarianceMetaRegularizer:
+    """The published penalty, for a loss that is a mean where a published one is a sum.
+
+    The strength is lambda_0 over the number of a picture's feature values. FastFlow's loss is their
+    mean here, and their sum in other implementations, as in anomalib: this penalty has the same
+    part in it as lambda_0 in the sum.
+
+    Args:
+        data: Features of the training set.
+    """
+    return CovarianceMetaRegularizer(LAMBDA_0 / sum(level.numel() for level in data[0]))
+
+
+def published(
+    batch_size: int | None = None,
+    penalty: Callable[[FeatureRows], CovarianceMetaRegularizer] | None = None,
+    **changes: Any,
+) -> Variant:
     """The examples' ``"paper"`` with other settings, for as many optimizer steps.
 
     Args:
         batch_size: In place of the examples' 8, in which a task has two pictures.
+        penalty: Makes the regularizer from the features of the training set.
         changes: Arguments of :meth:`CoMetOptimizerWrapper.paper`.
     """
 
@@ -169,7 +188,8 @@ def published(batch_size: int | None = None, **changes: Any) -> Variant:
     ) -> CoMetOptimizerWrapper:
         model = cast("nn.Module", detector)
         optimizers = detector.optimizers()
-        return CoMetOptimizerWrapper.paper(optimizers, len(data), model=model, **changes)
+        own = changes if penalty is None else {**changes, "regularizer": penalty(data)}
+        return CoMetOptimizerWrapper.paper(optimizers, len(data), model=model, **own)
 
     return lambda trial: trained(_in_batches(trial, batch_size, "paper"), optimizer_for)
 
@@ -303,6 +323,7 @@ SCORES: dict[str, Variant] = {
 PUBLISHED: dict[str, Variant] = {
     "paper-no-ratio": published(weighter=None),
     "paper-no-penalty": published(regularizer=None),
+    "paper-summed": published(penalty=summed_penalty),
     "paper-no-meta": published(meta="none"),
     "paper-one-task": published(meta=replace(PAPER_META, tasks=1)),
     "paper-one-inner-step": published(meta=replace(PAPER_META, inner_steps=1)),

@@ -19,8 +19,9 @@ no-exposure only leaves likely bad pictures out, rejected-alone leaves out nothi
 held-out suspects that the model rejects, reviewed is told by a person which of sixty pictures are
 bad, learned has a prior that learned from them too, patches weights patches too, false-alarm is
 told that a fifth is bad. *published* changes single settings of paper: without the ratio weights,
-the penalty or the meta-step, with one task a batch or one inner step, tested after five more inner
-steps (adapted; adapted-0 is its control, with a step size of 0, so that batch norm alone sees their
+the penalty or the meta-step, with the part that the penalty would have in a loss summed over
+feature values (summed), with one task a batch or one inner step, tested after five more inner steps
+(adapted; adapted-0 is its control, with a step size of 0, so that batch norm alone sees their
 batches), or with batches of 20, whose four tasks have five pictures, in place of 8, whose tasks
 have two; plain-batch-20 is plain training in such batches. *frontier* leaves out other fractions,
 of samples, parts or both, see ``left_out.py``. The groups of variants: {groups}

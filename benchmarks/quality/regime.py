@@ -5,6 +5,8 @@ pictures, without the weights and with them (``weights+...``):
 
 - ``penalty-<l>``: the published penalty with lambda_0 = l, part of the loss;
 - ``constant-<l>``: the same with gamma = 0, so that its strength doesn't follow the losses;
+- ``summed-<l>``: the same over the number of a picture's feature values, which is its part in a
+  loss that is a sum over them, as FastFlow's often is, see :func:`~ablation.summed_penalty`;
 - ``running-<l>``: ours, the same with a strength that can rise to 11 times lambda_0, see
   :class:`RunningScale`;
 - ``decoupled-<l>``: AdamW's weight decay l in place of a penalty in the loss;
@@ -41,7 +43,7 @@ from scipy.stats import sem, ttest_rel
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from ablation import as_comet
+from ablation import LAMBDA_0, as_comet, relative_strength, summed_penalty
 from comet_examples.detectors import Detector
 from comet_examples.report import table
 from comet_examples.training import FeatureRows, TrainingSettings, wrap
@@ -54,6 +56,8 @@ _LOGGER = logging.getLogger(__name__)
 
 STRENGTHS = (1e-4, 1e-3, 5e-3)
 DECAYS = (1e-2, 1e-1)
+Penalty = Callable[[FeatureRows], CovarianceMetaRegularizer]
+"""Makes the regularizer from the features of the training set."""
 _CELLS = ("sets, ", "", "- base, ", "worst, ", "weight of bad, ")
 
 
@@ -94,7 +98,7 @@ def form(
     weights: bool,
     *,
     meta: MetaMode | MetaStep = "none",
-    penalty: Callable[[], CovarianceMetaRegularizer] | None = None,
+    penalty: Penalty | None = None,
     decay: float = 0,
 ) -> Variant:
     """A way to train: weights or none, with a meta-step, a penalty or decoupled weight decay."""
@@ -107,12 +111,17 @@ def form(
         return CoMetOptimizerWrapper(
             [decayed(one, decay) if decay else one for one in detector.optimizers()],
             weighter=weighter,
-            regularizer=penalty() if penalty else None,
+            regularizer=penalty(data) if penalty else None,
             meta=meta,
             model=cast("nn.Module", detector),
         )
 
     return lambda trial: trained(as_comet(trial) if weights else trial, optimizer_for)
+
+
+def regardless(made: Callable[[], CovarianceMetaRegularizer]) -> Penalty:
+    """A penalty that is the same for any training set."""
+    return lambda _: made()
 
 
 def decayed(optimizer: Optimizer, decay: float) -> Optimizer:
@@ -127,12 +136,13 @@ def _forms() -> dict[str, Variant]:
     found: dict[str, Variant] = {}
     for weights in (False, True):
         own: dict[str, Variant] = {"": form(weights)}
-        penalties: dict[str, Callable[[], CovarianceMetaRegularizer]] = {
+        fixed: dict[str, Callable[[], CovarianceMetaRegularizer]] = {
             **{f"penalty-{x:g}": partial(CovarianceMetaRegularizer, x) for x in STRENGTHS},
             **{f"constant-{x:g}": partial(CovarianceMetaRegularizer, x, 0) for x in STRENGTHS[-1:]},
             **{f"running-{x:g}": partial(RunningScale, x) for x in STRENGTHS[-2:]},
         }
-        own |= {name: form(weights, penalty=made) for name, made in penalties.items()}
+        own |= {name: form(weights, penalty=regardless(made)) for name, made in fixed.items()}
+        own[f"summed-{LAMBDA_0:g}"] = form(weights, penalty=summed_penalty)
         own |= {f"decoupled-{x:g}": form(weights, decay=x) for x in DECAYS}
         own |= {
             "mldg": form(weights, meta="mldg"),
@@ -165,6 +175,28 @@ def run(
     length = times * settings.epochs_for(len(split.train))
     settings = replace(settings, epochs=length, steps=None)
     return FORMS[name](Trial(experiment, split, settings))
+
+
+def penalty_parts(
+    bench: Benchmark, tasks: list[str], detectors: list[str], noise: float, seed: int
+) -> list[dict[str, str | float]]:
+    """Lines of the table of the published penalty's part in a loss before training.
+
+    lambda_0 ||theta||^2 / L, by set and detector, and how many feature values a picture has.
+    """
+    found: list[dict[str, str | float]] = []
+    for task in tasks:
+        line: dict[str, str | float] = {"set": task}
+        for name in detectors:
+            experiment = bench.experiment(name, task)
+            data = experiment.rows(experiment.split(noise, seed).train)
+            torch.manual_seed(seed)
+            detector = experiment.build()
+            detector.fit_statistics(data.batches())
+            line[name] = f"{LAMBDA_0 / relative_strength(detector, data):.2g}"
+            line[f"values, {name}"] = f"{sum(level.numel() for level in data[0])}"
+        found.append(line)
+    return found
 
 
 def rows(
@@ -296,8 +328,16 @@ def main() -> None:
     parser.add_argument("--longer", type=int, nargs="+", default=[1, 3, 10])
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS))
     parser.add_argument("--figure", type=Path, help="PNG")
+    parser.add_argument(
+        "--penalty-parts", action="store_true", help="print the penalty's parts in the losses alone"
+    )
     options = parser.parse_args()
     bench, tasks, runs = benchmark(options)
+    if options.penalty_parts:
+        print(
+            table(penalty_parts(bench, tasks, options.detectors, options.noise, min(options.seeds)))
+        )
+        return
     runs = Runs(runs.file, options.seeds)
     part, parts = (int(number) for number in options.shard.split("/"))
     grid = itertools.product(options.seeds, options.longer, tasks, options.detectors, options.forms)

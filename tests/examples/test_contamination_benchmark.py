@@ -27,7 +27,7 @@ from ablation import (
 from comet_examples.datasets import Transform
 from comet_examples.presets import preset_for
 from comet_examples.training import TrainingSettings
-from comet_meta import CoMetOptimizerWrapper, SoftConfidentWeighter
+from comet_meta import CoMetOptimizerWrapper, CovarianceMetaRegularizer, SoftConfidentWeighter
 from comet_meta.meta import step
 from comet_meta.tasks import split_tasks
 from contamination import GROUPS, VARIANTS, common_gap, cost, expanded, row
@@ -160,12 +160,33 @@ def test_each_published_setting_changes_what_its_name_says(trial, monkeypatch):
     assert found == {
         "paper-no-ratio": (False, True, 5, [2, 2, 2, 2]),
         "paper-no-penalty": (True, False, 5, [2, 2, 2, 2]),
+        "paper-summed": (True, True, 5, [2, 2, 2, 2]),
         "paper-no-meta": (True, True, 0, []),
         "paper-one-task": (True, True, 5, [8]),
         "paper-one-inner-step": (True, True, 1, [2, 2, 2, 2]),
         "paper-tasks-of-5": (True, True, 5, [5, 5, 5, 5]),
         "plain-batch-20": (False, False, 0, []),
     }
+
+
+def test_the_summed_penalty_has_lambda_0s_part_in_the_summed_likelihood(tmp_path):
+    made = experiment(tmp_path, "fastflow")
+    data = made.rows(made.split(0.0, seed=0).train)
+    torch.manual_seed(0)
+    detector = made.build()
+    detector.fit_statistics(data.batches())
+    for parameter in detector.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    levels = [level[:4] for level in next(iter(data.batches()))]
+    scaled = detector.scaler(levels)
+    summed = -sum(
+        flow.log_likelihood(level).sum(dim=(1, 2))
+        for flow, level in zip(detector.flows, scaled, strict=True)
+    )
+    ours, published = ablation.summed_penalty(data), CovarianceMetaRegularizer()
+    mean_part = ours.penalty(detector.parameters()) / detector.losses(levels)
+    summed_part = published.penalty(detector.parameters()) / summed
+    torch.testing.assert_close(mean_part, summed_part)
 
 
 def test_adapted_is_paper_after_inner_steps(trial, monkeypatch):

@@ -9,7 +9,17 @@ from torch.optim import Adam, AdamW
 
 from comet_meta import CovarianceMetaRegularizer
 from grid import Benchmark
-from regime import FORMS, RunningScale, decayed, draw, key_of, over_sets, rows, run
+from regime import (
+    FORMS,
+    RunningScale,
+    decayed,
+    draw,
+    key_of,
+    over_sets,
+    penalty_parts,
+    rows,
+    run,
+)
 from runs import Runs
 
 
@@ -58,6 +68,9 @@ def test_forms_are_what_their_names_say(seen):
             gammas = {"penalty": 0.5, "constant": 0, "running": 10}
             assert wrapper.regularizer.gamma == gammas[kind]
             assert isinstance(wrapper.regularizer, RunningScale) == (kind == "running")
+        elif kind == "summed":
+            # Features (6, 4, 4).
+            assert wrapper.regularizer.base_strength == float(number) / 96
         else:
             assert wrapper.regularizer is None
         if kind == "decoupled":
@@ -107,6 +120,23 @@ def test_the_running_covariance_equals_one_from_all_losses():
     deviation = ((ages * pairs.square()).sum(dim=0) / ages.sum() - mean.square()).sqrt()
     expected = torch.cov((pairs[-5:] / deviation).T)
     torch.testing.assert_close(regularizer.covariance.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_penaltys_part_is_that_of_lambda_0_in_the_loss(tmp_path):
+    bench = TinyBenchmark(tmp_path)
+    ((name, part, values),) = [
+        line.values() for line in penalty_parts(bench, ["tiny"], ["simplenet"], 0.0, 3)
+    ]
+    assert (name, values) == ("tiny", "96")
+    experiment = bench.experiment("simplenet", "tiny")
+    data = experiment.rows(experiment.split(0.0, 3).train)
+    torch.manual_seed(3)
+    detector = experiment.build()
+    detector.fit_statistics(data.batches())
+    with torch.no_grad():
+        loss = torch.cat([detector.eval().losses(levels) for levels in data.batches()]).mean()
+    penalty = CovarianceMetaRegularizer(0.005, gamma=0).penalty(detector.parameters())
+    assert float(part) == pytest.approx(float(penalty / loss), rel=0.1)
 
 
 def test_decoupled_decay_keeps_parameters_and_rates():
