@@ -91,7 +91,8 @@ class CovarianceMetaRegularizer(nn.Module):
 
     Args:
         base_strength: lambda_0, >= 0: the strength of the penalty without uncertainty (paper:
-            0.005).
+            0.005). Choose it relative to your loss: beside a loss that is a mean over n values,
+            the same strength weighs n times as much as beside their sum.
         gamma: How much uncertainty raises the strength, >= 0 (paper: 0.5).
         window: Number of recent loss pairs, >= 2 (public code: 5).
         exclude_1d: Whether to leave out parameters with fewer than two dimensions (biases, norm

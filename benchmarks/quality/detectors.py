@@ -23,6 +23,7 @@ from comet_examples.datasets import oracle
 from comet_examples.detectors import ScoresFittable
 from comet_examples.detectors.positions import PositionScaler
 from comet_examples.report import table
+from comet_examples.training import TrainingSettings
 from grid import Benchmark, add_arguments, benchmark
 from runs import Figures, Runs, mean, on_common_seeds, paired, spread
 
@@ -64,16 +65,19 @@ def run(bench: Benchmark, task: str, detector: str, times: int, seed: int) -> Fi
     if times == 0:
         return experiment.bank(split, seed).figures
     settings = experiment.preset.training("plain", seed=seed)
-    if settings.steps is None:
-        settings = replace(settings, epochs=times * settings.epochs_for(len(split.train)))
-    else:
-        settings = replace(settings, steps=times * settings.steps)
-    outcome = experiment.run(split, settings)
+    outcome = experiment.run(split, stretched(settings, times, len(split.train)))
     if not isinstance(outcome.training.detector, ScoresFittable):
         return outcome.figures
     cast("Any", outcome.training.detector).usual = PositionScaler()
     raw = experiment.judge(split, *experiment.predict(outcome.training, split.test))
     return outcome.figures | {f"raw {name}": value for name, value in raw.items()}
+
+
+def stretched(settings: TrainingSettings, times: float, count: int) -> TrainingSettings:
+    """The settings of a training on ``count`` pictures, for ``times`` as long."""
+    if settings.steps is None:
+        return replace(settings, epochs=max(1, round(times * settings.epochs_for(count))))
+    return replace(settings, steps=max(1, round(times * settings.steps)))
 
 
 def key_of(bench: Benchmark, task: str, detector: str, times: int) -> dict[str, Any]:

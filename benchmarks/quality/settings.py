@@ -1,0 +1,188 @@
+"""Settings of the detectors, judged on sets that had no part in the choice.
+
+A candidate changes one setting of a detector: the learning rate, the length of training, the noise.
+All are trained on the clean pictures of every set, and judged by I-AUROC after the last step.
+
+1. For every way to cut the sets into two halves, the candidate with the highest mean on one half is
+   chosen.
+2. It is judged on the other half, and so are the settings as they are.
+
+If the settings as they are do as well there as the chosen ones, then it makes no difference that
+some of their own sets had a part in their choice. Every finished run is a JSON line in ``--out``;
+the same command goes on where it was stopped, and ``--shard i/n`` runs the i-th of n parts.
+"""
+
+import argparse
+import copy
+import itertools
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+from scipy.stats import sem
+
+from comet_examples.datasets import oracle
+from comet_examples.experiment import Experiment
+from comet_examples.report import table
+from detectors import stretched
+from grid import Benchmark, add_arguments, benchmark
+from runs import Figures, Runs, mean, on_common_seeds
+
+_LOGGER = logging.getLogger(__name__)
+
+Array = npt.NDArray[np.float64]
+AS_IS = "as they are"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What is changed.
+
+    Attributes:
+        times: Factor on the length of training.
+        rate: Factor on the learning rate.
+        options: Keyword arguments of the detector.
+    """
+
+    times: float = 1.0
+    rate: float = 1.0
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def of(self, experiment: Experiment) -> Experiment:
+        """The same experiment with this detector."""
+        rate = cast("Any", experiment.build()).learning_rate * self.rate
+        preset = experiment.preset
+        detector = {**preset.detector, **self.options, "learning_rate": rate}
+        changed = copy.copy(experiment)
+        changed.preset = replace(preset, detector=detector)
+        return changed
+
+
+_ALL = {
+    AS_IS: Candidate(),
+    "a third of the rate": Candidate(rate=1 / 3),
+    "three times the rate": Candidate(rate=3.0),
+    "half as long": Candidate(times=0.5),
+    "twice as long": Candidate(times=2.0),
+}
+CANDIDATES: dict[str, dict[str, Candidate]] = {
+    "fastflow": _ALL,
+    "simplenet": _ALL
+    | {"independent noise": Candidate(options={"noise_std": 1.0, "own_noise": 0.0})},
+}
+
+
+def key_of(bench: Benchmark, task: str, detector: str, name: str) -> dict[str, Any]:
+    """All that decides a run's figures, but for the seed."""
+    return bench.key(detector, task, 0.0, None, name)
+
+
+def run(bench: Benchmark, task: str, detector: str, name: str, seed: int) -> Figures:
+    """Figures of a candidate that was trained on the clean pictures of a set."""
+    candidate = CANDIDATES[detector][name]
+    experiment = candidate.of(bench.experiment(detector, task))
+    split = oracle(experiment.split(0, seed))
+    settings = experiment.preset.training("plain", seed=seed)
+    settings = stretched(settings, candidate.times, len(split.train))
+    return experiment.run(split, settings).figures
+
+
+def finished(
+    bench: Benchmark, runs: Runs, tasks: Sequence[str], detector: str
+) -> dict[str, list[float]]:
+    """I-AUROC of all candidates, by set, where all are finished: the mean over common seeds."""
+    found: dict[str, list[float]] = {}
+    for task in tasks:
+        keys = {name: key_of(bench, task, detector, name) for name in CANDIDATES[detector]}
+        own = on_common_seeds({name: runs.by_seed(**key) for name, key in keys.items()})
+        if all(own.values()):
+            found[task] = [mean(one, "I-AUROC") for one in own.values()]
+    return found
+
+
+def crossed(values: Array) -> tuple[Counter[int], Array]:
+    """Choose on one half of the sets, judge on the other, for all ways to halve them.
+
+    Args:
+        values: I-AUROC, shape (sets, candidates); the first candidate is the settings as they are.
+
+    Returns:
+        How often each candidate is chosen, and what the chosen one is better on the other half than
+        the first, shape (ways,). Of an odd number of sets the larger half chooses.
+    """
+    sets = range(len(values))
+    counts: Counter[int] = Counter()
+    gains = []
+    for half in itertools.combinations(sets, -(-len(values) // 2)):
+        others = [number for number in sets if number not in half]
+        best = int(values[list(half)].mean(axis=0).argmax())
+        counts[best] += 1
+        gains.append(float((values[others, best] - values[others, 0]).mean()))
+    return counts, np.array(gains)
+
+
+def rows(found: Mapping[str, Sequence[float]], names: Sequence[str]) -> list[dict[str, Any]]:
+    """Lines of a detector's table, one for each candidate."""
+    values = np.array([*found.values()])
+    counts, _ = crossed(values)
+    lines = []
+    for number, name in enumerate(names):
+        differences = values[:, number] - values[:, 0]
+        worst = int(differences.argmin())
+        line = {"settings": name, "mean": f"{values[:, number].mean():.3f}"}
+        if number > 0:
+            line["difference"] = f"{differences.mean():+.3f} ± {sem(differences):.3f}"
+            line["worst"] = f"{differences[worst]:+.3f} ({[*found][worst]})"
+        line["chosen"] = f"{counts[number] / counts.total():.0%}"
+        lines.append({column: line.get(column, "") for column in _COLUMNS})
+    return lines
+
+
+_COLUMNS = ("settings", "mean", "difference", "worst", "chosen")
+
+
+def main() -> None:
+    """Run what is missing, then print the tables."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_arguments(parser, Path("runs/settings.jsonl"))
+    options = parser.parse_args()
+    bench, tasks, runs = benchmark(options)
+    runs = Runs(runs.file, options.seeds)
+    part, parts = (int(number) for number in options.shard.split("/"))
+    detectors = [name for name in options.detectors if name in CANDIDATES]
+    grid = [
+        (seed, task, detector, name)
+        for seed, task, detector in itertools.product(options.seeds, tasks, detectors)
+        for name in CANDIDATES[detector]
+    ]
+    for number, (seed, task, detector, name) in enumerate(grid):
+        key = key_of(bench, task, detector, name) | {"seed": seed}
+        if number % parts != part - 1 or runs.done(key):
+            continue
+        figures = run(bench, task, detector, name, seed)
+        runs.add(key, figures)
+        _LOGGER.info("%s, %s, %s: %.3f", task, detector, name, figures["I-AUROC"])
+    for detector in detectors:
+        found = finished(bench, runs, tasks, detector)
+        if len(found) < 2:
+            continue
+        _, gains = crossed(np.array([*found.values()]))
+        print(f"\n### {detector}, {len(found)} sets\n")
+        print(table(rows(found, [*CANDIDATES[detector]])))
+        print(
+            f"\nChosen on one half of the sets, on the other half: {gains.mean():+.3f} against the "
+            f"settings as they are (the mean of {len(gains)} ways; from {gains.min():+.3f} to "
+            f"{gains.max():+.3f})"
+        )
+
+
+if __name__ == "__main__":
+    main()

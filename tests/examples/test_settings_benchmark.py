@@ -1,0 +1,78 @@
+"""Settings that are chosen on one half of the sets and judged on the other."""
+
+import numpy as np
+import pytest
+from tiny_experiment import TinyBenchmark
+
+from grid import Benchmark
+from runs import Runs
+from settings import AS_IS, CANDIDATES, crossed, finished, key_of, rows, run
+
+
+@pytest.mark.parametrize("detector", CANDIDATES)
+def test_candidates_change_what_their_names_say(tmp_path, monkeypatch, detector):
+    bench, seen = TinyBenchmark(tmp_path, detector), []
+    kind = type(bench.experiment(detector, "tiny"))
+    original = kind.run
+
+    def watched(self, split, settings):
+        outcome = original(self, split, settings)
+        trained = outcome.training.detector
+        seen.append((settings.steps, trained.learning_rate, getattr(trained, "own_noise", None)))
+        return outcome
+
+    monkeypatch.setattr(kind, "run", watched)
+    usual = bench.experiment(detector, "tiny").build().learning_rate
+    own = {"fastflow": None, "simplenet": 0.0}[detector]  # the tiny one has independent noise
+    expected = {
+        AS_IS: (6, usual),
+        "a third of the rate": (6, usual / 3),
+        "three times the rate": (6, usual * 3),
+        "half as long": (3, usual),
+        "twice as long": (12, usual),
+        "independent noise": (6, usual),
+    }
+    for name in CANDIDATES[detector]:
+        assert 0 <= run(bench, "tiny", detector, name, seed=0)["I-AUROC"] <= 1
+        assert seen[-1] == (*expected[name], own)
+    # The experiment itself stays as it is.
+    assert bench.experiment(detector, "tiny").build().learning_rate == usual
+
+
+def test_what_one_half_chooses_is_judged_on_the_other():
+    # The second is best on the first two sets, and worse on the others.
+    values = np.array([[0.5, 0.9], [0.5, 0.9], [0.8, 0.7], [0.8, 0.7]])
+    counts, gains = crossed(values)
+    # Only the half of the last two sets chooses the first.
+    assert counts == {0: 1, 1: 5}
+    # Halves 01, 02, 03, 12, 13, 23: the gain of the second on the others, or none of the first.
+    assert gains == pytest.approx([-0.1, 0.15, 0.15, 0.15, 0.15, 0.0])
+
+
+def test_the_larger_half_of_three_sets_chooses():
+    _, gains = crossed(np.array([[0.5, 0.6], [0.5, 0.6], [0.9, 0.1]]))
+    assert gains == pytest.approx([-0.8, 0.0, 0.0])
+
+
+def test_the_table_shows_sets_on_which_all_candidates_are_finished(tmp_path):
+    bench, runs = Benchmark("resnet18", {}, "cpu", None), Runs(tmp_path / "runs.jsonl")
+    names = [*CANDIDATES["fastflow"]]
+    for task, values in (("mvtec/a", (0.8, 0.9, 0.7, 0.8, 0.8)), ("mvtec/b", (0.6, 0.8))):
+        for name, value in zip(names, values, strict=False):
+            for seed in (0, 1):
+                key = key_of(bench, task, "fastflow", name) | {"seed": seed}
+                runs.add(key, {"I-AUROC": value + 0.02 * seed})
+    found = finished(bench, runs, ["mvtec/a", "mvtec/b"], "fastflow")
+    assert found == {"mvtec/a": pytest.approx([0.81, 0.91, 0.71, 0.81, 0.81])}
+    found["mvtec/b"] = [0.61, 0.81, 0.61, 0.61, 0.61]
+    first, second, third, *_ = rows(found, names)
+    assert first == {
+        "settings": AS_IS,
+        "mean": "0.710",
+        "difference": "",
+        "worst": "",
+        "chosen": "0%",
+    }
+    assert (second["mean"], second["difference"]) == ("0.860", "+0.150 ± 0.050")
+    assert (second["worst"], second["chosen"]) == ("+0.100 (mvtec/a)", "100%")
+    assert (third["difference"], third["worst"]) == ("-0.050 ± 0.050", "-0.100 (mvtec/a)")
