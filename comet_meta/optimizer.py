@@ -153,7 +153,8 @@ class CoMetOptimizerWrapper(ResumableOptimizers):
         query; 5 inner Adam steps with learning rate 1e-4; first-order gradient of the query loss at
         theta'. The outer learning rate is the optimizer's (paper: 2e-4). This preset is for
         comparison; the defaults of this class gave better results. Of a batch of 8, each task has
-        one sample in its support and one in its query.
+        one sample in its support and one in its query. lambda_0 counts in units of the loss: for a
+        loss of another scale give ``regularizer=``, see :class:`CovarianceMetaRegularizer`.
 
         Args:
             optimizer: The optimizer to wrap, or a sequence of them.
