@@ -37,6 +37,7 @@ _LOGGER = logging.getLogger(__name__)
 
 Array = npt.NDArray[np.float64]
 AS_IS = "as they are"
+_COLUMNS = ("settings", "mean", "difference", "worst", "chosen")
 
 
 @dataclass(frozen=True)
@@ -141,9 +142,6 @@ def rows(found: Mapping[str, Sequence[float]], names: Sequence[str]) -> list[dic
         line["chosen"] = f"{counts[number] / counts.total():.0%}"
         lines.append({column: line.get(column, "") for column in _COLUMNS})
     return lines
-
-
-_COLUMNS = ("settings", "mean", "difference", "worst", "chosen")
 
 
 def main() -> None:
