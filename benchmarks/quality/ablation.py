@@ -167,7 +167,12 @@ def summed_penalty(data: FeatureRows) -> CovarianceMetaRegularizer:
     Args:
         data: Features of the training set.
     """
-    return CovarianceMetaRegularizer(LAMBDA_0 / sum(level.numel() for level in data[0]))
+    return CovarianceMetaRegularizer(LAMBDA_0 / values_of_a_picture(data))
+
+
+def values_of_a_picture(data: FeatureRows) -> int:
+    """How many feature values a picture has, in all levels."""
+    return sum(level.numel() for level in data[0])
 
 
 def published(

@@ -47,7 +47,7 @@ from comet_examples.report import table
 from comet_meta import RowScorer, SoftConfidentWeighter, learn_from_review
 from left_out import LeftOut, names
 from reviewed import review_of
-from runs import Figures, Runs
+from runs import Figures, Runs, of_shard
 from table_detectors import DETECTORS, Model, is_by_value
 from table_rivals import (
     OutlierExposure,
@@ -280,8 +280,7 @@ def chosen_files(parser: argparse.ArgumentParser, options: argparse.Namespace) -
         options.methods = ["plain", "oracle", "comet", "comet@rate"]
     if options.half:
         files = files[options.half == "b" :: 2]
-    part, parts = (int(number) for number in options.shard.split("/"))
-    return files[part - 1 :: parts]
+    return of_shard(files, options.shard)
 
 
 def run_missing(

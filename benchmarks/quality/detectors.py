@@ -25,7 +25,7 @@ from comet_examples.detectors.positions import PositionScaler
 from comet_examples.report import table
 from comet_examples.training import TrainingSettings
 from grid import Benchmark, add_arguments, benchmark
-from runs import Figures, Runs, mean, on_common_seeds, paired, spread
+from runs import Figures, Runs, mean, of_shard, on_common_seeds, paired, spread
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -43,11 +43,10 @@ def main() -> None:
     options = parser.parse_args()
     bench, tasks, runs = benchmark(options)
     runs = Runs(runs.file, options.seeds)
-    part, parts = (int(number) for number in options.shard.split("/"))
     grid = itertools.product(options.seeds, [*options.longer, 0], tasks, options.detectors)
-    for number, (seed, times, task, detector) in enumerate(grid):
+    for seed, times, task, detector in of_shard(grid, options.shard):
         key = key_of(bench, task, detector, times) | {"seed": seed}
-        if number % parts != part - 1 or runs.done(key):
+        if runs.done(key):
             continue
         figures = run(bench, task, detector, times, seed)
         runs.add(key, figures)

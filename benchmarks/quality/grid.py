@@ -26,7 +26,7 @@ from comet_meta import SoftConfidentWeighter
 from comet_meta.meta.step import MetaMode
 from comet_meta.vision.backbones import DEFAULT_BACKBONE, load_backbone
 from comet_meta.vision.features import FeatureStore
-from runs import Figures, Runs, spread
+from runs import Figures, Runs, of_shard, spread
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -277,10 +277,7 @@ def run_missing(
     """Run what is missing of the part that ``--shard`` names."""
     # Seeds outermost: what is finished when the time is up makes whole tables.
     grid = itertools.product(options.seeds, tasks, options.detectors, options.noise, methods)
-    part, parts = (int(number) for number in options.shard.split("/"))
-    for number, (seed, task, detector, noise, name) in enumerate(grid):
-        if number % parts != part - 1:
-            continue
+    for seed, task, detector, noise, name in of_shard(grid, options.shard):
         key = bench.key(detector, task, noise, seed, name)
         if runs.done(key):
             continue

@@ -43,14 +43,14 @@ from scipy.stats import sem, ttest_rel
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from ablation import LAMBDA_0, as_comet, relative_strength, summed_penalty
+from ablation import LAMBDA_0, as_comet, relative_strength, summed_penalty, values_of_a_picture
 from comet_examples.detectors import Detector
 from comet_examples.report import table
 from comet_examples.training import FeatureRows, TrainingSettings, wrap
 from comet_meta import CoMetOptimizerWrapper, CovarianceMetaRegularizer
 from comet_meta.meta.step import MetaMode, MetaStep
 from grid import Benchmark, Trial, Variant, add_arguments, benchmark, trained
-from runs import Figures, Runs, mean, on_common_seeds
+from runs import Figures, Runs, mean, of_shard, on_common_seeds
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -194,7 +194,7 @@ def penalty_parts(
             detector = experiment.build()
             detector.fit_statistics(data.batches())
             line[name] = f"{LAMBDA_0 / relative_strength(detector, data):.2g}"
-            line[f"values, {name}"] = f"{sum(level.numel() for level in data[0])}"
+            line[f"values, {name}"] = str(values_of_a_picture(data))
         found.append(line)
     return found
 
@@ -339,11 +339,10 @@ def main() -> None:
         )
         return
     runs = Runs(runs.file, options.seeds)
-    part, parts = (int(number) for number in options.shard.split("/"))
     grid = itertools.product(options.seeds, options.longer, tasks, options.detectors, options.forms)
-    for number, (seed, times, task, detector, name) in enumerate(grid):
+    for seed, times, task, detector, name in of_shard(grid, options.shard):
         key = key_of(bench, task, detector, options.noise, times, name) | {"seed": seed}
-        if number % parts != part - 1 or runs.done(key):
+        if runs.done(key):
             continue
         figures = run(bench, task, detector, options.noise, times, name, seed)
         runs.add(key, figures)

@@ -60,6 +60,17 @@ class Runs:
         }
 
 
+def of_shard(items: Iterable[Name], shard: str) -> list[Name]:
+    """Every n-th of the items, from the i-th on.
+
+    Args:
+        items: What there is to do.
+        shard: ``"i/n"``, with i from 1.
+    """
+    part, parts = (int(number) for number in shard.split("/"))
+    return list(items)[part - 1 :: parts]
+
+
 def on_common_seeds(runs: Mapping[Name, Mapping[int, Figures]]) -> dict[Name, dict[int, Figures]]:
     """Runs of the same seeds, so that their means can be compared.
 

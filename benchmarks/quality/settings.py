@@ -31,7 +31,7 @@ from comet_examples.experiment import Experiment
 from comet_examples.report import table
 from detectors import stretched
 from grid import Benchmark, add_arguments, benchmark
-from runs import Figures, Runs, mean, on_common_seeds
+from runs import Figures, Runs, mean, of_shard, on_common_seeds
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -154,16 +154,15 @@ def main() -> None:
     options = parser.parse_args()
     bench, tasks, runs = benchmark(options)
     runs = Runs(runs.file, options.seeds)
-    part, parts = (int(number) for number in options.shard.split("/"))
     detectors = [name for name in options.detectors if name in CANDIDATES]
     grid = [
         (seed, task, detector, name)
         for seed, task, detector in itertools.product(options.seeds, tasks, detectors)
         for name in CANDIDATES[detector]
     ]
-    for number, (seed, task, detector, name) in enumerate(grid):
+    for seed, task, detector, name in of_shard(grid, options.shard):
         key = key_of(bench, task, detector, name) | {"seed": seed}
-        if number % parts != part - 1 or runs.done(key):
+        if runs.done(key):
             continue
         figures = run(bench, task, detector, name, seed)
         runs.add(key, figures)

@@ -147,12 +147,14 @@ def test_each_published_setting_changes_what_its_name_says(trial, monkeypatch):
 
     monkeypatch.setattr(ablation, "CoMetOptimizerWrapper", Asked)
     monkeypatch.setattr(step, "split_tasks", tasks_of)
-    found = {}
+    found, strengths = {}, {}
     for name in PUBLISHED.keys() - {"paper-adapted", "paper-adapted-0"}:
         asked, sizes = {}, []
         short = replace(trial, settings=replace(trial.settings, epochs=1))
         PUBLISHED[name](short)
         parts = {key: asked.get(key) is not None for key in ("weighter", "regularizer")}
+        if parts["regularizer"]:
+            strengths[name] = asked["regularizer"].base_strength
         meta = asked.get("meta")
         inner = getattr(meta, "inner_steps", 0)
         found[name] = (*parts.values(), inner, sizes[0] if sizes else [])
@@ -167,6 +169,9 @@ def test_each_published_setting_changes_what_its_name_says(trial, monkeypatch):
         "paper-tasks-of-5": (True, True, 5, [5, 5, 5, 5]),
         "plain-batch-20": (False, False, 0, []),
     }
+    # A picture has features (6, 4, 4) of SimpleNet, (3, 4, 4) and (3, 2, 2) of FastFlow.
+    assert strengths.pop("paper-summed") in (0.005 / 96, 0.005 / 60)
+    assert set(strengths.values()) == {0.005}
 
 
 def test_the_summed_penalty_has_lambda_0s_part_in_the_summed_likelihood(tmp_path):

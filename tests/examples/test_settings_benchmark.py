@@ -5,7 +5,7 @@ import pytest
 from tiny_experiment import TinyBenchmark
 
 from grid import Benchmark
-from runs import Runs
+from runs import Runs, of_shard
 from settings import AS_IS, CANDIDATES, crossed, finished, key_of, rows, run
 
 
@@ -52,6 +52,11 @@ def test_what_one_half_chooses_is_judged_on_the_other():
 def test_the_larger_half_of_three_sets_chooses():
     _, gains = crossed(np.array([[0.5, 0.6], [0.5, 0.6], [0.9, 0.1]]))
     assert gains == pytest.approx([-0.8, 0.0, 0.0])
+
+
+def test_shards_are_all_items_once():
+    assert [of_shard("abcde", f"{i}/2") for i in (1, 2)] == [["a", "c", "e"], ["b", "d"]]
+    assert of_shard("abc", "9/9") == []
 
 
 def test_the_table_shows_sets_on_which_all_candidates_are_finished(tmp_path):
