@@ -74,7 +74,12 @@ _ALL = {
 CANDIDATES: dict[str, dict[str, Candidate]] = {
     "fastflow": _ALL,
     "simplenet": _ALL
-    | {"independent noise": Candidate(options={"noise_std": 1.0, "own_noise": 0.0})},
+    | {
+        "ten times the rate": Candidate(rate=10.0),
+        "half the noise": Candidate(options={"noise_std": 0.15, "own_noise": 0.35}),
+        "twice the noise": Candidate(options={"noise_std": 0.6, "own_noise": 1.4}),
+        "independent noise": Candidate(options={"noise_std": 1.0, "own_noise": 0.0}),
+    },
 }
 
 
