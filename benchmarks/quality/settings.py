@@ -5,7 +5,8 @@ All are trained on the clean pictures of every set, and judged by I-AUROC after 
 
 1. For every way to cut the sets into two halves, the candidate with the highest mean on one half is
    chosen.
-2. It is judged on the other half, and so are the settings as they are.
+2. It is judged on the other half, and so are the settings as they are. A set's figure *chosen on
+   other sets* is the mean over the ways in which the set has no part in the choice.
 
 If the settings as they are do as well there as the chosen ones, then it makes no difference that
 some of their own sets had a part in their choice. Every finished run is a JSON line in ``--out``;
@@ -115,21 +116,36 @@ def crossed(values: Array) -> tuple[Counter[int], Array]:
     """Choose on one half of the sets, judge on the other, for all ways to halve them.
 
     Args:
-        values: I-AUROC, shape (sets, candidates); the first candidate is the settings as they are.
+        values: I-AUROC, shape (sets, candidates).
 
     Returns:
-        How often each candidate is chosen, and what the chosen one is better on the other half than
-        the first, shape (ways,). Of an odd number of sets the larger half chooses.
+        How often each candidate is chosen, and the I-AUROC of the chosen one, shape (ways, sets);
+        NaN for the sets that chose it. Of an odd number of sets the larger half chooses.
     """
     sets = range(len(values))
     counts: Counter[int] = Counter()
-    gains = []
+    judged = []
     for half in itertools.combinations(sets, -(-len(values) // 2)):
-        others = [number for number in sets if number not in half]
         best = int(values[list(half)].mean(axis=0).argmax())
         counts[best] += 1
-        gains.append(float((values[others, best] - values[others, 0]).mean()))
-    return counts, np.array(gains)
+        judged.append([np.nan if number in half else values[number, best] for number in sets])
+    return counts, np.array(judged)
+
+
+def by_set(found: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
+    """Lines of a detector's sets: the settings as they are, and those that other sets chose."""
+    values = np.array([*found.values()])
+    _, judged = crossed(values)
+    chosen = np.nanmean(judged, axis=0)
+    lines = zip([*found, "mean"], _with_mean(values[:, 0]), _with_mean(chosen), strict=True)
+    return [
+        {"set": name, AS_IS: f"{usual:.3f}", "chosen on other sets": f"{other:.3f}"}
+        for name, usual, other in lines
+    ]
+
+
+def _with_mean(values: Array) -> list[float]:
+    return [*values.tolist(), float(values.mean())]
 
 
 def rows(found: Mapping[str, Sequence[float]], names: Sequence[str]) -> list[dict[str, Any]]:
@@ -176,9 +192,12 @@ def main() -> None:
         found = finished(bench, runs, tasks, detector)
         if len(found) < 2:
             continue
-        _, gains = crossed(np.array([*found.values()]))
+        values = np.array([*found.values()])
+        gains = np.nanmean(crossed(values)[1] - values[:, 0], axis=1)
         print(f"\n### {detector}, {len(found)} sets\n")
         print(table(rows(found, [*CANDIDATES[detector]])))
+        print()
+        print(table(by_set(found)))
         print(
             f"\nChosen on one half of the sets, on the other half: {gains.mean():+.3f} against the "
             f"settings as they are (the mean of {len(gains)} ways; from {gains.min():+.3f} to "

@@ -6,7 +6,7 @@ from tiny_experiment import TinyBenchmark
 
 from grid import Benchmark
 from runs import Runs, of_shard
-from settings import AS_IS, CANDIDATES, crossed, finished, key_of, rows, run
+from settings import AS_IS, CANDIDATES, by_set, crossed, finished, key_of, rows, run
 
 
 @pytest.mark.parametrize("detector", CANDIDATES)
@@ -18,23 +18,28 @@ def test_candidates_change_what_their_names_say(tmp_path, monkeypatch, detector)
     def watched(self, split, settings):
         outcome = original(self, split, settings)
         trained = outcome.training.detector
-        seen.append((settings.steps, trained.learning_rate, getattr(trained, "own_noise", None)))
+        noise = (getattr(trained, name, None) for name in ("noise_std", "own_noise"))
+        seen.append((settings.steps, trained.learning_rate, *noise))
         return outcome
 
     monkeypatch.setattr(kind, "run", watched)
     usual = bench.experiment(detector, "tiny").build().learning_rate
-    own = {"fastflow": None, "simplenet": 0.0}[detector]  # the tiny one has independent noise
+    # The tiny SimpleNet has independent noise as it is.
+    own = {"fastflow": (None, None), "simplenet": (0.5, 0.0)}[detector]
     expected = {
-        AS_IS: (6, usual),
-        "a third of the rate": (6, usual / 3),
-        "three times the rate": (6, usual * 3),
-        "half as long": (3, usual),
-        "twice as long": (12, usual),
-        "independent noise": (6, usual),
+        AS_IS: (6, usual, *own),
+        "a third of the rate": (6, usual / 3, *own),
+        "three times the rate": (6, usual * 3, *own),
+        "ten times the rate": (6, usual * 10, *own),
+        "half as long": (3, usual, *own),
+        "twice as long": (12, usual, *own),
+        "half the noise": (6, usual, 0.15, 0.35),
+        "twice the noise": (6, usual, 0.6, 1.4),
+        "independent noise": (6, usual, 1.0, 0.0),
     }
     for name in CANDIDATES[detector]:
         assert 0 <= run(bench, "tiny", detector, name, seed=0)["I-AUROC"] <= 1
-        assert seen[-1] == (*expected[name], own)
+        assert seen[-1] == expected[name]
     # The experiment itself stays as it is.
     assert bench.experiment(detector, "tiny").build().learning_rate == usual
 
@@ -42,16 +47,40 @@ def test_candidates_change_what_their_names_say(tmp_path, monkeypatch, detector)
 def test_what_one_half_chooses_is_judged_on_the_other():
     # The second is best on the first two sets, and worse on the others.
     values = np.array([[0.5, 0.9], [0.5, 0.9], [0.8, 0.7], [0.8, 0.7]])
-    counts, gains = crossed(values)
+    counts, judged = crossed(values)
     # Only the half of the last two sets chooses the first.
     assert counts == {0: 1, 1: 5}
-    # Halves 01, 02, 03, 12, 13, 23: the gain of the second on the others, or none of the first.
-    assert gains == pytest.approx([-0.1, 0.15, 0.15, 0.15, 0.15, 0.0])
+    nan = np.nan
+    # Halves 01, 02, 03, 12, 13, 23: figures of the second on the others, then of the first.
+    assert judged == pytest.approx(
+        np.array(
+            [
+                [nan, nan, 0.7, 0.7],
+                [nan, 0.9, nan, 0.7],
+                [nan, 0.9, 0.7, nan],
+                [0.9, nan, nan, 0.7],
+                [0.9, nan, 0.7, nan],
+                [0.5, 0.5, nan, nan],
+            ]
+        ),
+        nan_ok=True,
+    )
+    found = dict(zip("abcd", values.tolist(), strict=True))
+    # Sets a and b are judged three times, once with the first candidate.
+    assert [line["chosen on other sets"] for line in by_set(found)] == [
+        "0.767",
+        "0.767",
+        "0.700",
+        "0.700",
+        "0.733",
+    ]
+    assert [line[AS_IS] for line in by_set(found)] == ["0.500", "0.500", "0.800", "0.800", "0.650"]
 
 
 def test_the_larger_half_of_three_sets_chooses():
-    _, gains = crossed(np.array([[0.5, 0.6], [0.5, 0.6], [0.9, 0.1]]))
-    assert gains == pytest.approx([-0.8, 0.0, 0.0])
+    counts, judged = crossed(np.array([[0.5, 0.6], [0.5, 0.6], [0.9, 0.1]]))
+    assert counts == {0: 2, 1: 1}
+    assert np.nanmean(judged, axis=0) == pytest.approx([0.5, 0.5, 0.1])
 
 
 def test_shards_are_all_items_once():
