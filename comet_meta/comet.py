@@ -259,11 +259,19 @@ class CoMet:
 
         Returns:
             Positions in the data set, most suspect first, shape (min(k, N),).
+
+        Raises:
+            RuntimeError: If no sample has a score or a prior yet.
         """
         weighter = self.weighter
         if self.scores is not None and self._model_changed:
             weighter = copy.deepcopy(weighter)
             weighter.fit(self._score_set())
+        if bool(weighter.ranking_scores().isnan().all()):
+            raise RuntimeError(
+                "no sample has a score yet, so none is more suspect than another; train first, or "
+                "pass scores= or a weighter with prior="
+            )
         return weighter.ranking(k)
 
     def refit(self) -> None:

@@ -238,6 +238,17 @@ def test_a_prior_needs_no_scoring_pass():
     assert torch.equal(comet.weighter.weights, before)
 
 
+def test_nobody_is_suspect_before_there_are_scores():
+    comet = CoMet(DataLoader(DATA, batch_size=8))
+    with pytest.raises(RuntimeError, match="no sample has a score yet"):
+        comet.suspects()
+    scored = CoMet(DataLoader(DATA, batch_size=8), scores=Net().scores)
+    assert scored.suspects(5).shape == (5,)
+    prior = DATA.norm(dim=1)
+    known = CoMet(DataLoader(DATA, batch_size=8), weighter=SoftConfidentWeighter(prior=prior))
+    assert torch.equal(known.suspects(5), prior.topk(5).indices)
+
+
 def test_one_sample_with_nan_takes_no_step_away_and_leaves_no_nan():
     data = DATA.clone()
     data[3] = torch.nan
