@@ -132,6 +132,16 @@ def crossed(values: Array) -> tuple[Counter[int], Array]:
     return counts, np.array(judged)
 
 
+def gains(values: Array) -> Array:
+    """What the chosen candidate is better than the first, on the half that didn't choose: (ways,).
+
+    Args:
+        values: I-AUROC, shape (sets, candidates); the first candidate is the settings as they are.
+    """
+    _, judged = crossed(values)
+    return np.asarray(np.nanmean(judged - values[:, 0], axis=1))
+
+
 def by_set(found: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
     """Lines of a detector's sets: the settings as they are, and those that other sets chose."""
     values = np.array([*found.values()])
@@ -192,16 +202,15 @@ def main() -> None:
         found = finished(bench, runs, tasks, detector)
         if len(found) < 2:
             continue
-        values = np.array([*found.values()])
-        gains = np.nanmean(crossed(values)[1] - values[:, 0], axis=1)
+        gained = gains(np.array([*found.values()]))
         print(f"\n### {detector}, {len(found)} sets\n")
         print(table(rows(found, [*CANDIDATES[detector]])))
         print()
         print(table(by_set(found)))
         print(
-            f"\nChosen on one half of the sets, on the other half: {gains.mean():+.3f} against the "
-            f"settings as they are (the mean of {len(gains)} ways; from {gains.min():+.3f} to "
-            f"{gains.max():+.3f})"
+            f"\nChosen on one half of the sets, on the other half: {gained.mean():+.3f} against "
+            f"the settings as they are (the mean of {len(gained)} ways; from {gained.min():+.3f} "
+            f"to {gained.max():+.3f})"
         )
 
 

@@ -6,7 +6,7 @@ from tiny_experiment import TinyBenchmark
 
 from grid import Benchmark
 from runs import Runs, of_shard
-from settings import AS_IS, CANDIDATES, by_set, crossed, finished, key_of, rows, run
+from settings import AS_IS, CANDIDATES, by_set, crossed, finished, gains, key_of, rows, run
 
 
 @pytest.mark.parametrize("detector", CANDIDATES)
@@ -65,6 +65,8 @@ def test_what_one_half_chooses_is_judged_on_the_other():
         ),
         nan_ok=True,
     )
+    # The gain of the second on the others, or none of the first.
+    assert gains(values) == pytest.approx([-0.1, 0.15, 0.15, 0.15, 0.15, 0.0])
     found = dict(zip("abcd", values.tolist(), strict=True))
     # Sets a and b are judged three times, once with the first candidate.
     assert [line["chosen on other sets"] for line in by_set(found)] == [
@@ -81,6 +83,7 @@ def test_the_larger_half_of_three_sets_chooses():
     counts, judged = crossed(np.array([[0.5, 0.6], [0.5, 0.6], [0.9, 0.1]]))
     assert counts == {0: 2, 1: 1}
     assert np.nanmean(judged, axis=0) == pytest.approx([0.5, 0.5, 0.1])
+    assert gains(np.array([[0.5, 0.6], [0.5, 0.6], [0.9, 0.1]])) == pytest.approx([-0.8, 0, 0])
 
 
 def test_shards_are_all_items_once():
