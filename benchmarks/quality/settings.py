@@ -1,7 +1,8 @@
 """Settings of the detectors, judged on sets that had no part in the choice.
 
 A candidate changes one setting of a detector: the learning rate, the length of training, the noise.
-All are trained on the clean pictures of every set, and judged by I-AUROC after the last step.
+All are trained on the clean pictures of every set, with ``--noise`` on bad ones too, and judged by
+I-AUROC after the last step.
 
 1. For every way to cut the sets into two halves, the candidate with the highest mean on one half is
    chosen.
@@ -30,6 +31,7 @@ from scipy.stats import sem
 from comet_examples.datasets import oracle
 from comet_examples.experiment import Experiment
 from comet_examples.report import table
+from comet_examples.training import Method
 from detectors import stretched
 from grid import Benchmark, add_arguments, benchmark
 from runs import Figures, Runs, mean, of_shard, on_common_seeds
@@ -84,32 +86,45 @@ CANDIDATES: dict[str, dict[str, Candidate]] = {
 }
 
 
-def key_of(bench: Benchmark, task: str, detector: str, name: str) -> dict[str, Any]:
-    """All that decides a run's figures, but for the seed."""
-    return bench.key(detector, task, 0.0, None, name)
+@dataclass(frozen=True)
+class Case:
+    """On what the candidates are trained, and how.
 
+    Attributes:
+        noise: Share of bad training pictures; 0 for clean ones.
+        method: ``"plain"`` or ``"comet"``.
+    """
 
-def run(bench: Benchmark, task: str, detector: str, name: str, seed: int) -> Figures:
-    """Figures of a candidate that was trained on the clean pictures of a set."""
-    candidate = CANDIDATES[detector][name]
-    experiment = candidate.of(bench.experiment(detector, task))
-    split = oracle(experiment.split(0, seed))
-    settings = experiment.preset.training("plain", seed=seed)
-    settings = stretched(settings, candidate.times, len(split.train))
-    return experiment.run(split, settings).figures
+    noise: float = 0.0
+    method: Method = "plain"
 
+    def key(self, bench: Benchmark, task: str, detector: str, name: str) -> dict[str, Any]:
+        """All that decides a run's figures, but for the seed."""
+        method = name if self.method == "plain" else f"{name}, {self.method}"
+        return bench.key(detector, task, self.noise, None, method)
 
-def finished(
-    bench: Benchmark, runs: Runs, tasks: Sequence[str], detector: str
-) -> dict[str, list[float]]:
-    """I-AUROC of all candidates, by set, where all are finished: the mean over common seeds."""
-    found: dict[str, list[float]] = {}
-    for task in tasks:
-        keys = {name: key_of(bench, task, detector, name) for name in CANDIDATES[detector]}
-        own = on_common_seeds({name: runs.by_seed(**key) for name, key in keys.items()})
-        if all(own.values()):
-            found[task] = [mean(one, "I-AUROC") for one in own.values()]
-    return found
+    def run(self, bench: Benchmark, task: str, detector: str, name: str, seed: int) -> Figures:
+        """Figures of a candidate that was trained on a set."""
+        candidate = CANDIDATES[detector][name]
+        experiment = candidate.of(bench.experiment(detector, task))
+        split = experiment.split(self.noise, seed)
+        if self.noise == 0:
+            split = oracle(split)  # some sets have bad pictures as they are
+        settings = experiment.preset.training(self.method, seed=seed)
+        settings = stretched(settings, candidate.times, len(split.train))
+        return experiment.run(split, settings).figures
+
+    def finished(
+        self, bench: Benchmark, runs: Runs, tasks: Sequence[str], detector: str, names: list[str]
+    ) -> dict[str, list[float]]:
+        """I-AUROC of these candidates, by set, where all have finished: means over common seeds."""
+        found: dict[str, list[float]] = {}
+        for task in tasks:
+            keys = {name: self.key(bench, task, detector, name) for name in names}
+            own = on_common_seeds({name: runs.by_seed(**key) for name, key in keys.items()})
+            if all(own.values()):
+                found[task] = [mean(one, "I-AUROC") for one in own.values()]
+        return found
 
 
 def crossed(values: Array) -> tuple[Counter[int], Array]:
@@ -182,29 +197,47 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_arguments(parser, Path("runs/settings.jsonl"))
+    parser.add_argument("--noise", type=float, default=0.0, help="share of bad training pictures")
+    parser.add_argument(
+        "--methods", nargs="+", choices=("plain", "comet"), default=["plain"], help="how to train"
+    )
+    everything = list(dict.fromkeys(itertools.chain(*CANDIDATES.values())))
+    parser.add_argument(
+        "--candidates",
+        nargs="+",
+        choices=everything,
+        default=everything,
+        help=f"which of them beside {AS_IS!r}",
+    )
     options = parser.parse_args()
     bench, tasks, runs = benchmark(options)
     runs = Runs(runs.file, options.seeds)
-    detectors = [name for name in options.detectors if name in CANDIDATES]
+    names = {
+        detector: [name for name in CANDIDATES[detector] if name in {AS_IS, *options.candidates}]
+        for detector in options.detectors
+        if detector in CANDIDATES
+    }
+    cases = [Case(options.noise, method) for method in options.methods]
     grid = [
-        (seed, task, detector, name)
-        for seed, task, detector in itertools.product(options.seeds, tasks, detectors)
-        for name in CANDIDATES[detector]
+        (seed, task, case, detector, name)
+        for seed, task, case in itertools.product(options.seeds, tasks, cases)
+        for detector in names
+        for name in names[detector]
     ]
-    for seed, task, detector, name in of_shard(grid, options.shard):
-        key = key_of(bench, task, detector, name) | {"seed": seed}
+    for seed, task, case, detector, name in of_shard(grid, options.shard):
+        key = case.key(bench, task, detector, name) | {"seed": seed}
         if runs.done(key):
             continue
-        figures = run(bench, task, detector, name, seed)
+        figures = case.run(bench, task, detector, name, seed)
         runs.add(key, figures)
-        _LOGGER.info("%s, %s, %s: %.3f", task, detector, name, figures["I-AUROC"])
-    for detector in detectors:
-        found = finished(bench, runs, tasks, detector)
+        _LOGGER.info("%s, %s, %s: %.3f", task, detector, key["method"], figures["I-AUROC"])
+    for case, detector in itertools.product(cases, names):
+        found = case.finished(bench, runs, tasks, detector, names[detector])
         if len(found) < 2:
             continue
         gained = gains(np.array([*found.values()]))
-        print(f"\n### {detector}, {len(found)} sets\n")
-        print(table(rows(found, [*CANDIDATES[detector]])))
+        print(f"\n### {detector}, {case.method}, {case.noise:.0%} bad, {len(found)} sets\n")
+        print(table(rows(found, names[detector])))
         print()
         print(table(by_set(found)))
         print(

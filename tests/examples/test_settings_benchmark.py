@@ -6,7 +6,7 @@ from tiny_experiment import TinyBenchmark
 
 from grid import Benchmark
 from runs import Runs, of_shard
-from settings import AS_IS, CANDIDATES, by_set, crossed, finished, gains, key_of, rows, run
+from settings import AS_IS, CANDIDATES, Case, by_set, crossed, gains, rows
 
 
 @pytest.mark.parametrize("detector", CANDIDATES)
@@ -38,10 +38,27 @@ def test_candidates_change_what_their_names_say(tmp_path, monkeypatch, detector)
         "independent noise": (6, usual, 1.0, 0.0),
     }
     for name in CANDIDATES[detector]:
-        assert 0 <= run(bench, "tiny", detector, name, seed=0)["I-AUROC"] <= 1
+        assert 0 <= Case().run(bench, "tiny", detector, name, seed=0)["I-AUROC"] <= 1
         assert seen[-1] == expected[name]
     # The experiment itself stays as it is.
     assert bench.experiment(detector, "tiny").build().learning_rate == usual
+
+
+@pytest.mark.parametrize("case", [Case(), Case(0.2, "comet")])
+def test_bad_pictures_are_trained_on_where_there_is_noise(tmp_path, monkeypatch, case):
+    bench, seen = TinyBenchmark(tmp_path, "simplenet"), []
+    kind = type(bench.experiment("simplenet", "tiny"))
+    original, split_of = kind.run, kind.split
+
+    def watched(self, split, settings):
+        seen.append((sum(sample.label for sample in split.train) > 0, settings.method))
+        return original(self, split, settings)
+
+    monkeypatch.setattr(kind, "run", watched)
+    # A set that has bad pictures as it is.
+    monkeypatch.setattr(kind, "split", lambda self, _, seed: split_of(self, 0.2, seed))
+    case.run(bench, "tiny", "simplenet", AS_IS, seed=0)
+    assert seen == [(case.noise > 0, case.method)]
 
 
 def test_what_one_half_chooses_is_judged_on_the_other():
@@ -97,9 +114,11 @@ def test_the_table_shows_sets_on_which_all_candidates_are_finished(tmp_path):
     for task, values in (("mvtec/a", (0.8, 0.9, 0.7, 0.8, 0.8)), ("mvtec/b", (0.6, 0.8))):
         for name, value in zip(names, values, strict=False):
             for seed in (0, 1):
-                key = key_of(bench, task, "fastflow", name) | {"seed": seed}
+                key = Case().key(bench, task, "fastflow", name) | {"seed": seed}
                 runs.add(key, {"I-AUROC": value + 0.02 * seed})
-    found = finished(bench, runs, ["mvtec/a", "mvtec/b"], "fastflow")
+    found = Case().finished(bench, runs, ["mvtec/a", "mvtec/b"], "fastflow", names)
+    assert not Case(0.1).finished(bench, runs, ["mvtec/a"], "fastflow", names)
+    assert not Case(method="comet").finished(bench, runs, ["mvtec/a"], "fastflow", names)
     assert found == {"mvtec/a": pytest.approx([0.81, 0.91, 0.71, 0.81, 0.81])}
     found["mvtec/b"] = [0.61, 0.81, 0.61, 0.61, 0.61]
     first, second, third, *_ = rows(found, names)
