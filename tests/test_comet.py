@@ -238,7 +238,7 @@ def test_a_prior_needs_no_scoring_pass():
     assert torch.equal(comet.weighter.weights, before)
 
 
-def test_nobody_is_suspect_before_there_are_scores():
+def test_there_are_no_suspects_before_there_are_scores():
     comet = CoMet(DataLoader(DATA, batch_size=8))
     with pytest.raises(RuntimeError, match="no sample has a score yet"):
         comet.suspects()
