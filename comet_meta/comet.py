@@ -269,8 +269,9 @@ class CoMet:
             weighter.fit(self._score_set())
         if bool(weighter.ranking_scores().isnan().all()):
             raise RuntimeError(
-                "no sample has a score yet, so none is more suspect than another; train first, or "
-                "pass scores= or a weighter with prior="
+                "no sample has a score yet, so none is more suspect than another; train for "
+                f"warm_up={self.warm_up} whole rounds (epochs) first, or pass scores= or a "
+                "weighter with prior="
             )
         return weighter.ranking(k)
 

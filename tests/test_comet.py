@@ -240,8 +240,10 @@ def test_a_prior_needs_no_scoring_pass():
 
 def test_there_are_no_suspects_before_there_are_scores():
     comet = CoMet(DataLoader(DATA, batch_size=8))
-    with pytest.raises(RuntimeError, match="no sample has a score yet"):
+    with pytest.raises(RuntimeError, match=r"no sample has a score yet.*warm_up=1"):
         comet.suspects()
+    _, after_an_epoch = trained(lambda loader, optimizer, _: CoMet(loader, optimizer), epochs=1)
+    assert after_an_epoch.suspects(5).shape == (5,)
     scored = CoMet(DataLoader(DATA, batch_size=8), scores=Net().scores)
     assert scored.suspects(5).shape == (5,)
     prior = DATA.norm(dim=1)

@@ -1,12 +1,15 @@
 """Settings that are chosen on one half of the sets and judged on the other."""
 
+import sys
+
 import numpy as np
 import pytest
 from tiny_experiment import TinyBenchmark
 
+from comet_meta.vision.backbones import DEFAULT_BACKBONE
 from grid import Benchmark
 from runs import Runs, of_shard
-from settings import AS_IS, CANDIDATES, Case, by_set, crossed, gains, rows
+from settings import AS_IS, CANDIDATES, Case, by_set, crossed, gains, main, rows
 
 
 @pytest.mark.parametrize("detector", CANDIDATES)
@@ -54,11 +57,14 @@ def test_bad_pictures_are_trained_on_where_there_is_noise(tmp_path, monkeypatch,
         seen.append((sum(sample.label for sample in split.train) > 0, settings.method))
         return original(self, split, settings)
 
+    def with_bad_ones_as_it_is(self, noise, seed):
+        seen.append(noise)
+        return split_of(self, 0.2, seed)
+
     monkeypatch.setattr(kind, "run", watched)
-    # A set that has bad pictures as it is.
-    monkeypatch.setattr(kind, "split", lambda self, _, seed: split_of(self, 0.2, seed))
+    monkeypatch.setattr(kind, "split", with_bad_ones_as_it_is)
     case.run(bench, "tiny", "simplenet", AS_IS, seed=0)
-    assert seen == [(case.noise > 0, case.method)]
+    assert seen == [case.noise, (case.noise > 0, case.method)]
 
 
 def test_what_one_half_chooses_is_judged_on_the_other():
@@ -132,3 +138,26 @@ def test_the_table_shows_sets_on_which_all_candidates_are_finished(tmp_path):
     assert (second["mean"], second["difference"]) == ("0.860", "+0.150 ± 0.050")
     assert (second["worst"], second["chosen"]) == ("+0.100 (mvtec/a)", "100%")
     assert (third["difference"], third["worst"]) == ("-0.050 ± 0.050", "-0.100 (mvtec/a)")
+
+
+def test_the_command_prints_the_asked_candidates_for_each_method(tmp_path, monkeypatch, capsys):
+    file, tasks = tmp_path / "runs.jsonl", ["elpv/mono", "elpv/poly"]
+    bench, runs = Benchmark(DEFAULT_BACKBONE, {}, "cpu", None), Runs(file)
+    figures = {(AS_IS, "plain"): 0.8, ("half as long", "plain"): 0.7}
+    figures |= {(AS_IS, "comet"): 0.9, ("half as long", "comet"): 0.95}
+    for (name, method), value in figures.items():
+        for task in tasks:
+            key = Case(0.1, method).key(bench, task, "simplenet", name)
+            runs.add(key | {"seed": 0}, {"I-AUROC": value})
+    command = ["settings", "--out", str(file), "--detectors", "simplenet", "--seeds", "0"]
+    command += ["--tasks", *tasks, "--noise", "0.1", "--methods", "plain", "comet"]
+    monkeypatch.setattr(sys, "argv", [*command, "--candidates", "half as long"])
+    main()  # a candidate that wasn't asked for would be trained now
+    _, plain, comet = capsys.readouterr().out.split("### ")
+    assert plain.startswith("simplenet, plain, 10% bad, 2 sets")
+    assert "0.700" in plain
+    assert "+0.000 against the settings as they are" in plain
+    assert comet.startswith("simplenet, comet, 10% bad, 2 sets")
+    assert "+0.050 against the settings as they are" in comet
+    assert "twice as long" not in plain + comet
+    assert len(list(runs)) == 8
