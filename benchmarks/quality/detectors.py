@@ -5,8 +5,8 @@ Every finished run is a JSON line in ``--out``; the same command goes on where i
 standard deviation over those of ``--seeds`` that bank and all lengths have, differences with the p
 value of a paired t-test; that of the lengths with its standard error, too. *bank* is
 ``MemoryBank``, a tenth of the patches, at random, on SimpleNet's features. A set that has bad
-training pictures is used without them. *raw* is the same detector, trained for the first of the
-lengths, whose scores aren't standardised by position.
+training pictures is used without them. *raw* is the same trained detector, whose scores aren't
+standardised by position.
 """
 
 import argparse
@@ -116,8 +116,9 @@ def _row(task: str, own: list[dict[int, Figures]], longer: list[int]) -> dict[st
     if len(trained) > 1:
         row["longer"] = paired(trained[-1], trained[0], "I-AUROC")
         row["± s.e."] = _standard_error(trained[-1], trained[0])
-    if all("raw I-AUROC" in figures for figures in trained[0].values()):
-        row["raw"] = f"{mean(trained[0], 'raw I-AUROC'):.3f}"
+    if all("raw I-AUROC" in figures for one in trained for figures in one.values()):
+        raw = [f"{mean(one, 'raw I-AUROC'):.3f}" for one in trained]
+        row |= {f"raw, {times} x": text for times, text in zip(longer, raw, strict=True)}
     return row
 
 

@@ -2,7 +2,7 @@
 
 A candidate changes one setting of a detector: the learning rate, the length of training, the noise.
 All are trained on the clean pictures of every set, with ``--noise`` on bad ones too, and judged by
-I-AUROC after the last step.
+``--metric`` after the last step: sets without masks have no pixel metrics and are left out of them.
 
 1. For every way to cut the sets into two halves, the candidate with the highest mean on one half is
    chosen.
@@ -40,6 +40,7 @@ _LOGGER = logging.getLogger(__name__)
 
 Array = npt.NDArray[np.float64]
 AS_IS = "as they are"
+METRICS = ("I-AUROC", "I-AP", "P-AUROC", "P-AP", "AUPRO")
 _COLUMNS = ("settings", "mean", "difference", "worst", "chosen")
 
 
@@ -75,7 +76,8 @@ _ALL = {
     "twice as long": Candidate(times=2.0),
 }
 CANDIDATES: dict[str, dict[str, Candidate]] = {
-    "fastflow": _ALL,
+    "fastflow": _ALL
+    | {f"noise of {std:g}": Candidate(options={"noise_std": std}) for std in (0.1, 0.3)},
     "simplenet": _ALL
     | {
         "ten times the rate": Candidate(rate=10.0),
@@ -115,15 +117,22 @@ class Case:
         return experiment.run(split, settings).figures
 
     def finished(
-        self, bench: Benchmark, runs: Runs, tasks: Sequence[str], detector: str, names: list[str]
+        self,
+        bench: Benchmark,
+        runs: Runs,
+        tasks: Sequence[str],
+        detector: str,
+        names: list[str],
+        metric: str = "I-AUROC",
     ) -> dict[str, list[float]]:
-        """I-AUROC of these candidates, by set, where all have finished: means over common seeds."""
+        """A figure of these candidates, by set, where all have it: means over common seeds."""
         found: dict[str, list[float]] = {}
         for task in tasks:
             keys = {name: self.key(bench, task, detector, name) for name in names}
             own = on_common_seeds({name: runs.by_seed(**key) for name, key in keys.items()})
-            if all(own.values()):
-                found[task] = [mean(one, "I-AUROC") for one in own.values()]
+            figures = [one for by_seed in own.values() for one in by_seed.values()]
+            if all(own.values()) and all(metric in one for one in figures):
+                found[task] = [mean(one, metric) for one in own.values()]
         return found
 
 
@@ -131,10 +140,10 @@ def crossed(values: Array) -> tuple[Counter[int], Array]:
     """Choose on one half of the sets, judge on the other, for all ways to halve them.
 
     Args:
-        values: I-AUROC, shape (sets, candidates).
+        values: The figure, shape (sets, candidates).
 
     Returns:
-        How often each candidate is chosen, and the I-AUROC of the chosen one, shape (ways, sets);
+        How often each candidate is chosen, and the figure of the chosen one, shape (ways, sets);
         NaN for the sets that chose it. Of an odd number of sets the larger half chooses.
     """
     sets = range(len(values))
@@ -151,7 +160,7 @@ def gains(values: Array) -> Array:
     """What the chosen candidate is better than the first, on the half that didn't choose: (ways,).
 
     Args:
-        values: I-AUROC, shape (sets, candidates); the first candidate is the settings as they are.
+        values: The figure, shape (sets, candidates); the first is that of the settings as they are.
     """
     _, judged = crossed(values)
     return np.asarray(np.nanmean(judged - values[:, 0], axis=1))
@@ -209,6 +218,7 @@ def main() -> None:
         default=everything,
         help=f"which of them beside {AS_IS!r}",
     )
+    parser.add_argument("--metric", choices=METRICS, default="I-AUROC", help="what the tables say")
     options = parser.parse_args()
     bench, tasks, runs = benchmark(options)
     runs = Runs(runs.file, options.seeds)
@@ -232,11 +242,12 @@ def main() -> None:
         runs.add(key, figures)
         _LOGGER.info("%s, %s, %s: %.3f", task, detector, key["method"], figures["I-AUROC"])
     for case, detector in itertools.product(cases, names):
-        found = case.finished(bench, runs, tasks, detector, names[detector])
+        found = case.finished(bench, runs, tasks, detector, names[detector], options.metric)
         if len(found) < 2:
             continue
         gained = gains(np.array([*found.values()]))
-        print(f"\n### {detector}, {case.method}, {case.noise:.0%} bad, {len(found)} sets\n")
+        trained_on = f"{case.method}, {case.noise:.0%} bad, {len(found)} sets"
+        print(f"\n### {detector}, {trained_on}: {options.metric}\n")
         print(table(rows(found, names[detector])))
         print()
         print(table(by_set(found)))

@@ -40,10 +40,12 @@ def test_scores_as_they_are_stand_beside_standardised_ones(tmp_path):
     assert not torch.equal(raw, outcome.scores)
     bad = [sample.label for sample in made.split(0, 0).test]
     assert figures["raw I-AUROC"] == pytest.approx(roc_auc_score(bad, raw))
-    for times in (0, 1):
-        runs.add(key_of(bench, "mvtec/a", "fastflow", times) | {"seed": 0}, figures)
-    (row, _) = rows(bench, runs, ["mvtec/a"], "fastflow", [1])
-    assert row["raw"] == f"{figures['raw I-AUROC']:.3f}"
+    longer = figures | {"raw I-AUROC": 0.25}
+    for times, own in ((0, figures), (1, figures), (5, longer)):
+        runs.add(key_of(bench, "mvtec/a", "fastflow", times) | {"seed": 0}, own)
+    (row, _) = rows(bench, runs, ["mvtec/a"], "fastflow", [1, 5])
+    assert row["raw, 1 x"] == f"{figures['raw I-AUROC']:.3f}"
+    assert row["raw, 5 x"] == "0.250"
 
 
 def test_rows_are_the_finished_sets_and_their_mean(tmp_path):

@@ -183,6 +183,25 @@ def test_patches_of_weight_zero_have_no_gradient():
     assert (gradient[1, ..., :6] != 0).any()
 
 
+def test_noise_is_of_training_alone_and_in_units_of_the_standardised_features():
+    # Noise that came before the scaler would drown features of 1/100 of a unit. An untouched flow
+    # only shuffles, so latents are features and noise.
+    level = 0.01 * torch.randn(40, 6, 16, 16)
+    noisy = FastFlow([6], (16, 16), steps=1, noise_std=0.5)
+    noisy.fit_statistics([[level]])
+    (plain,) = noisy.eval().level_scores([level])
+    (once,), (again,) = noisy.train().level_scores([level]), noisy.level_scores([level])
+    assert not torch.equal(once, again)
+    assert torch.equal(noisy.eval().level_scores([level])[0], plain)
+    # Half the mean square has 1/2 of the features and 0.5² / 2 of the noise.
+    assert plain.mean().item() == pytest.approx(0.5, rel=1e-3)
+    assert once.mean().item() == pytest.approx(0.625, rel=0.02)
+    quiet = FastFlow([6], (16, 16), steps=1)
+    state = torch.get_rng_state()
+    quiet.losses([level])
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_pairs_of_losses_by_hand():
     detector = FastFlow([4, 6], (8, 8), steps=2)
     features = [torch.randn(3, 4, 4, 4), torch.randn(3, 6, 2, 2)]

@@ -1,5 +1,6 @@
 """Settings that are chosen on one half of the sets and judged on the other."""
 
+import itertools
 import sys
 
 import numpy as np
@@ -28,7 +29,7 @@ def test_candidates_change_what_their_names_say(tmp_path, monkeypatch, detector)
     monkeypatch.setattr(kind, "run", watched)
     usual = bench.experiment(detector, "tiny").build().learning_rate
     # The tiny SimpleNet has independent noise as it is.
-    own = {"fastflow": (None, None), "simplenet": (0.5, 0.0)}[detector]
+    own = {"fastflow": (0.0, None), "simplenet": (0.5, 0.0)}[detector]
     expected = {
         AS_IS: (6, usual, *own),
         "a third of the rate": (6, usual / 3, *own),
@@ -39,6 +40,8 @@ def test_candidates_change_what_their_names_say(tmp_path, monkeypatch, detector)
         "half the noise": (6, usual, 0.15, 0.35),
         "twice the noise": (6, usual, 0.6, 1.4),
         "independent noise": (6, usual, 1.0, 0.0),
+        "noise of 0.1": (6, usual, 0.1, None),
+        "noise of 0.3": (6, usual, 0.3, None),
     }
     for name in CANDIDATES[detector]:
         assert 0 <= Case().run(bench, "tiny", detector, name, seed=0)["I-AUROC"] <= 1
@@ -117,7 +120,8 @@ def test_shards_are_all_items_once():
 def test_the_table_shows_sets_on_which_all_candidates_are_finished(tmp_path):
     bench, runs = Benchmark("resnet18", {}, "cpu", None), Runs(tmp_path / "runs.jsonl")
     names = [*CANDIDATES["fastflow"]]
-    for task, values in (("mvtec/a", (0.8, 0.9, 0.7, 0.8, 0.8)), ("mvtec/b", (0.6, 0.8))):
+    complete = (0.8, 0.9, 0.7, 0.8, 0.8, 0.8, 0.8)
+    for task, values in (("mvtec/a", complete), ("mvtec/b", (0.6, 0.8))):
         for name, value in zip(names, values, strict=False):
             for seed in (0, 1):
                 key = Case().key(bench, task, "fastflow", name) | {"seed": seed}
@@ -125,8 +129,8 @@ def test_the_table_shows_sets_on_which_all_candidates_are_finished(tmp_path):
     found = Case().finished(bench, runs, ["mvtec/a", "mvtec/b"], "fastflow", names)
     assert not Case(0.1).finished(bench, runs, ["mvtec/a"], "fastflow", names)
     assert not Case(method="comet").finished(bench, runs, ["mvtec/a"], "fastflow", names)
-    assert found == {"mvtec/a": pytest.approx([0.81, 0.91, 0.71, 0.81, 0.81])}
-    found["mvtec/b"] = [0.61, 0.81, 0.61, 0.61, 0.61]
+    assert found == {"mvtec/a": pytest.approx([0.81, 0.91, 0.71, 0.81, 0.81, 0.81, 0.81])}
+    found["mvtec/b"] = [0.61, 0.81, 0.61, 0.61, 0.61, 0.61, 0.61]
     first, second, third, *_ = rows(found, names)
     assert first == {
         "settings": AS_IS,
@@ -138,6 +142,27 @@ def test_the_table_shows_sets_on_which_all_candidates_are_finished(tmp_path):
     assert (second["mean"], second["difference"]) == ("0.860", "+0.150 ± 0.050")
     assert (second["worst"], second["chosen"]) == ("+0.100 (mvtec/a)", "100%")
     assert (third["difference"], third["worst"]) == ("-0.050 ± 0.050", "-0.100 (mvtec/a)")
+
+
+def test_sets_without_masks_are_left_out_of_pixel_metrics(tmp_path, monkeypatch, capsys):
+    file, names = tmp_path / "runs.jsonl", [AS_IS, "half as long"]
+    bench, runs = Benchmark(DEFAULT_BACKBONE, {}, "cpu", None), Runs(file)
+    tasks = ["elpv/mono", "elpv/poly", "mvtec/a"]
+    for task, name in itertools.product(tasks, names):
+        figures = {"I-AUROC": 0.9} | ({} if task == "elpv/mono" else {"AUPRO": 0.5})
+        figures = figures if name == AS_IS else {key: x - 0.2 for key, x in figures.items()}
+        runs.add(Case().key(bench, task, "fastflow", name) | {"seed": 0}, figures)
+    found = Case().finished(bench, runs, tasks, "fastflow", names, "AUPRO")
+    assert found == {task: pytest.approx([0.5, 0.3]) for task in tasks[1:]}
+    assert [*Case().finished(bench, runs, tasks, "fastflow", names)] == tasks
+    command = ["settings", "--out", str(file), "--detectors", "fastflow", "--seeds", "0"]
+    command += ["--tasks", *tasks[:2], "mvtec/a", "--candidates", "half as long"]
+    monkeypatch.setattr(sys, "argv", [*command, "--metric", "AUPRO", "--root", f"mvtec={tmp_path}"])
+    main()
+    printed = capsys.readouterr().out
+    assert printed.startswith("\n### fastflow, plain, 0% bad, 2 sets: AUPRO")
+    assert "0.300" in printed
+    assert "0.700" not in printed
 
 
 def test_the_command_prints_the_asked_candidates_for_each_method(tmp_path, monkeypatch, capsys):
@@ -154,7 +179,7 @@ def test_the_command_prints_the_asked_candidates_for_each_method(tmp_path, monke
     monkeypatch.setattr(sys, "argv", [*command, "--candidates", "half as long"])
     main()  # a candidate that wasn't asked for would be trained now
     _, plain, comet = capsys.readouterr().out.split("### ")
-    assert plain.startswith("simplenet, plain, 10% bad, 2 sets")
+    assert plain.startswith("simplenet, plain, 10% bad, 2 sets: I-AUROC")
     assert "0.700" in plain
     assert "+0.000 against the settings as they are" in plain
     assert comet.startswith("simplenet, comet, 10% bad, 2 sets")
