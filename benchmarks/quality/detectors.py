@@ -4,9 +4,9 @@ Every finished run is a JSON line in ``--out``; the same command goes on where i
 ``--shard i/n`` runs the i-th of n parts, also several at once on one file. I-AUROC, the mean ±
 standard deviation over those of ``--seeds`` that bank and all lengths have, differences with the p
 value of a paired t-test; that of the lengths with its standard error, too. *bank* is
-``MemoryBank``, a tenth of the patches, at random, on SimpleNet's features. A set that has bad
-training pictures is used without them. *raw* is the same trained detector, whose scores aren't
-standardised by position.
+``MemoryBank``, a tenth of the patches, at random, on SimpleNet's features. *raw* is the same
+trained detector, whose scores aren't standardised by position. A set that has bad training pictures
+is trained on without them; *with left out* is the same on a test set to which they are added.
 """
 
 import argparse
@@ -28,6 +28,8 @@ from grid import Benchmark, add_arguments, benchmark
 from runs import Figures, Runs, mean, of_shard, on_common_seeds, paired, spread
 
 _LOGGER = logging.getLogger(__name__)
+
+RAW, WITH_LEFT_OUT = "raw", "with left out"
 
 
 def main() -> None:
@@ -60,16 +62,30 @@ def main() -> None:
 def run(bench: Benchmark, task: str, detector: str, times: int, seed: int) -> Figures:
     """Figures of a detector that is trained ``times`` as long as planned; of the bank for 0."""
     experiment = bench.experiment(detector if times else "simplenet", task)
-    split = oracle(experiment.split(0, seed))
+    whole = experiment.split(0, seed)
+    split = oracle(whole)
+    left_out = tuple(sample for sample in whole.train if sample.label == 1)
+    wider = replace(split, test=split.test + left_out)
     if times == 0:
-        return experiment.bank(split, seed).figures
+        figures = dict(experiment.bank(split, seed).figures)
+        if left_out:
+            figures |= _named(WITH_LEFT_OUT, experiment.bank(wider, seed).figures)
+        return figures
     settings = experiment.preset.training("plain", seed=seed)
     outcome = experiment.run(split, stretched(settings, times, len(split.train)))
-    if not isinstance(outcome.training.detector, ScoresFittable):
-        return outcome.figures
-    cast("Any", outcome.training.detector).usual = PositionScaler()
-    raw = experiment.judge(split, *experiment.predict(outcome.training, split.test))
-    return outcome.figures | {f"raw {name}": value for name, value in raw.items()}
+    figures = dict(outcome.figures)
+    if left_out:
+        judged = experiment.judge(wider, *experiment.predict(outcome.training, wider.test))
+        figures |= _named(WITH_LEFT_OUT, judged)
+    if isinstance(outcome.training.detector, ScoresFittable):
+        cast("Any", outcome.training.detector).usual = PositionScaler()
+        raw = experiment.judge(split, *experiment.predict(outcome.training, split.test))
+        figures |= _named(RAW, raw)
+    return figures
+
+
+def _named(kind: str, figures: Figures) -> Figures:
+    return {f"{kind} {name}": value for name, value in figures.items()}
 
 
 def stretched(settings: TrainingSettings, times: float, count: int) -> TrainingSettings:
@@ -104,7 +120,8 @@ def rows(
         found[-1] |= {f"{n} x": f"{x:.3f}" for n, x in zip(longer, trained, strict=True)}
         if len(trained) > 1:
             found[-1]["longer"] = f"{trained[-1] - trained[0]:+.3f}"
-    return [{name: row.get(name, "") for name in found[0]} for row in found]
+    columns = dict.fromkeys(itertools.chain(*found))
+    return [{name: row.get(name, "") for name in columns} for row in found]
 
 
 def _row(task: str, own: list[dict[int, Figures]], longer: list[int]) -> dict[str, str | float]:
@@ -113,19 +130,29 @@ def _row(task: str, own: list[dict[int, Figures]], longer: list[int]) -> dict[st
     row: dict[str, str | float] = {"set": task, "seeds": str(len(bank)), "bank": _spread(bank)}
     row |= {f"{times} x": _spread(one) for times, one in zip(longer, trained, strict=True)}
     row["- bank"] = paired(trained[0], bank, "I-AUROC")
-    if len(trained) > 1:
-        row["longer"] = paired(trained[-1], trained[0], "I-AUROC")
-        row["± s.e."] = _standard_error(trained[-1], trained[0])
-    if all("raw I-AUROC" in figures for one in trained for figures in one.values()):
-        raw = [f"{mean(one, 'raw I-AUROC'):.3f}" for one in trained]
-        row |= {f"raw, {times} x": text for times, text in zip(longer, raw, strict=True)}
+    row |= _gained(trained, "I-AUROC", "")
+    if _have(trained, name := f"{RAW} I-AUROC"):
+        for times, one in zip(longer, trained, strict=True):
+            row[f"{RAW}, {times} x"] = f"{mean(one, name):.3f}"
+    if _have(own, name := f"{WITH_LEFT_OUT} I-AUROC"):
+        for column, one in zip(["bank", *(f"{n} x" for n in longer)], own, strict=True):
+            row[f"{WITH_LEFT_OUT}, {column}"] = f"{mean(one, name):.3f}"
+        row |= _gained(trained, name, f"{WITH_LEFT_OUT}, ")
     return row
 
 
-def _standard_error(longer: dict[int, Figures], usual: dict[int, Figures]) -> str:
-    """Of the mean difference over seeds; empty for one."""
-    differences = [longer[seed]["I-AUROC"] - usual[seed]["I-AUROC"] for seed in usual]
-    return f"{sem(differences):.3f}" if len(differences) > 1 else ""
+def _have(own: list[dict[int, Figures]], name: str) -> bool:
+    return all(name in figures for one in own for figures in one.values())
+
+
+def _gained(trained: list[dict[int, Figures]], name: str, heading: str) -> dict[str, str | float]:
+    """Cells of what the last length adds to the first, with the standard error over the seeds."""
+    usual, longest = trained[0], trained[-1]
+    if len(trained) < 2:
+        return {}
+    differences = [longest[seed][name] - usual[seed][name] for seed in usual]
+    error = f"{sem(differences):.3f}" if len(differences) > 1 else ""
+    return {f"{heading}longer": paired(longest, usual, name), f"{heading}± s.e.": error}
 
 
 def _spread(runs: dict[int, Figures]) -> str:

@@ -1,5 +1,7 @@
 """The table of detectors against the bank."""
 
+import itertools
+
 import pytest
 import torch
 from sklearn.metrics import roc_auc_score
@@ -46,6 +48,55 @@ def test_scores_as_they_are_stand_beside_standardised_ones(tmp_path):
     (row, _) = rows(bench, runs, ["mvtec/a"], "fastflow", [1, 5])
     assert row["raw, 1 x"] == f"{figures['raw I-AUROC']:.3f}"
     assert row["raw, 5 x"] == "0.250"
+
+
+@pytest.mark.parametrize("times", [0, 1])
+def test_bad_training_pictures_are_tested_beside_the_others(tmp_path, monkeypatch, times):
+    bench, seen = TinyBenchmark(tmp_path), []
+    made = bench.experiment("simplenet", "tiny")
+    assert not any("left out" in name for name in run(bench, "tiny", "simplenet", times, seed=0))
+    bad = made.split(0.2, 0)  # as a set that has bad training pictures of its own
+    count = sum(sample.label for sample in bad.train)
+    judge = made.judge
+
+    def judged(split, scores, maps):
+        seen.append((sum(s.label for s in split.train), [s.label for s in split.test], scores))
+        return judge(split, scores, maps)
+
+    monkeypatch.setattr(made, "split", lambda noise, seed: bad)
+    monkeypatch.setattr(made, "judge", judged)
+    figures = run(bench, "tiny", "simplenet", times, seed=0)
+    (trained_on, labels, scores), (_, wider, all_scores) = seen
+    assert trained_on == 0
+    assert count > 0
+    assert wider == labels + count * [1]
+    assert torch.equal(all_scores[: len(labels)], scores)
+    assert figures["I-AUROC"] == pytest.approx(roc_auc_score(labels, scores))
+    found = figures["with left out I-AUROC"]
+    assert found == pytest.approx(roc_auc_score(wider, all_scores))
+
+
+def test_columns_of_left_out_pictures_stand_where_there_are_any(tmp_path):
+    bench, runs = Benchmark("resnet18", {}, "cpu", None), Runs(tmp_path / "runs.jsonl")
+    values = {0: (0.8, 0.96), 1: (0.7, 0.8), 5: (0.65, 0.95)}
+    for task, (times, pair) in itertools.product(["mvtec/a", "ksdd2/ksdd2"], values.items()):
+        for seed, value in enumerate(pair):
+            figures = {"I-AUROC": value}
+            if task == "ksdd2/ksdd2":
+                figures["with left out I-AUROC"] = value / 2
+            runs.add(key_of(bench, task, "simplenet", times) | {"seed": seed}, figures)
+    first, second, mean = rows(bench, runs, ["mvtec/a", "ksdd2/ksdd2"], "simplenet", [1, 5])
+    assert list(first) == list(second) == list(mean)
+    assert {value for name, value in first.items() if "left out" in name} == {""}
+    found = {name: value for name, value in second.items() if "left out" in name}
+    assert found == {
+        "with left out, bank": "0.440",
+        "with left out, 1 x": "0.375",
+        "with left out, 5 x": "0.400",
+        # Differences -0.025 and 0.075: t = 0.5, p = 1 - 2 / pi * arctan t.
+        "with left out, longer": "+0.025 (p = 0.705)",
+        "with left out, ± s.e.": "0.050",
+    }
 
 
 def test_rows_are_the_finished_sets_and_their_mean(tmp_path):
