@@ -202,6 +202,12 @@ def test_noise_is_of_training_alone_and_in_units_of_the_standardised_features():
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.parametrize("noise_std", [-0.1, math.nan])
+def test_noise_below_zero_is_refused(noise_std):
+    with pytest.raises(ValueError, match="expected 0"):
+        FastFlow([6], (16, 16), noise_std=noise_std)
+
+
 def test_pairs_of_losses_by_hand():
     detector = FastFlow([4, 6], (8, 8), steps=2)
     features = [torch.randn(3, 4, 4, 4), torch.randn(3, 6, 2, 2)]

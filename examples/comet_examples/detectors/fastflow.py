@@ -169,8 +169,11 @@ class FastFlow(nn.Module):
         standardize_scores: Whether scores are compared with those of the training pictures at the
             same position; they are not in the paper.
         noise_std: Standard deviation of the Gaussian noise that training adds to the standardised
-            features, anew in every step, >= 0; none in the paper. A flow can raise the likelihood
-            of single training pictures; with noise it fits what lies around them too.
+            features, anew in every step, >= 0; none in the paper. The flow is then fitted to what
+            lies around the training features too.
+
+    Raises:
+        ValueError: If ``noise_std`` is negative.
     """
 
     extractor = PyramidFeatures
@@ -190,6 +193,8 @@ class FastFlow(nn.Module):
         noise_std: float = 0.0,
     ) -> None:
         super().__init__()
+        if not noise_std >= 0:
+            raise ValueError(f"noise_std is {noise_std}; expected 0 (no noise) or more")
         self.map_size = map_size
         self.noise_std = noise_std
         self.learning_rate = learning_rate
