@@ -23,7 +23,6 @@ from comet_examples.datasets import oracle
 from comet_examples.detectors import ScoresFittable
 from comet_examples.detectors.positions import PositionScaler
 from comet_examples.report import table
-from comet_examples.training import TrainingSettings
 from grid import Benchmark, add_arguments, benchmark
 from runs import Figures, Runs, mean, of_shard, on_common_seeds, paired, spread
 
@@ -72,7 +71,7 @@ def run(bench: Benchmark, task: str, detector: str, times: int, seed: int) -> Fi
             figures |= _named(WITH_LEFT_OUT, experiment.bank(wider, seed).figures)
         return figures
     settings = experiment.preset.training("plain", seed=seed)
-    outcome = experiment.run(split, stretched(settings, times, len(split.train)))
+    outcome = experiment.run(split, settings.stretched(times))
     figures = dict(outcome.figures)
     if left_out:
         judged = experiment.judge(wider, *experiment.predict(outcome.training, wider.test))
@@ -86,13 +85,6 @@ def run(bench: Benchmark, task: str, detector: str, times: int, seed: int) -> Fi
 
 def _named(kind: str, figures: Figures) -> Figures:
     return {f"{kind} {name}": value for name, value in figures.items()}
-
-
-def stretched(settings: TrainingSettings, times: float, count: int) -> TrainingSettings:
-    """The settings of a training on ``count`` pictures, for ``times`` as long."""
-    if settings.steps is None:
-        return replace(settings, epochs=max(1, round(times * settings.epochs_for(count))))
-    return replace(settings, steps=max(1, round(times * settings.steps)))
 
 
 def key_of(bench: Benchmark, task: str, detector: str, times: int) -> dict[str, Any]:

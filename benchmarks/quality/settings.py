@@ -32,7 +32,6 @@ from comet_examples.datasets import oracle
 from comet_examples.experiment import Experiment
 from comet_examples.report import table
 from comet_examples.training import Method
-from detectors import stretched
 from grid import Benchmark, add_arguments, benchmark
 from runs import Figures, Runs, mean, of_shard, on_common_seeds
 
@@ -113,7 +112,7 @@ class Case:
         if self.noise == 0:
             split = oracle(split)  # some sets have bad pictures as they are
         settings = experiment.preset.training(self.method, seed=seed)
-        settings = stretched(settings, candidate.times, len(split.train))
+        settings = settings.stretched(candidate.times)
         return experiment.run(split, settings).figures
 
     def finished(

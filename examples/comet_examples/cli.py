@@ -206,8 +206,10 @@ def _parser(detector: str, dataset: str) -> argparse.ArgumentParser:
     )
     length.add_argument(
         "--steps",
-        type=_count,
-        help="or optimizer steps, rounded up to whole passes",
+        type=_steps,
+        metavar="auto|STEPS",
+        help="or optimizer steps, rounded up to whole passes; auto: the preset's length or five "
+        "times it, whichever fits a fifth of the training pictures better that is held out",
     )
     training.add_argument(
         "--batch-size", type=_pair, default=8, help="at least 2 (default: %(default)s)"
@@ -289,6 +291,7 @@ def _run(options: argparse.Namespace) -> int:
         tensorboard=options.tensorboard,
         keep_going=options.keep_going,
         review=options.review,
+        chooses_length=options.steps == "auto",
     )
     rows, failed = session.run([oracle(s) for s in splits] if options.curated else splits)
     if rows:
@@ -309,7 +312,8 @@ def _preset(options: argparse.Namespace) -> Preset:
         preset = preset.sized(Transform(size, options.crop))
     elif options.crop:
         preset = preset.sized(replace(preset.transform, crop=options.crop))
-    return preset.lasting(epochs=options.epochs, steps=options.steps)
+    steps = None if options.steps == "auto" else options.steps
+    return preset.lasting(epochs=options.epochs, steps=steps)
 
 
 def ahead(rows: Sequence[Mapping[str, str | float]]) -> list[str]:
@@ -378,6 +382,10 @@ def _device(text: str) -> str:
             f"{text} is no device of this machine; there are: {', '.join(['cpu', *there])}"
         )
     return text
+
+
+def _steps(text: str) -> int | str:
+    return text if text == "auto" else _count(text)
 
 
 def _count(text: str) -> int:

@@ -23,6 +23,8 @@ class Results:
     Attributes:
         settings: As given, in JSON's types.
         methods: Entries of the methods that are finished.
+        lengths: Mean losses of held-out pictures by length of training, as text, where the length
+            was chosen by these (:mod:`comet_examples.length`); empty otherwise.
 
     Raises:
         ResumeError: If the file holds results of other settings, or can't be read.
@@ -31,7 +33,9 @@ class Results:
     def __init__(self, file: Path, settings: Mapping[str, Any]) -> None:
         self.file = file
         self.settings: dict[str, Any] = json.loads(json.dumps(settings))
-        self.methods: dict[str, Any] = _stored(file, self.settings) if file.exists() else {}
+        stored = _stored(file, self.settings) if file.exists() else {}
+        self.methods: dict[str, Any] = dict(stored.get("methods", {}))
+        self.lengths: dict[str, float] = dict(stored.get("lengths", {}))
 
     def add(self, method: str, entry: Mapping[str, Any]) -> None:
         """Store a finished method.
@@ -45,7 +49,7 @@ class Results:
 
     def save(self) -> None:
         """Write the file, atomically."""
-        content = {"settings": self.settings, "methods": self.methods}
+        content = {"settings": self.settings, "methods": self.methods, "lengths": self.lengths}
         with replacing(self.file) as aside:
             aside.write_text(json.dumps(content, indent=1), encoding="utf-8")
 
@@ -101,10 +105,11 @@ def fingerprint(samples: Sequence[Sample]) -> str:
 
 
 def _stored(file: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """The finished methods of a file, if it is of the same settings."""
+    """The content of a file, if it is of the same settings."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-        found, methods = content["settings"], dict(content["methods"])
+        found = content["settings"]
+        _ = dict(content["methods"]), dict(content.get("lengths", {}))
         changed = [key for key in {**found, **settings} if found.get(key) != settings.get(key)]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ResumeError(
@@ -116,4 +121,4 @@ def _stored(file: Path, settings: dict[str, Any]) -> dict[str, Any]:
             f"{file.parent} holds results of other settings: {', '.join(was)}; give another --out, "
             "or remove that folder to start afresh"
         )
-    return methods
+    return dict(content)

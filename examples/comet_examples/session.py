@@ -16,6 +16,7 @@ import comet_meta
 from comet_examples import report
 from comet_examples.datasets import DatasetError, Split, bad_samples, contaminate, survey
 from comet_examples.experiment import Experiment, Judged, Outcome, can_be_judged
+from comet_examples.length import chosen, losses_by_length
 from comet_examples.metrics import curation_metrics
 from comet_examples.presets import Preset
 from comet_examples.results import Results, fingerprint
@@ -55,6 +56,8 @@ class Session:
         keep_going: Whether to train without the pictures that can't be used.
         review: List of a report in whose sample the bad pictures were ticked.
         tensorboard: Whether to write logs for TensorBoard; takes the package ``tensorboard``.
+        chooses_length: Whether each category's pictures choose between the length of ``training``
+            and a longer one (:mod:`comet_examples.length`), the same for all methods.
     """
 
     detector: str
@@ -72,6 +75,7 @@ class Session:
     tensorboard: bool = False
     keep_going: bool = False
     review: Path | None = None
+    chooses_length: bool = False
 
     def run(self, categories: Sequence[Split]) -> tuple[list[dict[str, str | float]], list[str]]:
         """Train and judge what isn't finished yet.
@@ -113,6 +117,8 @@ class Session:
         split = contaminate(clean, self.noise, seed=self.training.seed, overlap=self.overlap)
         training = asdict(self.training)
         del training["method"]
+        if self.chooses_length:
+            training["steps"] = "auto"
         if self.review is not None:
             self._review(split)  # a list that doesn't fit is refused before the first training
             digest = hashlib.sha256(self.review.read_bytes()).hexdigest()
@@ -157,6 +163,9 @@ class Session:
         )
         results.save()
         folder = results.file.parent
+        training = self.training
+        if self.chooses_length and missing != ["bank"]:
+            training = training.stretched(self._times(experiment, split, results))
         for method in missing:
             if method == "bank":
                 judged = experiment.bank(split, self.training.seed)
@@ -165,7 +174,7 @@ class Session:
                 results.add(method, entry)
                 continue
             log = _log(folder / "tensorboard" / method) if self.tensorboard else None
-            settings = replace(self.training, method=cast("Method", method))
+            settings = replace(training, method=cast("Method", method))
             if method == "comet":
                 settings = replace(settings, review=self._review(split))
             outcome = experiment.run(
@@ -181,6 +190,21 @@ class Session:
             results.add(method, entry)
             if log is not None:
                 _finish_log(log, outcome, entry, sorted(folder.glob(f"{method}_*.png")))
+
+    def _times(self, experiment: Experiment, split: Split, results: Results) -> float:
+        """How many times the planned length the category's training pictures choose."""
+        if not results.lengths:
+            print(f"{split.category}: choosing the length by pictures that are held out")
+            losses = losses_by_length(
+                experiment.build, experiment.rows(split.train), self.training, device=self.device
+            )
+            results.lengths = {f"{n:g}": float(own.mean()) for n, own in losses.items()}
+            results.save()
+        means = {float(times): loss for times, loss in results.lengths.items()}
+        times = chosen(means)
+        found = ", ".join(f"{loss:.4g} after {n:g} x" for n, loss in means.items())
+        print(f"{split.category}: {times:g} x the planned length; loss held out: {found}")
+        return times
 
 
 @contextmanager

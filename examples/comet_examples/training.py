@@ -3,7 +3,7 @@
 import io
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -142,6 +142,20 @@ class TrainingSettings:
         if self.epochs is not None:
             return self.epochs
         return math.ceil(cast("int", self.steps) / self.steps_an_epoch(count))
+
+    def stretched(self, times: float) -> "TrainingSettings":
+        """The settings of a training ``times`` as long.
+
+        Args:
+            times: Factor on ``epochs`` or ``steps``, > 0. At least one of these is left.
+
+        Example:
+            >>> TrainingSettings("plain", steps=1000).stretched(5).steps
+            5000
+        """
+        if self.steps is None:
+            return replace(self, epochs=max(1, round(times * cast("int", self.epochs))))
+        return replace(self, steps=max(1, round(times * self.steps)))
 
     def judged_after(self, count: int) -> int | None:
         """Epochs after which the model judges the pictures that were held out: a quarter of them.
