@@ -9,8 +9,9 @@ parts.
 What a length is worth is read from ``--whole``: runs on the whole training set at each length, from
 ``detectors.py`` (clean pictures, ``--noise 0``: those without the set's bad ones) or ``regime.py``
 (with bad ones), whose form ``--form`` is. I-AUROC, the mean over those of ``--seeds`` that have all
-of it. *chosen* is each seed's own choice; ± s.e. is the standard error of its difference from the
-shortest length, over the seeds, and in the last line over the sets.
+of it. *chosen* is each seed's own choice, ± s.e. the standard error of its difference from the
+shortest length, over the seeds, and in the last line over the sets. *by the median* is what the
+median loss would choose in place of the mean.
 """
 
 import argparse
@@ -115,7 +116,11 @@ def rows(
         choices = {seed: choice(losses, longer) for seed, losses in own[0].items()}
         by_length = [[own[times][seed][options.metric] for seed in choices] for times in longer]
         picked = [own[times][seed][options.metric] for seed, times in choices.items()]
-        figures.append([*np.mean(by_length, axis=1).tolist(), float(np.mean(picked))])
+        by_median = [
+            own[choice(losses, longer, "median")][seed][options.metric]
+            for seed, losses in own[0].items()
+        ]
+        figures.append(np.mean([*by_length, by_median, picked], axis=1).tolist())
         line: dict[str, str | float] = {"set": task, "seeds": str(len(choices))}
         line |= _cells(longer, figures[-1])
         if len(choices) > 1:
@@ -133,18 +138,19 @@ def rows(
     return [{name: row.get(name, "") for name in columns} for row in found]
 
 
-def choice(figures: Figures, longer: list[int]) -> int:
-    """The length that the losses of a run choose."""
-    return int(chosen({times: figures[f"mean, {times} x"] for times in longer}))
+def choice(figures: Figures, longer: list[int], statistic: str = "mean") -> int:
+    """The length that the losses of a run choose, by their mean or their median."""
+    return int(chosen({times: figures[f"{statistic}, {times} x"] for times in longer}))
 
 
 def _cells(longer: list[int], figures: list[float]) -> dict[str, str | float]:
     """Cells of I-AUROC at each length and at the chosen one."""
-    *by_length, picked = figures
+    *by_length, by_median, picked = figures
     cells: dict[str, str | float] = {
         f"{times} x": f"{one:.3f}" for times, one in zip(longer, by_length, strict=True)
     }
-    return cells | {"chosen": f"{picked:.3f}", "chosen - shortest": f"{picked - by_length[0]:+.3f}"}
+    cells |= {"by the median": f"{by_median:.3f}", "chosen": f"{picked:.3f}"}
+    return cells | {"chosen - shortest": f"{picked - by_length[0]:+.3f}"}
 
 
 if __name__ == "__main__":

@@ -208,8 +208,8 @@ def _parser(detector: str, dataset: str) -> argparse.ArgumentParser:
         "--steps",
         type=_steps,
         metavar="auto|STEPS",
-        help="or optimizer steps, rounded up to whole passes; auto: the preset's length or five "
-        "times it, whichever fits a fifth of the training pictures better that is held out",
+        help="or optimizer steps, rounded up to whole passes; auto: the preset's length, or five "
+        "times it where pictures that were held out have a lower loss then",
     )
     training.add_argument(
         "--batch-size", type=_pair, default=8, help="at least 2 (default: %(default)s)"
