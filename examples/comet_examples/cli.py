@@ -209,7 +209,7 @@ def _parser(detector: str, dataset: str) -> argparse.ArgumentParser:
         type=_steps,
         metavar="auto|STEPS",
         help="or optimizer steps, rounded up to whole passes; auto: the preset's length, or five "
-        "times it where pictures that were held out have a lower loss then",
+        "times it where pictures that were held out have a lower loss then (for clean sets)",
     )
     training.add_argument(
         "--batch-size", type=_pair, default=8, help="at least 2 (default: %(default)s)"

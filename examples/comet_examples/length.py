@@ -8,8 +8,9 @@ same kind more closely too, or only these few, shows in pictures that it was not
 3. Take the mean loss of the pictures that were held out.
 4. Choose the length with the lowest one, the shorter of two that are equal.
 
-Mean and not median, because a detector that has learned its training pictures by heart fails on the
-odd pictures first, and these decide over false alarms.
+Mean and not median: a longer training may fit most pictures more closely and a few far worse, and
+these few become false alarms. The pictures should all be good: nothing tells the loss of a bad one
+from that of an odd good one.
 
 Several trainings decide, and not one that is stopped early: learning rates that fall to 0 by the
 end are part of a length. On the choice by a held-out loss: Prechelt, Early stopping - but when?,

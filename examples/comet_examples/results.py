@@ -33,9 +33,10 @@ class Results:
     def __init__(self, file: Path, settings: Mapping[str, Any]) -> None:
         self.file = file
         self.settings: dict[str, Any] = json.loads(json.dumps(settings))
-        stored = _stored(file, self.settings) if file.exists() else {}
-        self.methods: dict[str, Any] = dict(stored.get("methods", {}))
-        self.lengths: dict[str, float] = dict(stored.get("lengths", {}))
+        self.methods: dict[str, Any] = {}
+        self.lengths: dict[str, float] = {}
+        if file.exists():
+            self.methods, self.lengths = _stored(file, self.settings)
 
     def add(self, method: str, entry: Mapping[str, Any]) -> None:
         """Store a finished method.
@@ -104,12 +105,12 @@ def fingerprint(samples: Sequence[Sample]) -> str:
     return f"{len(samples)} pictures, {digest.hexdigest()[:12]}"
 
 
-def _stored(file: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """The content of a file, if it is of the same settings."""
+def _stored(file: Path, settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, float]]:
+    """The finished methods and the lengths of a file, if it is of the same settings."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         found = content["settings"]
-        _ = dict(content["methods"]), dict(content.get("lengths", {}))
+        methods, lengths = dict(content["methods"]), dict(content.get("lengths", {}))
         changed = [key for key in {**found, **settings} if found.get(key) != settings.get(key)]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ResumeError(
@@ -121,4 +122,4 @@ def _stored(file: Path, settings: dict[str, Any]) -> dict[str, Any]:
             f"{file.parent} holds results of other settings: {', '.join(was)}; give another --out, "
             "or remove that folder to start afresh"
         )
-    return dict(content)
+    return methods, lengths

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -204,7 +205,19 @@ def test_the_choice_runs_on_real_pictures_and_other_lengths_are_refused(tmp_path
     found = results(tmp_path / "out")["lengths"]
     assert {*found} == {"1", "5"}
     assert all(math.isfinite(loss) for loss in found.values())
-    assert short[-1].steps == 2 * chosen({float(n): loss for n, loss in found.items()})
+    steps = int(2 * chosen({float(n): loss for n, loss in found.items()}))
+    assert short[-1].steps == steps
+    # The choice leaves nothing behind: the training is the one of that length, to the last bit.
+    auto_out = (tmp_path / "out").rename(tmp_path / "auto")
+    assert auto(tmp_path, "--steps", str(steps)) == 0
+    of_length, of_choice = (
+        results(folder)["methods"]["comet"] for folder in (tmp_path / "out", auto_out)
+    )
+    assert [of_length[key] for key in ("test", "history", "suspects")] == [
+        of_choice[key] for key in ("test", "history", "suspects")
+    ]
+    shutil.rmtree(tmp_path / "out")
+    auto_out.rename(tmp_path / "out")
     capsys.readouterr()
     assert auto(tmp_path, "--steps", "2") == 2  # the same folder, another way to choose
     assert "steps was 'auto', is 2" in capsys.readouterr().err
