@@ -46,6 +46,8 @@ def main() -> None:
     parser.add_argument("--metric", default="I-AUROC", help="figure of the test sets in --whole")
     options = parser.parse_args()
     options.longer = sorted(options.longer)
+    if not options.whole.exists():
+        parser.error(f"--whole: there's no {options.whole}; run detectors.py or regime.py first")
     bench, tasks, runs = benchmark(options)
     runs = Runs(runs.file, options.seeds)
     grid = itertools.product(options.seeds, tasks, options.detectors)
@@ -59,7 +61,15 @@ def main() -> None:
     whole = Runs(options.whole, options.seeds)
     for detector in options.detectors:
         print(f"\n### {detector}, {options.form}, {options.metric}\n")
-        print(table(rows(bench, runs, whole, tasks, detector, options)))
+        lines = rows(bench, runs, whole, tasks, detector, options)
+        if lines:
+            print(table(lines))
+        else:
+            print(
+                f"no run of these sets and seeds in {options.whole} has {options.metric} of the "
+                f"form {options.form} at the lengths {options.longer}: run detectors.py or "
+                "regime.py first"
+            )
 
 
 def run(

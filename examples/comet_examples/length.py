@@ -6,11 +6,11 @@ same kind more closely too, or only these few, shows in pictures that it was not
 1. Hold out a fifth of the training pictures.
 2. Train on the others, once for each length.
 3. Take the mean loss of the pictures that were held out.
-4. Choose the length with the lowest one, the shorter of two that are equal.
+4. Choose the length with the lowest mean loss, the shorter of two that are equal.
 
 Mean and not median: a longer training may fit most pictures more closely and a few far worse, and
-these few become false alarms. The pictures should all be good: nothing tells the loss of a bad one
-from that of an odd good one.
+these few may become false alarms. The pictures should all be good: nothing tells the loss of a bad
+one from that of an odd good one.
 
 Several trainings decide, and not one that is stopped early: learning rates that fall to 0 by the
 end are part of a length. On the choice by a held-out loss: Prechelt, Early stopping - but when?,
@@ -27,7 +27,7 @@ from comet_examples.detectors import Detector
 from comet_examples.training import FeatureRows, TrainingSettings, train
 
 LENGTHS = (1.0, 5.0)
-"""Multiples of the planned length that are tried."""
+"""Multiples of the settings' length that are tried."""
 HELD_OUT = 0.2
 _FEWEST = 10  # of fewer pictures, one or none would be held out
 _PASSES = 8  # losses of noise or of some of the patches differ from pass to pass

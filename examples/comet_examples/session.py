@@ -164,7 +164,7 @@ class Session:
         results.save()
         folder = results.file.parent
         training = self.training
-        if self.chooses_length and missing != ["bank"]:
+        if self.chooses_length:
             training = training.stretched(self._times(experiment, split, results))
         for method in missing:
             if method == "bank":
@@ -192,18 +192,20 @@ class Session:
                 _finish_log(log, outcome, entry, sorted(folder.glob(f"{method}_*.png")))
 
     def _times(self, experiment: Experiment, split: Split, results: Results) -> float:
-        """How many times the planned length the category's training pictures choose."""
+        """How many times the preset's length the category's training pictures choose."""
         if not results.lengths:
             print(f"{split.category}: choosing the length by pictures that are held out")
             losses = losses_by_length(
                 experiment.build, experiment.rows(split.train), self.training, device=self.device
             )
-            results.lengths = {f"{n:g}": float(own.mean()) for n, own in losses.items()}
+            means = {times: float(own.mean()) for times, own in losses.items()}
+            chosen(means)  # what can't be chosen from isn't kept
+            results.lengths = {f"{times:g}": mean for times, mean in means.items()}
             results.save()
-        means = {float(times): loss for times, loss in results.lengths.items()}
+        means = {float(times): mean for times, mean in results.lengths.items()}
         times = chosen(means)
-        found = ", ".join(f"{loss:.4g} after {n:g} x" for n, loss in means.items())
-        print(f"{split.category}: {times:g} x the planned length; loss held out: {found}")
+        found = ", ".join(f"{mean:.4g} after {n:g} x" for n, mean in means.items())
+        print(f"{split.category}: {times:g} x the preset's length; loss held out: {found}")
         return times
 
 

@@ -147,12 +147,17 @@ class TrainingSettings:
         """The settings of a training ``times`` as long.
 
         Args:
-            times: Factor on ``epochs`` or ``steps``, > 0. At least one of these is left.
+            times: Factor on ``epochs`` or ``steps``, > 0. At least one epoch or step is left.
+
+        Raises:
+            ValueError: If the factor isn't above 0.
 
         Example:
             >>> TrainingSettings("plain", steps=1000).stretched(5).steps
             5000
         """
+        if not times > 0:
+            raise ValueError(f"times is {times}; expected a factor > 0 on the length of training")
         if self.steps is None:
             return replace(self, epochs=max(1, round(times * cast("int", self.epochs))))
         return replace(self, steps=max(1, round(times * self.steps)))

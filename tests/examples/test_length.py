@@ -1,6 +1,7 @@
 """The length of training that held-out pictures choose, in the examples and in the benchmark."""
 
 import argparse
+import json
 import math
 import shutil
 from dataclasses import replace
@@ -111,6 +112,16 @@ def test_losses_that_differ_from_pass_to_pass_are_averaged():
     assert losses.std() == pytest.approx(1 / math.sqrt(8), rel=0.3)
 
 
+def test_every_length_is_judged_with_the_same_noise():
+    class Noisy(Regression):
+        def losses(self, features, part_weights=None):
+            own = super().losses(features)
+            return own if self.training else torch.randn(len(own))
+
+    found = losses_by_length(Noisy, pictures(True), SETTINGS)
+    assert torch.equal(found[1], found[5])
+
+
 def test_too_few_pictures_are_refused():
     few = FeatureRows(pictures(True).features, torch.arange(9))
     with pytest.raises(ValueError, match="there are 9 training pictures; expected at least 10"):
@@ -126,6 +137,9 @@ def test_ties_take_the_shorter_and_losses_must_be_finite():
 def test_stretched_settings():
     assert TrainingSettings("plain", 3).stretched(5) == TrainingSettings("plain", 15)
     assert TrainingSettings("plain", 3).stretched(0.1) == TrainingSettings("plain", 1)
+    for times in (0, -1, math.nan):
+        with pytest.raises(ValueError, match="expected a factor > 0"):
+            SETTINGS.stretched(times)
 
 
 @pytest.fixture
@@ -176,7 +190,7 @@ def test_all_methods_of_a_category_get_the_length_that_its_pictures_choose(
     found = results(tmp_path / "out")
     assert found["lengths"] == pytest.approx({"1": 0.5, "5": 0.2})
     assert found["settings"]["steps"] == "auto"
-    assert "part: 5 x the planned length; loss held out: 0.5 after 1 x, 0.2 after 5 x" in (
+    assert "part: 5 x the preset's length; loss held out: 0.5 after 1 x, 0.2 after 5 x" in (
         capsys.readouterr().out
     )
     # A method that is added later gets the same length, and nothing is chosen again.
@@ -184,6 +198,43 @@ def test_all_methods_of_a_category_get_the_length_that_its_pictures_choose(
     assert [(s.method, s.steps) for s in short[2:]] == [("oracle", 10)]
     assert len(longer) == 1
     assert results(tmp_path / "out")["lengths"] == found["lengths"]
+
+
+def test_a_choice_outlives_a_stop(tmp_path, longer, short, monkeypatch):
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment, "train", stopped)
+        assert auto(tmp_path) == 130
+    assert results(tmp_path / "out")["lengths"] == pytest.approx({"1": 0.5, "5": 0.2})
+    assert auto(tmp_path, "--resume") == 0
+    assert [s.steps for s in short] == [10]
+    assert len(longer) == 1
+
+
+def test_losses_that_are_not_finite_are_not_kept(tmp_path, capsys, longer, short, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "comet_examples.session.losses_by_length",
+            lambda *_, **__: {1.0: torch.tensor([0.5, math.nan]), 5.0: torch.tensor([0.1, 0.1])},
+        )
+        assert auto(tmp_path) == 1
+    assert "expected finite ones" in capsys.readouterr().err
+    assert results(tmp_path / "out")["lengths"] == {}
+    assert short == []
+    assert auto(tmp_path) == 0  # it is chosen afresh
+    assert len(longer) == 1
+
+
+def test_results_that_were_written_before_lengths_were_chosen_are_kept(tmp_path, short):
+    assert auto(tmp_path, "--steps", "2") == 0
+    file = tmp_path / "out" / "part" / "results.json"
+    content = json.loads(file.read_text())
+    del content["lengths"]
+    file.write_text(json.dumps(content))
+    assert auto(tmp_path, "--steps", "2", "--plain") == 0
+    assert [s.method for s in short] == ["comet", "plain"]
 
 
 def test_the_planned_length_stays_where_pictures_choose_it_or_are_not_asked(
@@ -261,6 +312,21 @@ def test_the_benchmark_chooses_seed_by_seed(tmp_path):
     options.form = "weights"
     assert lengths.rows(bench, runs, whole, ["mvtec/a"], "simplenet", options) == []
     assert lengths.choice({"mean, 1 x": 0.1, "mean, 5 x": 0.1}, [1, 5]) == 1
+
+
+def test_the_benchmark_says_what_is_missing(tmp_path, capsys, monkeypatch):
+    whole = tmp_path / "whole.jsonl"
+    paths = ["--out", str(tmp_path / "held.jsonl"), "--whole", str(whole)]
+    monkeypatch.setattr(
+        "sys.argv",
+        ["lengths.py", *paths, "--shard", "9/9", "--seeds", "0", "--detectors", "simplenet"],
+    )
+    with pytest.raises(SystemExit):
+        lengths.main()
+    assert "whole.jsonl; run detectors.py or regime.py first" in capsys.readouterr().err
+    whole.touch()
+    lengths.main()
+    assert "has I-AUROC of the form plain at the lengths [1, 5]" in capsys.readouterr().out
 
 
 def test_the_benchmark_trains_on_clean_pictures_or_with_bad_ones(tmp_path, monkeypatch):
